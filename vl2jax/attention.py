@@ -1,0 +1,224 @@
+"""Multi-head attention (Tiny) and Multi-head Latent Attention (Small, base), one call signature.
+
+Axis legend: n layers of a run, B rows, T query tokens, S cache tokens, D width, H heads,
+K head width (MHA), N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vl2jax.attend import Visibility, attend
+from vl2jax.config import DecoderConfig
+from vl2jax.layers import Kernel, Linear, RMSNorm
+from vl2jax.rope import apply_rope, softmax_scale
+
+# The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
+_LATENT_NORM_EPS = 1e-6
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of all layers of a run; slot s of a row holds the token at position s.
+
+    Attributes:
+      keys, values: [n, B, S, H, K].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@flax.struct.dataclass
+class LatentCache:
+    """What MLA caches: the normed latent and the rotated shared key, C + R values per token.
+
+    Attributes:
+      latent: [n, B, S, C + R].
+    """
+
+    latent: jax.Array
+
+
+Cache = KVCache | LatentCache
+
+
+@flax.struct.dataclass
+class Context:
+    """What all layers share.
+
+    Attributes:
+      positions, segment_ids: int32[B, T], see `Batch`.
+      cos, sin: float32[B, T, R / 2], the rotation of each token.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+    def visibility(self, cache_slots: int | None) -> Visibility:
+        """Causal within the segment; with a cache, every slot up to the query's position."""
+        if cache_slots is None:
+            return Visibility(
+                q_positions=self.positions,
+                q_segments=self.segment_ids,
+                k_positions=self.positions,
+                k_segments=self.segment_ids,
+            )
+        shape = (self.positions.shape[0], cache_slots)
+        return Visibility(
+            q_positions=self.positions,
+            q_segments=jnp.ones_like(self.positions),
+            k_positions=jax.lax.broadcasted_iota(jnp.int32, shape, 1),
+            k_segments=jnp.ones(shape, jnp.int32),
+        )
+
+
+def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) -> Cache:
+    """Zeros: a cache for `layers` layers, `rows` rows of up to `slots` tokens."""
+    if cfg.use_mla:
+        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        return LatentCache(jnp.zeros((layers, rows, slots, width), dtype))
+    shape = (layers, rows, slots, cfg.num_attention_heads, cfg.qk_head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """Puts `new` [B, T, ...] into slots `positions` of one layer of `stack` [n, B, S, ...].
+
+    With T > 1 (a prefill chunk) all rows start at the same position.
+    """
+    new = new.astype(stack.dtype)
+    if new.shape[1] == 1:
+        rows = jnp.arange(new.shape[0])
+        return stack.at[layer, rows, positions[:, 0]].set(new[:, 0], mode="drop")
+    start = (layer, 0, positions[0, 0], *(0,) * (new.ndim - 2))
+    return jax.lax.dynamic_update_slice(stack, new[None], start)
+
+
+class MHA(nn.Module):
+    """Multi-head attention with half-split RoPE (Tiny)."""
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: Context, cache: KVCache | None, layer: jax.Array
+    ) -> tuple[jax.Array, KVCache | None]:
+        """[B, T, D] -> [B, T, D]; a given cache is written first, then attended to."""
+        cfg = self.cfg
+        kinds = dict(
+            use_bias=cfg.attention_bias,
+            init=nn.initializers.normal(cfg.initializer_range),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        heads = (cfg.num_attention_heads, cfg.qk_head_dim)
+        q, k, v = (Linear(heads, **kinds, name=f"{part}_proj")(x) for part in "qkv")
+        q = apply_rope(q, context.cos, context.sin, interleaved=False)
+        k = apply_rope(k, context.cos, context.sin, interleaved=False)
+        slots = None
+        if cache is not None:
+            keys = _write(cache.keys, layer, k, context.positions)
+            values = _write(cache.values, layer, v, context.positions)
+            cache, slots = KVCache(keys, values), keys.shape[2]
+            k, v = keys[layer].astype(self.dtype), values[layer].astype(self.dtype)
+        y = attend(q, k, v, softmax_scale(cfg), context.visibility(slots))
+        return Linear((cfg.hidden_size,), num_in=2, **kinds, name="o_proj")(y), cache
+
+
+class MLA(nn.Module):
+    """Multi-head Latent Attention with interleaved RoPE (DeepSeek-V2, Eq. 9-19 and 37-47).
+
+    Training and prefill expand keys and values from the latent; decoding one token per row is
+    absorbed: the query moves into the latent space instead, and the cache is all that is read.
+
+    Attributes:
+      absorb: None: absorbed when one token meets a cache; True or False: always or never.
+    """
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    absorb: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LatentCache | None, layer: jax.Array
+    ) -> tuple[jax.Array, LatentCache | None]:
+        """[B, T, D] -> [B, T, D]; a given cache is written first, then attended to."""
+        cfg = self.cfg
+        kinds = dict(
+            init=nn.initializers.normal(cfg.initializer_range),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        heads, nope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(_LATENT_NORM_EPS, self.dtype, self.param_dtype, name=name)
+
+        query, query_name = x, "q_proj"
+        if cfg.q_lora_rank is not None:
+            down = Linear((cfg.q_lora_rank,), use_bias=cfg.attention_bias, **kinds, name="q_a_proj")
+            query, query_name = norm("q_a_norm")(down(x)), "q_b_proj"
+        q = Linear((heads, cfg.qk_head_dim), **kinds, name=query_name)(query)  # [B, T, H, N + R]
+        q_nope, q_rope = jnp.split(q, [nope], axis=-1)
+        q_rope = apply_rope(q_rope, context.cos, context.sin, interleaved=True)
+
+        down = Linear(
+            (rank + cfg.qk_rope_head_dim,),
+            use_bias=cfg.attention_bias,
+            **kinds,
+            name="kv_a_proj",
+        )
+        latent, k_rope = jnp.split(down(x), [rank], axis=-1)
+        latent = norm("kv_a_norm")(latent)
+        k_rope = apply_rope(k_rope[:, :, None], context.cos, context.sin, interleaved=True)
+        latent = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)  # [B, T, C + R]
+
+        slots, absorb = None, bool(self.absorb)
+        if cache is not None:
+            stack = _write(cache.latent, layer, latent, context.positions)
+            cache, slots = LatentCache(stack), stack.shape[2]
+            latent = stack[layer].astype(self.dtype)  # [B, S, C + R]
+            absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
+
+        shape = (rank, heads, nope + cfg.v_head_dim)
+        w_kv_b = Kernel(shape, **kinds, name="kv_b_proj")()
+        attention = _absorbed if absorb else _expanded
+        visibility = context.visibility(slots)
+        y = attention(q_nope, q_rope, latent, w_kv_b, softmax_scale(cfg), visibility)
+        out = Linear(
+            (cfg.hidden_size,), num_in=2, use_bias=cfg.attention_bias, **kinds, name="o_proj"
+        )
+        return out(y), cache
+
+
+def _expanded(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
+    """Keys and values of every head are computed from the latent: few flops per query."""
+    rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
+    latent, k_rope = jnp.split(latent, [rank], axis=-1)
+    kv = _einsum("BSC,CHX->BSHX", latent, w_kv_b)
+    k_nope, v = jnp.split(kv, [nope], axis=-1)
+    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    return attend(q, jnp.concatenate([k_nope, k_rope], axis=-1), v, scale, visibility)
+
+
+def _absorbed(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
+    """W_UK goes into the query and W_UV into the output: nothing is expanded per cached token."""
+    rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
+    w_uk, w_uv = jnp.split(w_kv_b, [nope], axis=-1)
+    q = jnp.concatenate([_einsum("BTHN,CHN->BTHC", q_nope, w_uk), q_rope], axis=-1)
+    y = attend(q, latent[:, :, None], latent[:, :, None, :rank], scale, visibility)
+    return _einsum("BTHC,CHV->BTHV", y, w_uv)
+
+
+def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Contraction with a float32 accumulator, in the dtype of x."""
+    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -1,0 +1,216 @@
+"""The model directory: one directory is a whole model.
+
+model.json          architecture (the original's schema), dtypes, what conversion left out
+tokenizer.json ...  tokenizer and processor files as the original has them
+params/             the parameters, an Orbax checkpoint
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from vl2jax.config import ConfigError, VL2Config
+from vl2jax.store import CheckpointError, ParamStore, Shape, read_array
+
+MODEL_FILE = "model.json"
+PARAMS = "params"
+FORMAT, FORMAT_VERSION = "vl2jax", 1
+REQUIRED_FILES = ("processor_config.json", "tokenizer.json")
+OPTIONAL_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDir:
+    """What `model.json` says.
+
+    Attributes:
+      path: the directory.
+      config: the architecture.
+      dtype: what the parameters are stored as, for the most part: "float32" or "bfloat16".
+      source_dtype: what the original tensors were, for the most part.
+      source_dtypes: original tensor name -> dtype, where it differs from `source_dtype`.
+      dropped: original tensors that conversion left out: [{"tensors": [...], "reason": ...}].
+    """
+
+    path: Path
+    config: VL2Config
+    dtype: str
+    source_dtype: str
+    source_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dropped: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def params(self) -> Path:
+        return self.path / PARAMS
+
+
+def write_model_json(model: ModelDir) -> None:
+    """Writes `model.json`; comes last, for a directory without it is not a model."""
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dtype": model.dtype,
+        "source_dtype": model.source_dtype,
+        "source_dtypes": dict(model.source_dtypes),
+        "dropped": list(model.dropped),
+        "config": model.config.to_hf(),
+    }
+    with (model.path / MODEL_FILE).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_model_dir(path: str | os.PathLike) -> ModelDir:
+    """Reads and checks what a model directory says about itself.
+
+    Raises:
+      CheckpointError: there is no such directory, or it is not a whole vl2jax model.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        what = "is a file, not a directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}; expected the output of convert.to_jax")
+    if not (path / MODEL_FILE).is_file():
+        raise CheckpointError(f"{path} is not a vl2jax checkpoint: {_what_instead(path)}")
+    model = _read_model_json(path)
+    absent = [name for name in REQUIRED_FILES if not (path / name).is_file()]
+    absent += [] if model.params.is_dir() else [PARAMS + "/"]
+    if absent:
+        raise CheckpointError(f"{path} is not whole: {', '.join(absent)} missing; convert it again")
+    return model
+
+
+def _what_instead(path: Path) -> str:
+    """Says what a directory without model.json seems to be."""
+    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
+        return (
+            "it looks like a Hugging Face directory; convert it first:"
+            f" python -m convert.to_jax {path} OUT_DIR"
+        )
+    if path.name.endswith(".partial") or (path / PARAMS).is_dir():
+        return "it was left by an interrupted conversion; run the conversion again"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"no {MODEL_FILE} among its {len(names)} entries {names[:6]}"
+
+
+def _read_model_json(path: Path) -> ModelDir:
+    file = path / MODEL_FILE
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); convert it again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f'{file} must say "format": "{FORMAT}"; expected a vl2jax checkpoint')
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format_version {content.get('format_version')!r}; this program reads"
+            f" {FORMAT_VERSION}: update vl2jax"
+        )
+    try:
+        return ModelDir(
+            path=path,
+            config=VL2Config.from_hf(content["config"]),
+            dtype=content["dtype"],
+            source_dtype=content["source_dtype"],
+            source_dtypes=dict(content.get("source_dtypes", {})),
+            dropped=list(content.get("dropped", [])),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} lacks or garbles {error}; convert it again") from error
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves of a nested dict by path: {"params/decoder/norm/scale": leaf, ...}."""
+    import jax
+
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def flat_shapes(tree: Any) -> dict[str, Shape]:
+    """Shapes of a tree of arrays or `ShapeDtypeStruct`s by path, as `load_params` wants them."""
+    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+
+
+def load_params(
+    path: str | os.PathLike,
+    expected: Mapping[str, Shape] | None = None,
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+    on_leaf: Callable[[str, int], None] | None = None,
+) -> dict[str, Any]:
+    """Reads the parameters of a model leaf by leaf.
+
+    Args:
+      path: the `params` directory of a model (`ModelDir.params`).
+      expected: path -> shape of the model; differences are reported all at once before anything
+        is read.  None takes what is there.
+      dtype: floating-point parameters are cast to it; stored as they are if None.  The `router`
+        collection stays float32.
+      shardings: tree like the result with a `jax.sharding.Sharding` per leaf; each device's part
+        is read from the disk by itself.  None puts everything on the default device.
+      on_leaf: called with the path and the bytes of each leaf once it is on the device.
+
+    Returns:
+      {"params": {...}, "router": {...}} of `jax.Array`s.
+
+    Raises:
+      CheckpointError: the parameters do not fit `expected` or are damaged.
+    """
+    import jax
+
+    store = ParamStore(Path(path))
+    if expected is not None:
+        store.check(expected)
+    by_path = {} if shardings is None else flatten(shardings)
+    result: dict[str, Any] = {"params": {}, "router": {}}
+    for name in store.paths:
+        is_router = name.startswith("router/")
+        stored = store.open(name)
+        is_float = stored.dtype.numpy_dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
+        wanted = np.float32 if is_router else dtype if is_float else None
+        leaf = _to_device(stored, wanted, by_path.get(name))
+        jax.block_until_ready(leaf)
+        *parents, last = name.split("/")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+        if on_leaf is not None:
+            on_leaf(name, leaf.nbytes)
+    return result
+
+
+def _to_device(stored, dtype, sharding):
+    """Reads one parameter onto its device or devices."""
+    import jax
+
+    if sharding is None:
+        return jax.device_put(read_array(stored, dtype=dtype), may_alias=True)
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(piece.indices(size) for piece, size in zip(index, stored.shape, strict=True))
+        if key not in parts:  # devices that hold the same part share one read
+            parts[key] = read_array(stored, index, dtype)
+        return parts[key]
+
+    return jax.make_array_from_callback(tuple(stored.shape), sharding, part)

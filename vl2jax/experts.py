@@ -1,0 +1,189 @@
+"""Routed experts, two exact implementations: `dense` (the oracle) and `blocked`.
+
+Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert, E experts, D width,
+F expert width, M rows of a block.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MAX_BLOCK = 256
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of all experts of a layer: gate and up [E, D, F], down [E, F, D]."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+
+
+def dense(
+    x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights
+) -> jax.Array:
+    """Every expert on every token, then the weighted sum of the chosen ones. For tests."""
+    chosen_TKE = jax.nn.one_hot(experts_TK, w.gate.shape[0], dtype=jnp.float32)
+    weights_TE = jnp.einsum("TK,TKE->TE", weights_TK.astype(jnp.float32), chosen_TKE)
+    y_ETD = jax.vmap(_ffn, in_axes=(None, 0))(x_TD, w)
+    return jnp.einsum("TE,ETD->TD", weights_TE, y_ETD.astype(jnp.float32)).astype(x_TD.dtype)
+
+
+def blocked(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    w: ExpertWeights,
+    block: int | None = None,
+) -> jax.Array:
+    """Tokens sorted by expert, then a loop over the blocks that exist: exact, nothing dropped.
+
+    Only weights of experts that got a token are read. The backward pass is a loop of the same
+    kind; the ordinary derivative would scatter into the whole weight stack per block.
+
+    Args:
+      x_TD: tokens.
+      weights_TK: float32, weight of each chosen expert.
+      experts_TK: int32, the chosen experts.
+      w: weights in the dtype of x.
+      block: rows of a block; None: fitted to the tokens per expert.
+
+    Returns:
+      The weighted sum [T, D] in the dtype of x, summed in float32.
+    """
+    n_experts, top_k = w.gate.shape[0], experts_TK.shape[-1]
+    flat_P = experts_TK.reshape(-1)
+    order_P = jnp.argsort(flat_P, stable=True)
+    inverse_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(flat_P.size))
+    group_sizes = jnp.bincount(flat_P, length=n_experts)
+    x_PD = _spread(x_TD, order_P, inverse_P, top_k)
+    y_PD = _grouped_ffn(x_PD, w, group_sizes, block or _block_rows(flat_P.size, n_experts))
+    y_TKD = _permute(y_PD, inverse_P, order_P).reshape(*experts_TK.shape, -1)
+    weights_TK = weights_TK.astype(jnp.float32)
+    return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
+
+
+IMPLEMENTATIONS = {"dense": dense, "blocked": blocked}
+
+
+def _block_rows(pairs: int, n_experts: int) -> int:
+    """A power of two near the mean number of tokens per expert."""
+    mean = -(-pairs // n_experts)
+    return min(MAX_BLOCK, 1 << (mean - 1).bit_length())
+
+
+def _ffn(x: jax.Array, w: ExpertWeights) -> jax.Array:
+    """One expert: `down(silu(gate(x)) * up(x))`, accumulated in float32."""
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+    hidden = jax.nn.silu(dot(x, w.gate)) * dot(x, w.up)
+    return dot(hidden.astype(x.dtype), w.down).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_TD, order_P, inverse_P, top_k):
+    """Row of token t for each of its pairs, sorted by expert; backward is a gather as well."""
+    return x_TD[order_P // top_k]
+
+
+def _spread_forward(x_TD, order_P, inverse_P, top_k):
+    return _spread(x_TD, order_P, inverse_P, top_k), inverse_P
+
+
+def _spread_backward(top_k, inverse_P, g_PD):
+    g_TKD = g_PD[inverse_P].reshape(-1, top_k, g_PD.shape[-1])
+    return g_TKD.astype(jnp.float32).sum(axis=1).astype(g_PD.dtype), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _permute(y_PD, order_P, inverse_P):
+    return y_PD[order_P]
+
+
+_permute.defvjp(
+    lambda y_PD, order_P, inverse_P: (y_PD[order_P], inverse_P),
+    lambda inverse_P, g_PD: (g_PD[inverse_P], None, None),
+)
+
+
+class _Block(NamedTuple):
+    """Block i of the loop: its expert, first sorted row, and number of rows that are its own."""
+
+    expert: jax.Array
+    start: jax.Array
+    rows: jax.Array
+
+
+def _plan(group_sizes: jax.Array, block: int):
+    """Number of blocks, and where block i lies: each expert has ceil(size / block) of them."""
+    blocks_E = -(-group_sizes // block)
+    last_E = jnp.cumsum(blocks_E)
+    offset_E = jnp.cumsum(group_sizes) - group_sizes
+
+    def at(i: jax.Array) -> _Block:
+        expert = jnp.searchsorted(last_E, i, side="right")
+        start = offset_E[expert] + (i - (last_E[expert] - blocks_E[expert])) * block
+        rows = jnp.minimum(offset_E[expert] + group_sizes[expert] - start, block)
+        return _Block(expert, start, rows)
+
+    return last_E[-1], at
+
+
+def _rows(x_PD: jax.Array, at: _Block, block: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_PD, at.start, block)
+
+
+def _pick(w: ExpertWeights, expert: jax.Array) -> ExpertWeights:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_ffn(x_PD, w, group_sizes, block):
+    """Expert e on its `group_sizes[e]` consecutive rows.
+
+    A block may reach into the rows of the next expert; those are overwritten by their own block,
+    which comes later, and rows past the end fall into padding.
+    """
+    pairs = x_PD.shape[0]
+    x_PD = jnp.pad(x_PD, ((0, block), (0, 0)))
+    n_blocks, block_at = _plan(group_sizes, block)
+
+    def body(i, y_PD):
+        at = block_at(i)
+        y = _ffn(_rows(x_PD, at, block), _pick(w, at.expert))
+        return jax.lax.dynamic_update_slice_in_dim(y_PD, y, at.start, axis=0)
+
+    return jax.lax.fori_loop(0, n_blocks, body, jnp.zeros_like(x_PD))[:pairs]
+
+
+def _grouped_ffn_forward(x_PD, w, group_sizes, block):
+    return _grouped_ffn(x_PD, w, group_sizes, block), (x_PD, w, group_sizes)
+
+
+def _grouped_ffn_backward(block, residuals, g_PD):
+    """Each block recomputes its expert, and adds to that expert's gradients in place."""
+    x_PD, w, group_sizes = residuals
+    pairs = x_PD.shape[0]
+    x_PD, g_PD = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_PD, g_PD))
+    n_blocks, block_at = _plan(group_sizes, block)
+
+    def body(i, carry):
+        dx_PD, dw = carry
+        at = block_at(i)
+        own = (jnp.arange(block) < at.rows)[:, None]
+        g = jnp.where(own, _rows(g_PD, at, block), 0)
+        _, pull_back = jax.vjp(_ffn, _rows(x_PD, at, block), _pick(w, at.expert))
+        dx, dw_expert = pull_back(g)
+        dx_PD = jax.lax.dynamic_update_slice_in_dim(dx_PD, dx, at.start, axis=0)
+        return dx_PD, jax.tree.map(lambda a, b: a.at[at.expert].add(b), dw, dw_expert)
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w)
+    dx_PD, dw = jax.lax.fori_loop(0, n_blocks, body, (jnp.zeros_like(x_PD), zeros))
+    return dx_PD[:pairs], jax.tree.map(lambda d, a: d.astype(a.dtype), dw, w), None
+
+
+_grouped_ffn.defvjp(_grouped_ffn_forward, _grouped_ffn_backward)

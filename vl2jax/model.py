@@ -1,0 +1,166 @@
+"""The whole model: tiles and tokens to logits.
+
+Axis legend: B rows, T tokens, I tiles, Q tokens per tile, D width.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vl2jax.adaptor import Adaptor
+from vl2jax.batch import TEXT, Batch
+from vl2jax.config import VL2Config
+from vl2jax.decoder import Caches, Decoder
+from vl2jax.moe import Balance
+from vl2jax.vision import VisionTower
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+      hidden: [B, T, D], after the final norm.
+      logits: float32[B, T, vocab], or None if not asked for.
+      balance: of the layers with experts, or None if there are none.
+      caches: the written caches, or None.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array | None
+    balance: Balance | None
+    caches: Caches | None
+
+
+class VL2(nn.Module):
+    """DeepSeek-VL2.
+
+    Variables: `params`, and `router` with the correction bias of `noaux_tc` routers.
+
+    Attributes:
+      config: architecture.
+      dtype: of activations and matrix products (which accumulate in float32).
+      param_dtype: of parameters that `init` makes.
+      moe_implementation: how routed experts are computed, see `experts.IMPLEMENTATIONS`.
+      max_segments: largest segment id in a batch (1 unless sequences are packed).
+    """
+
+    config: VL2Config
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    moe_implementation: str = "blocked"
+    max_segments: int = 1
+
+    def setup(self):
+        cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.vision = VisionTower(cfg.vision, **kinds)
+        self.adaptor = Adaptor(cfg.adaptor, **kinds)
+        self.decoder = Decoder(
+            cfg.decoder,
+            **kinds,
+            moe_implementation=self.moe_implementation,
+            max_segments=self.max_segments,
+        )
+        width = cfg.adaptor.n_embed
+        init = nn.initializers.normal(width**-0.5)
+        self.image_newline = self.param("image_newline", init, (width,), self.param_dtype)
+        self.view_seperator = self.param("view_seperator", init, (width,), self.param_dtype)
+
+    def image_table(self, tiles: jax.Array) -> jax.Array:
+        """The rows that `image_index` points into.
+
+        Args:
+          tiles: uint8[I, S, S, 3]; with I = 0 the vision tower is not run.
+
+        Returns:
+          [2 + I * Q, D]: image_newline, view_seperator, then the projected tiles.
+        """
+        learned = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
+        if tiles.shape[0] == 0:
+            return learned
+        projected = self.adaptor(self.vision(tiles))
+        return jnp.concatenate([learned, projected.reshape(-1, projected.shape[-1])])
+
+    def embed(self, table: jax.Array, tokens: jax.Array, image_index: jax.Array) -> jax.Array:
+        """Input embeddings [B, T, D]: one gather from the table, or the token embedding."""
+        visual = jnp.take(table, image_index, axis=0, mode="clip")
+        x = jnp.where((image_index == TEXT)[..., None], self.embed_tokens(tokens), visual)
+        self.sow("intermediates", "inputs_embeds", x)
+        return x
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Text alone: int32[B, T] -> [B, T, D]."""
+        return self.decoder.embed(tokens)
+
+    def decode(
+        self, x: jax.Array, positions: jax.Array, caches: Caches
+    ) -> tuple[jax.Array, Caches]:
+        """Layers over a cache: [B, T, D] -> hidden [B, T, D] and the written caches."""
+        segments = jnp.ones_like(positions)
+        hidden, caches, _ = self.decoder(x, positions, segments, caches)
+        return hidden, caches
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32[..., vocab]."""
+        return self.decoder.logits(hidden)
+
+    def __call__(
+        self, batch: Batch, balance_ids: jax.Array | None = None, with_logits: bool = True
+    ) -> Output:
+        """One pass over whole sequences, without a cache."""
+        x = self.embed(self.image_table(batch.tiles), batch.tokens, batch.image_index)
+        hidden, _, balance = self.decoder(
+            x, batch.positions, batch.segment_ids, balance_ids=balance_ids
+        )
+        logits = self.logits(hidden) if with_logits else None
+        return Output(hidden=hidden, logits=logits, balance=balance, caches=None)
+
+
+def compute_dtype(params) -> jnp.dtype:
+    """The dtype in which weights are stored, in which they are also computed by default."""
+    return params["params"]["image_newline"].dtype
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "moe_implementation"))
+def forward(
+    config: VL2Config,
+    params,
+    batch: Batch,
+    *,
+    dtype: jnp.dtype | None = None,
+    moe_implementation: str = "blocked",
+) -> jax.Array:
+    """Logits of every position.
+
+    Args:
+      config: architecture.
+      params: variables of the model, `{"params": ..., "router": ...}`, as `vl2jax.load` gives.
+      batch: what a `Processor` gives; logits at padding are meaningless.
+      dtype: of the computation; None: that of the parameters.
+      moe_implementation: see `vl2jax.experts`.
+
+    Returns:
+      float32[B, T, vocab].
+    """
+    model = VL2(config, dtype or compute_dtype(params), moe_implementation=moe_implementation)
+    return model.apply(params, batch).logits
+
+
+def abstract_params(config: VL2Config, param_dtype=jnp.float32):
+    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`."""
+    size, pixels = config.vision.image_size, jnp.uint8
+    integers = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    batch = Batch(
+        tiles=jax.ShapeDtypeStruct((1, size, size, 3), pixels),
+        tokens=integers,
+        image_index=integers,
+        positions=integers,
+        segment_ids=integers,
+        loss_mask=jax.ShapeDtypeStruct((1, 1), jnp.bool_),
+    )
+    model = VL2(config, param_dtype=param_dtype)
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    return {name: variables[name] for name in ("params", "router") if name in variables}

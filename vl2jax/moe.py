@@ -1,0 +1,172 @@
+"""DeepSeekMoE layer: router, routed experts, shared experts (DeepSeek-V2, Eq. 20-22).
+
+Axis legend: B rows, T tokens, D width, F expert width, E experts, K experts per token.
+"""
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vl2jax.config import DecoderConfig
+from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights
+from vl2jax.layers import GatedMLP
+from vl2jax.losses import batch_balance_loss, expert_load, sequence_balance_loss
+
+
+@flax.struct.dataclass
+class Routing:
+    """What the router decides, all from float32 scores.
+
+    Attributes:
+      weights: float32[..., K], normalised and scaled.
+      experts: int32[..., K].
+      scores: float32[..., E], before bias and selection.
+    """
+
+    weights: jax.Array
+    experts: jax.Array
+    scores: jax.Array
+
+
+@flax.struct.dataclass
+class Balance:
+    """How one layer spread its tokens.
+
+    Attributes:
+      aux_loss: float32[], the auxiliary loss times `aux_loss_alpha`.
+      load: float32[E], tokens per expert; padding does not count.
+    """
+
+    aux_loss: jax.Array
+    load: jax.Array
+
+
+def route(cfg: DecoderConfig, logits: jax.Array, bias: jax.Array | None = None) -> Routing:
+    """Chooses experts and their weights.
+
+    `greedy` takes the K best scores; `group_limited_greedy` the K best within the `topk_group`
+    groups of highest best score; `noaux_tc` chooses by score plus bias, groups by the sum of
+    their two best, and weighs by the score alone. Rejected groups are masked with -inf (the
+    original uses 0, which lets their experts win over negative biased scores).
+
+    Args:
+      cfg: decoder configuration.
+      logits: float32[..., E].
+      bias: float32[E], `e_score_correction_bias`, for `noaux_tc` only.
+    """
+    score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[cfg.scoring_func]
+    scores = choice = score(logits.astype(jnp.float32))
+    if cfg.topk_method == "noaux_tc":
+        choice = scores + jnp.expand_dims(bias, range(scores.ndim - 1))
+    if cfg.topk_method != "greedy":
+        choice = _limit_groups(cfg, choice)
+    _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+    return Routing(weights * cfg.routed_scaling_factor, experts, scores)
+
+
+def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
+    """Sets all experts outside the `topk_group` best groups to -inf."""
+    grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
+    best = 2 if cfg.topk_method == "noaux_tc" else 1
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
+    _, kept = jax.lax.top_k(group_scores, cfg.topk_group)
+    keep = jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_).any(axis=-2)
+    return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+class Gate(nn.Module):
+    """Router, in float32; its correction bias lives in the collection `router`, not in `params`."""
+
+    cfg: DecoderConfig
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Routing:
+        cfg, bias = self.cfg, None
+        init = nn.initializers.normal(cfg.initializer_range)
+        shape = (x.shape[-1], cfg.n_routed_experts)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
+        logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
+        if cfg.topk_method == "noaux_tc":
+            shape = (cfg.n_routed_experts,)
+            bias = self.variable("router", "e_score_correction_bias", jnp.zeros, shape).value
+        routing = route(cfg, logits, bias)
+        self.sow("intermediates", "routing", routing)
+        return routing
+
+
+class Experts(nn.Module):
+    """The stacked weights of the routed experts."""
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, routing: Routing, implementation: str) -> jax.Array:
+        cfg = self.cfg
+        experts, hidden, width = cfg.n_routed_experts, cfg.moe_intermediate_size, x.shape[-1]
+        init = nn.initializers.normal(cfg.initializer_range)
+
+        def weight(name: str, shape: tuple[int, ...]) -> jax.Array:
+            return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+
+        weights = ExpertWeights(
+            gate=weight("gate_proj", (experts, width, hidden)),
+            up=weight("up_proj", (experts, width, hidden)),
+            down=weight("down_proj", (experts, hidden, width)),
+        )
+        tokens = math.prod(x.shape[:-1])
+        y = IMPLEMENTATIONS[implementation](
+            x.reshape(tokens, width),
+            routing.weights.reshape(tokens, -1),
+            routing.experts.reshape(tokens, -1),
+            weights,
+        )
+        return y.reshape(x.shape)
+
+
+class MoE(nn.Module):
+    """Sum of the chosen experts, weighted, and of the shared experts.
+
+    Attributes:
+      implementation: a name in `experts.IMPLEMENTATIONS`.
+      max_segments: largest segment id in the batch, for the sequence-wise auxiliary loss.
+    """
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    implementation: str = "blocked"
+    max_segments: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, balance_ids: jax.Array) -> tuple[jax.Array, Balance]:
+        """[B, T, D] -> [B, T, D].
+
+        Args:
+          x: tokens.
+          balance_ids: int32[B, T], the segment of each token that counts in the balance, else 0.
+        """
+        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        routing = Gate(cfg, self.param_dtype, name="gate")(x)
+        y = Experts(cfg, **kinds, name="experts")(x, routing, self.implementation)
+        if cfg.n_shared_experts is not None:
+            width = cfg.moe_intermediate_size * cfg.n_shared_experts
+            init = nn.initializers.normal(cfg.initializer_range)
+            y += GatedMLP(width, init, **kinds, name="shared_experts")(x)
+        counted = balance_ids > 0
+        if cfg.seq_aux:
+            loss = sequence_balance_loss(
+                routing.scores, routing.experts, balance_ids, self.max_segments
+            )
+        else:
+            loss = batch_balance_loss(routing.scores, routing.experts, counted)
+        load = expert_load(routing.experts, counted, cfg.n_routed_experts)
+        return y, Balance(loss * cfg.aux_loss_alpha, load)
