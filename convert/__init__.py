@@ -1,0 +1,1 @@
+"""Conversion between the original Hugging Face layout and vl2jax checkpoint directories."""

@@ -1,0 +1,300 @@
+"""The one table that ties the original tensor names to the parameters of this project.
+
+Both directions read it.  A row is
+
+    original name | parameter path | axes there -> axes here | when
+
+`axes` says everything about a tensor: its original shape, its shape here, and how one becomes
+the other (a reshape and a transpose, so the inverse is the row read from right to left).
+`(H K)` is one original axis made of two; a number is its own size; `1` on the left only is
+squeezed away.  `{layer}` and `{expert}` become the leading axes of a stacked parameter, `{run}`
+is the run of decoder layers that the layer belongs to (`DecoderConfig.layer_runs`).  A row holds
+for a layer when all the words under `when` describe it.  A row with the path `DROP` is not
+converted.
+
+Axes of the vision tower: W width, H heads, K head width, F ffn, P patches, p q pixels of a patch.
+Axes of the decoder: D width, H heads, K head width (multi-head attention), NR query or key head
+(nope + rope), NV key and value head (nope + v), V value head, C kv_lora_rank, CR kv_lora_rank +
+rope, Q q_lora_rank, F ffn, S shared experts' ffn, M one expert's ffn, E experts.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from convert.axes import Axes, sized
+from vl2jax.config import VL2Config
+
+DROP = None
+DROP_REASON = (
+    "the attention pooling head of the vision tower is stored in the released files but never used"
+)
+
+
+class Row(NamedTuple):
+    """One line of the table; see the module's docstring."""
+
+    hf: str
+    path: str | None
+    axes: str
+    when: str = ""
+
+
+_BLOCK = "vision.blocks.{layer}."
+_POOL = "vision.attn_pool."
+_LAYER = "language.model.layers.{layer}."
+_ATTN = _LAYER + "self_attn."
+_RUN = "params/decoder/{run}/"
+_OUR_ATTN = _RUN + "self_attn/"
+_OUR_BLOCK = "params/vision/blocks/"
+
+# fmt: off
+TABLE: tuple[Row, ...] = tuple(Row(*row) for row in (
+    ("image_newline", "params/image_newline", "D -> D"),
+    ("view_seperator", "params/view_seperator", "D -> D"),
+
+    ("vision.pos_embed", "params/vision/pos_embed", "1 P W -> P W"),
+    ("vision.patch_embed.proj.weight", "params/vision/patch_embed/kernel", "W 3 p q -> p q 3 W"),
+    ("vision.patch_embed.proj.bias", "params/vision/patch_embed/bias", "W -> W"),
+    (_BLOCK + "norm1.weight", _OUR_BLOCK + "norm1/scale", "W -> W"),
+    (_BLOCK + "norm1.bias", _OUR_BLOCK + "norm1/bias", "W -> W"),
+    (_BLOCK + "attn.qkv.weight", _OUR_BLOCK + "attn/qkv/kernel", "(3 H K) W -> W 3 H K"),
+    (_BLOCK + "attn.qkv.bias", _OUR_BLOCK + "attn/qkv/bias", "(3 H K) -> 3 H K"),
+    (_BLOCK + "attn.proj.weight", _OUR_BLOCK + "attn/proj/kernel", "W (H K) -> H K W"),
+    (_BLOCK + "attn.proj.bias", _OUR_BLOCK + "attn/proj/bias", "W -> W"),
+    (_BLOCK + "norm2.weight", _OUR_BLOCK + "norm2/scale", "W -> W"),
+    (_BLOCK + "norm2.bias", _OUR_BLOCK + "norm2/bias", "W -> W"),
+    (_BLOCK + "mlp.fc1.weight", _OUR_BLOCK + "mlp/fc1/kernel", "F W -> W F"),
+    (_BLOCK + "mlp.fc1.bias", _OUR_BLOCK + "mlp/fc1/bias", "F -> F"),
+    (_BLOCK + "mlp.fc2.weight", _OUR_BLOCK + "mlp/fc2/kernel", "W F -> F W"),
+    (_BLOCK + "mlp.fc2.bias", _OUR_BLOCK + "mlp/fc2/bias", "W -> W"),
+    ("vision.norm.weight", "params/vision/norm/scale", "W -> W"),
+    ("vision.norm.bias", "params/vision/norm/bias", "W -> W"),
+
+    (_POOL + "latent", DROP, "1 1 W -> W"),
+    (_POOL + "q.weight", DROP, "W (H K) -> W H K"),
+    (_POOL + "q.bias", DROP, "W -> W"),
+    (_POOL + "kv.weight", DROP, "(2 H K) W -> 2 H K W"),
+    (_POOL + "kv.bias", DROP, "(2 H K) -> 2 H K"),
+    (_POOL + "proj.weight", DROP, "W (H K) -> W H K"),
+    (_POOL + "proj.bias", DROP, "W -> W"),
+    (_POOL + "norm.weight", DROP, "W -> W"),
+    (_POOL + "norm.bias", DROP, "W -> W"),
+    (_POOL + "mlp.fc1.weight", DROP, "F W -> F W"),
+    (_POOL + "mlp.fc1.bias", DROP, "F -> F"),
+    (_POOL + "mlp.fc2.weight", DROP, "W F -> W F"),
+    (_POOL + "mlp.fc2.bias", DROP, "W -> W"),
+
+    # The activations between the linear layers take the odd numbers.
+    ("projector.layers.{twice}.weight", "params/adaptor/layers_{layer}/kernel", "out in -> in out"),
+    ("projector.layers.{twice}.bias", "params/adaptor/layers_{layer}/bias", "out -> out"),
+
+    ("language.model.embed_tokens.weight", "params/decoder/embed_tokens/embedding",
+     "vocab D -> vocab D"),
+    (_LAYER + "input_layernorm.weight", _RUN + "input_layernorm/scale", "D -> D"),
+    # Multi-head attention (Tiny).
+    (_ATTN + "q_proj.weight", _OUR_ATTN + "q_proj/kernel", "(H K) D -> D H K", "mha"),
+    (_ATTN + "q_proj.bias", _OUR_ATTN + "q_proj/bias", "(H K) -> H K", "mha bias"),
+    (_ATTN + "k_proj.weight", _OUR_ATTN + "k_proj/kernel", "(H K) D -> D H K", "mha"),
+    (_ATTN + "k_proj.bias", _OUR_ATTN + "k_proj/bias", "(H K) -> H K", "mha bias"),
+    (_ATTN + "v_proj.weight", _OUR_ATTN + "v_proj/kernel", "(H K) D -> D H K", "mha"),
+    (_ATTN + "v_proj.bias", _OUR_ATTN + "v_proj/bias", "(H K) -> H K", "mha bias"),
+    (_ATTN + "o_proj.weight", _OUR_ATTN + "o_proj/kernel", "D (H K) -> H K D", "mha"),
+    # Multi-head latent attention (Small, base).
+    (_ATTN + "q_proj.weight", _OUR_ATTN + "q_proj/kernel", "(H NR) D -> D H NR", "mla full_q"),
+    (_ATTN + "q_a_proj.weight", _OUR_ATTN + "q_a_proj/kernel", "Q D -> D Q", "mla lora_q"),
+    (_ATTN + "q_a_proj.bias", _OUR_ATTN + "q_a_proj/bias", "Q -> Q", "mla lora_q bias"),
+    (_ATTN + "q_a_layernorm.weight", _OUR_ATTN + "q_a_norm/scale", "Q -> Q", "mla lora_q"),
+    (_ATTN + "q_b_proj.weight", _OUR_ATTN + "q_b_proj/kernel", "(H NR) Q -> Q H NR", "mla lora_q"),
+    (_ATTN + "kv_a_proj_with_mqa.weight", _OUR_ATTN + "kv_a_proj/kernel", "CR D -> D CR", "mla"),
+    (_ATTN + "kv_a_proj_with_mqa.bias", _OUR_ATTN + "kv_a_proj/bias", "CR -> CR", "mla bias"),
+    (_ATTN + "kv_a_layernorm.weight", _OUR_ATTN + "kv_a_norm/scale", "C -> C", "mla"),
+    (_ATTN + "kv_b_proj.weight", _OUR_ATTN + "kv_b_proj/kernel", "(H NV) C -> C H NV", "mla"),
+    (_ATTN + "o_proj.weight", _OUR_ATTN + "o_proj/kernel", "D (H V) -> H V D", "mla"),
+    (_ATTN + "o_proj.bias", _OUR_ATTN + "o_proj/bias", "D -> D", "bias"),
+    (_LAYER + "post_attention_layernorm.weight", _RUN + "post_attention_layernorm/scale",
+     "D -> D"),
+    # Dense layers.
+    (_LAYER + "mlp.gate_proj.weight", _RUN + "mlp/gate_proj/kernel", "F D -> D F", "dense"),
+    (_LAYER + "mlp.up_proj.weight", _RUN + "mlp/up_proj/kernel", "F D -> D F", "dense"),
+    (_LAYER + "mlp.down_proj.weight", _RUN + "mlp/down_proj/kernel", "D F -> F D", "dense"),
+    # Mixture of experts.
+    (_LAYER + "mlp.gate.weight", _RUN + "mlp/gate/kernel", "E D -> D E", "moe"),
+    (_LAYER + "mlp.gate.e_score_correction_bias",
+     "router/decoder/{run}/mlp/gate/e_score_correction_bias", "E -> E", "moe noaux_tc"),
+    (_LAYER + "mlp.experts.{expert}.gate_proj.weight", _RUN + "mlp/experts/gate_proj",
+     "M D -> D M", "moe"),
+    (_LAYER + "mlp.experts.{expert}.up_proj.weight", _RUN + "mlp/experts/up_proj",
+     "M D -> D M", "moe"),
+    (_LAYER + "mlp.experts.{expert}.down_proj.weight", _RUN + "mlp/experts/down_proj",
+     "D M -> M D", "moe"),
+    (_LAYER + "mlp.shared_experts.gate_proj.weight", _RUN + "mlp/shared_experts/gate_proj/kernel",
+     "S D -> D S", "moe shared"),
+    (_LAYER + "mlp.shared_experts.up_proj.weight", _RUN + "mlp/shared_experts/up_proj/kernel",
+     "S D -> D S", "moe shared"),
+    (_LAYER + "mlp.shared_experts.down_proj.weight", _RUN + "mlp/shared_experts/down_proj/kernel",
+     "D S -> S D", "moe shared"),
+
+    ("language.model.norm.weight", "params/decoder/norm/scale", "D -> D"),
+    ("language.lm_head.weight", "params/decoder/lm_head/kernel", "vocab D -> D vocab"),
+))
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One original tensor and its place: `leaf[index]`, or nowhere (`path` is None)."""
+
+    hf: str
+    path: str | None
+    index: tuple[int, ...]
+    axes: Axes
+    row: Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of the model: the original tensors it is stacked from, in order."""
+
+    path: str
+    shape: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+    @property
+    def is_router_state(self) -> bool:
+        """Whether it is non-gradient router state, which is float32 always."""
+        return self.path.startswith("router/")
+
+
+def expand(config: VL2Config) -> list[Entry]:
+    """Writes the table out for one model: every tensor of the original checkpoint, in its order."""
+    vision, decoder = _vision_sizes(config), _decoder_sizes(config)
+    entries: list[Entry] = []
+    for is_stack, rows in _sections():
+        if not is_stack:
+            for row in rows:
+                sizes = vision if row.hf.startswith("vision.") else decoder
+                entries.append(Entry(row.hf, row.path, (), sized(row.axes, sizes), row))
+        elif rows[0].hf.startswith("projector."):
+            entries += _adaptor(config, rows)
+        elif rows[0].hf.startswith("vision."):
+            for layer in range(config.vision.layers):
+                entries += _layer(rows, vision, layer, layer, "", frozenset(), 0)
+        else:
+            for run in config.decoder.layer_runs:
+                flags = _flags(config, run.is_moe)
+                for i in range(run.count):
+                    experts = config.decoder.n_routed_experts or 0
+                    entries += _layer(rows, decoder, run.first + i, i, run.name, flags, experts)
+    return entries
+
+
+def leaves(entries: list[Entry]) -> dict[str, Leaf]:
+    """Groups the entries by parameter path; dropped tensors belong to none.
+
+    Returns:
+      {"params/decoder/moe_1/mlp/experts/gate_proj": Leaf, ...}; its shapes are the model's.
+    """
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.path is not DROP:
+            groups.setdefault(entry.path, []).append(entry)
+    found = {}
+    for path, group in groups.items():
+        last = group[-1]  # indices are dense and in order
+        stack = tuple(i + 1 for i in last.index)
+        found[path] = Leaf(path, stack + last.axes.shape, tuple(group))
+    return found
+
+
+def target_shapes(config: VL2Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters of a model by path, `{"params/...": (..), "router/...": (..)}`."""
+    return {path: leaf.shape for path, leaf in leaves(expand(config)).items()}
+
+
+def _sections() -> Iterator[tuple[bool, list[Row]]]:
+    """Neighbouring rows that are, or are not, repeated together for every layer."""
+    part: list[Row] = []
+    key = None
+    for row in TABLE:
+        stacked = "{" in row.hf
+        this = (stacked, row.hf.split(".")[0] if stacked else None)
+        if part and this != key:
+            yield key[0], part
+            part = []
+        key = this
+        part.append(row)
+    yield key[0], part
+
+
+def _layer(rows, sizes, layer: int, position: int, run: str, flags, experts: int) -> list[Entry]:
+    """Entries of one layer, which is number `position` of its stack."""
+    found = []
+    for row in rows:
+        if not flags.issuperset(row.when.split()):
+            continue
+        axes = sized(row.axes, sizes)
+        path = row.path.format(run=run)
+        for expert in range(experts) if "{expert}" in row.hf else (None,):
+            index = (position,) if expert is None else (position, expert)
+            name = row.hf.format(layer=layer, expert=expert)
+            found.append(Entry(name, path, index, axes, row))
+    return found
+
+
+def _adaptor(config: VL2Config, rows) -> list[Entry]:
+    """Linear layers of the adaptor: not stacked, their sizes differ."""
+    found = []
+    for i, (inputs, outputs) in enumerate(config.adaptor.layer_sizes):
+        for row in rows:
+            axes = sized(row.axes, {"in": inputs, "out": outputs})
+            found.append(Entry(row.hf.format(twice=2 * i), row.path.format(layer=i), (), axes, row))
+    return found
+
+
+def _flags(config: VL2Config, is_moe: bool) -> frozenset[str]:
+    """Words of the `when` column that describe a layer."""
+    decoder = config.decoder
+    words = {
+        "moe" if is_moe else "dense",
+        "mla" if decoder.use_mla else "mha",
+        "full_q" if decoder.q_lora_rank is None else "lora_q",
+    }
+    words |= {"bias"} if decoder.attention_bias else set()
+    words |= {"shared"} if decoder.n_shared_experts else set()
+    words |= {"noaux_tc"} if decoder.topk_method == "noaux_tc" else set()
+    return frozenset(words)
+
+
+def _vision_sizes(config: VL2Config) -> dict[str, int]:
+    vision = config.vision
+    return {
+        "W": vision.width,
+        "H": vision.heads,
+        "K": vision.head_dim,
+        "F": vision.intermediate_size,
+        "P": vision.grid**2,
+        "p": vision.patch_size,
+        "q": vision.patch_size,
+    }
+
+
+def _decoder_sizes(config: VL2Config) -> dict[str, int]:
+    decoder = config.decoder
+    kv_rank = decoder.kv_lora_rank or 0
+    return {
+        "D": decoder.hidden_size,
+        "H": decoder.num_attention_heads,
+        "K": decoder.hidden_size // decoder.num_attention_heads,
+        "NR": decoder.qk_nope_head_dim + decoder.qk_rope_head_dim,
+        "NV": decoder.qk_nope_head_dim + decoder.v_head_dim,
+        "V": decoder.v_head_dim,
+        "C": kv_rank,
+        "CR": kv_rank + decoder.qk_rope_head_dim,
+        "Q": decoder.q_lora_rank or 0,
+        "F": decoder.intermediate_size,
+        "M": decoder.moe_intermediate_size,
+        "S": decoder.moe_intermediate_size * (decoder.n_shared_experts or 0),
+        "E": decoder.n_routed_experts or 0,
+        "vocab": decoder.vocab_size,
+    }

@@ -1,0 +1,156 @@
+"""What a conversion will do, and all that is wrong with its source, before a byte is written."""
+
+import collections
+import functools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from convert import mapping
+from convert.pieces import Piece
+from convert.source import NUMPY_DTYPES, SHORT_NAMES, ConversionError, Source, scan, some
+from vl2jax import checkpoint
+from vl2jax.config import ConfigError, VL2Config
+from vl2jax.errors import UserError
+from vl2jax.progress import human_bytes
+
+
+class Plan:
+    """Everything known about a conversion before a byte is written."""
+
+    def __init__(self, config: VL2Config, source: Source, dtype: str | None):
+        self.config = config
+        self.source = source
+        self.entries = mapping.expand(config)
+        self.leaves = mapping.leaves(self.entries)
+        self.requested = dtype
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """What each parameter is stored as: as asked, else what holds its tensors exactly."""
+        return {path: self._dtype(leaf) for path, leaf in self.leaves.items()}
+
+    def _dtype(self, leaf: mapping.Leaf) -> np.dtype:
+        if leaf.is_router_state:
+            return NUMPY_DTYPES["F32"]
+        if self.requested is not None:
+            return NUMPY_DTYPES[SHORT_NAMES[self.requested]]
+        held = {self.source.tensors[entry.hf].dtype for entry in leaf.entries}
+        return NUMPY_DTYPES["BF16" if held == {"BF16"} else "F32"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the parameters take, before compression."""
+        return sum(math.prod(x.shape) * self.dtypes[p].itemsize for p, x in self.leaves.items())
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes that will be read."""
+        return sum(
+            self.source.tensors[entry.hf].nbytes
+            for leaf in self.leaves.values()
+            for entry in leaf.entries
+        )
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """A piece of an original tensor in our layout and dtype; a view where numpy can."""
+        values = self.source.read(piece.entry.hf, piece.start, piece.stop)
+        values = values.astype(self.dtypes[piece.leaf.path], copy=False)
+        return piece.entry.axes.forward(values)
+
+    def source_bytes(self, piece: Piece) -> int:
+        info = self.source.tensors[piece.entry.hf]
+        return info.nbytes * (piece.stop - piece.start) // info.shape[0]
+
+
+def make_plan(hf_dir: Path, dtype: str | None) -> Plan:
+    """Reads config and headers of an original checkpoint and checks everything.
+
+    Raises:
+      ConversionError: with all problems at once.
+    """
+    if not hf_dir.is_dir():
+        what = "is not a directory" if hf_dir.exists() else "does not exist"
+        raise UserError(f"{hf_dir} {what}; expected a Hugging Face checkpoint directory")
+    if (hf_dir / checkpoint.MODEL_FILE).exists():
+        raise UserError(f"{hf_dir} is a vl2jax checkpoint already")
+    problems: list[str] = []
+    config = _read_config(hf_dir, problems)
+    for name in checkpoint.REQUIRED_FILES:
+        if not (hf_dir / name).is_file():
+            problems.append(f"{name} is missing")
+    source, found = scan(hf_dir)
+    problems += found
+    if config is None:
+        raise ConversionError(str(hf_dir), problems)
+    plan = Plan(config, source, dtype)
+    problems += _compare(plan.entries, source)
+    if problems:
+        raise ConversionError(str(hf_dir), problems)
+    return plan
+
+
+def _read_config(hf_dir: Path, problems: list[str]) -> VL2Config | None:
+    try:
+        content = json.loads((hf_dir / "config.json").read_bytes())
+        if not isinstance(content, dict):
+            raise ConfigError("config: not a JSON object")
+        return VL2Config.from_hf(content)
+    except FileNotFoundError:
+        problems.append("config.json is missing")
+    except ConfigError as error:
+        problems.append(str(error))
+    except ValueError as error:
+        problems.append(f"config.json is not JSON ({error})")
+    return None
+
+
+def _compare(entries: list[mapping.Entry], source: Source) -> list[str]:
+    """Compares the tensors of a checkpoint with those of the model."""
+    problems = []
+    expected = {entry.hf: entry for entry in entries}
+    if source.unreadable is not None:
+        needed = {entry.hf for entry in entries if entry.path is not mapping.DROP}
+        missing = needed - source.tensors.keys() - source.unreadable
+        if missing:
+            names = [entry.hf for entry in entries if entry.hf in missing]
+            problems.append(f"missing tensors ({len(names)}): {some(names)}")
+    surplus = [name for name in source.tensors if name not in expected]
+    if surplus:
+        problems.append(f"tensors the model does not have ({len(surplus)}): {some(surplus)}")
+    for name, entry in expected.items():
+        info, wanted = source.tensors.get(name), entry.axes.hf_shape
+        if info is not None and info.shape != wanted:
+            problems.append(f"{name}: shape {list(info.shape)}, the model has {list(wanted)}")
+        if info is not None and info.dtype not in NUMPY_DTYPES:
+            known = ", ".join(NUMPY_DTYPES)
+            problems.append(f"{name}: dtype {info.dtype}, expected one of {known}")
+    return problems
+
+
+def describe(plan: Plan) -> str:
+    """The mapping of this checkpoint as text, one line per row of the table and parameter."""
+    groups = collections.Counter((entry.row.hf, entry.path) for entry in plan.entries)
+    first = {}
+    for entry in plan.entries:
+        first.setdefault((entry.row.hf, entry.path), entry)
+    lines = []
+    for (hf, path), count in groups.items():
+        entry = first[hf, path]
+        name = hf if count > 1 else entry.hf
+        left = f"{count:5} x {name} {list(entry.axes.hf_shape)}"
+        if path is mapping.DROP:
+            lines.append(f"{left} -> dropped")
+        else:
+            leaf = plan.leaves[path]
+            lines.append(
+                f"{left} -> {path} {plan.dtypes[path].name}{list(leaf.shape)}   ({entry.row.axes})"
+            )
+    lines.append(f"dropped: {mapping.DROP_REASON}")
+    lines.append(
+        f"{len(plan.entries)} tensors, {human_bytes(plan.source_nbytes)} to read ->"
+        f" {len(plan.leaves)} parameters, {human_bytes(plan.nbytes)}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Random checkpoints in the original layout, for demonstrations, tests and measurements."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from convert.mapping import expand
+from convert.shards import TensorSpec, header_bytes, plan_shards, write_index, write_shards
+from convert.source import NUMPY_DTYPES
+from vl2jax.config import VL2Config
+
+_POOL = 2**24  # random numbers to draw from: drawing 27 billion anew would take minutes
+_PIECE = 2**23  # elements
+
+
+def write_weights(
+    directory: Path,
+    config: VL2Config,
+    *,
+    dtype: str = "BF16",
+    shard_size: int = 10**10,
+    zeros: bool = False,
+    seed: int = 0,
+) -> int:
+    """Writes `config.json` and safetensors files of a model's full shapes.
+
+    Args:
+      directory: an existing directory.
+      config: the model.
+      dtype: "F32", "BF16" or "F16".
+      shard_size: bytes per file, at most.
+      zeros: write sparse files that take no room and read as zeros; else norm scales near 1 and
+        all else normal with the standard deviation of the config.
+      seed: of the random numbers.
+
+    Returns:
+      Bytes of the tensors.
+    """
+    tensors = [TensorSpec(entry.hf, dtype, entry.axes.hf_shape) for entry in expand(config)]
+    shards = plan_shards(tensors, shard_size)
+    if zeros:
+        for name, held in shards:
+            with (directory / name).open("wb") as file:
+                head = header_bytes(held)
+                file.write(head)
+                file.truncate(len(head) + sum(tensor.nbytes for tensor in held))
+        if len(shards) > 1:
+            write_index(directory, shards)
+    else:
+        values = _values(tensors, config.decoder.initializer_range, seed)
+        write_shards(directory, shards, values, lambda _: None)
+    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _values(tensors: list[TensorSpec], deviation: float, seed: int) -> Iterator[np.ndarray]:
+    """Values of all tensors in pieces: windows of one pool of random numbers."""
+    rng = np.random.default_rng(seed)
+    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    pool = rng.standard_normal(min(_POOL, 2 * max(sizes)), np.float32) * np.float32(deviation)
+    for tensor, size in zip(tensors, sizes, strict=True):
+        is_scale = len(tensor.shape) == 1 and tensor.name.endswith(".weight")
+        while size > 0:
+            count = min(size, _PIECE, len(pool) // 2)
+            start = rng.integers(len(pool) - count + 1)
+            piece = pool[start : start + count] + np.float32(is_scale)
+            yield piece.astype(NUMPY_DTYPES[tensor.dtype])
+            size -= count

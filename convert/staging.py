@@ -1,0 +1,161 @@
+"""What both conversions share: output that appears only when whole, and errors on one line."""
+
+import collections
+import concurrent.futures
+import contextlib
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from vl2jax.errors import UserError
+from vl2jax.progress import human_bytes
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two conversions into one place are then not told apart
+    fcntl = None
+
+_THREADS = 2  # each holds a piece of at most mapping.PIECE_BYTES, and copies of it
+
+
+@contextlib.contextmanager
+def staged_directory(
+    out: Path, nbytes: int, is_ours: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Gives a directory to fill, and renames it to `out` when the block ends well.
+
+    The work is done in `OUT.partial` beside it, which is removed when the block fails; what a
+    killed run left there is removed by the next one.
+
+    Args:
+      out: the directory to make.
+      nbytes: how much will be written, at most; less free space is an error before any work.
+      is_ours: whether an existing `out` may be replaced; None never replaces.
+
+    Raises:
+      UserError: `out` is in the way, another run writes there, or the disk is too small.
+    """
+    out = Path(os.path.abspath(out))
+    _check_target(out, is_ours)
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if partial.exists():
+            _lock(partial, stack)  # held by a living run, or else stale
+            shutil.rmtree(partial)
+        _check_space(out.parent, nbytes)
+        partial.mkdir()
+        _lock(partial, stack)
+        try:
+            yield partial
+            _publish(partial, out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def run_cli(main: Callable[[], None]) -> int:
+    """Runs a command line; a user's mistake is one message, never a traceback.
+
+    Returns:
+      The exit code: 0, 1 after an error, 130 after Ctrl-C.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was left behind; run it again", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def map_ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map`, working on the next few items in threads while the caller uses this one."""
+    waiting: collections.deque = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > _THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as `5GB`, `500MB` or `1.5GiB`.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", text)
+    if not match:
+        raise ValueError(f"expected a size such as 5GB, got {text!r}")
+    number, unit = match.groups()
+    base = 1024 if unit and unit.endswith("i") else 1000
+    size = int(float(number) * base ** ("kMGT".index(unit[0]) + 1 if unit else 0))
+    if size < 1:
+        raise ValueError(f"expected a size above zero, got {text!r}")
+    return size
+
+
+def disk_full(error: Exception, out: Path) -> OSError | None:
+    """The plain error for a storage error that means a full disk; None for any other."""
+    if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+        return None
+    return OSError(errno.ENOSPC, f"the disk is full; nothing was left at {out}")
+
+
+def _check_target(out: Path, is_ours: Callable[[Path], bool] | None) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} exists and is not a directory; choose another output")
+    if not any(out.iterdir()):
+        return
+    if is_ours is None:
+        raise UserError(f"{out} exists and is not empty; choose another output or --overwrite it")
+    if not is_ours(out):
+        raise UserError(f"{out} is not something --overwrite may replace; choose another output")
+
+
+def _check_space(directory: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if nbytes > free:
+        raise UserError(
+            f"not enough space in {directory}: {nbytes} bytes ({human_bytes(nbytes)}) may be"
+            f" needed, {free} bytes ({human_bytes(free)}) are free"
+        )
+
+
+def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
+    """Takes the directory for this process; the lock ends with the process, however that ends."""
+    if fcntl is None:
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{directory} is being written by another run; wait for its end") from error
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Renames the finished directory into place, over an old one if need be."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    if out.exists():
+        if replaced.exists():  # left by a run that died between its two renames
+            shutil.rmtree(replaced)
+        out.rename(replaced)
+    partial.rename(out)
+    if replaced.exists():
+        shutil.rmtree(replaced)

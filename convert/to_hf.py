@@ -1,0 +1,148 @@
+"""Converts a vl2jax checkpoint directory back to the original Hugging Face layout.
+
+    python -m convert.to_hf CKPT_DIR OUT_DIR [--shard_size 5GB]
+
+Every tensor is written in the dtype that it had, so converting there and back changes no bit.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from convert import mapping
+from convert.pieces import pieces
+from convert.shards import TensorSpec, plan_shards, write_shards
+from convert.source import NUMPY_DTYPES, SHORT_NAMES, some
+from convert.staging import disk_full, map_ahead, parse_bytes, run_cli, staged_directory
+from vl2jax import checkpoint
+from vl2jax.errors import UserError
+from vl2jax.progress import Progress
+from vl2jax.store import ParamStore, read_array
+
+_MARGIN = 64 * 2**20  # bytes for headers, index and the small files
+
+
+def convert(ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9) -> list[str]:
+    """Writes the model in `ckpt` into the new directory `out`.
+
+    Args:
+      ckpt: a vl2jax checkpoint directory.
+      out: the directory to make.
+      shard_size: bytes per safetensors file, at most.
+
+    Returns:
+      One line for each group of original tensors that could not be written.
+
+    Raises:
+      UserError, OSError: nothing is left at `out`.
+    """
+    model = checkpoint.read_model_dir(ckpt)
+    store = ParamStore(model.params)
+    leaves = mapping.leaves(mapping.expand(model.config))
+    store.check({path: leaf.shape for path, leaf in leaves.items()})
+    tensors = [
+        TensorSpec(entry.hf, _dtype(model, entry.hf), entry.axes.hf_shape)
+        for leaf in leaves.values()
+        for entry in leaf.entries
+    ]
+    total = sum(tensor.nbytes for tensor in tensors)
+    try:
+        with (
+            staged_directory(out, total + _MARGIN) as partial,
+            Progress("writing", total) as progress,
+        ):
+            data = _values(model, store, leaves)
+            write_shards(partial, plan_shards(tensors, shard_size), data, progress.update)
+            _write_small_files(model, partial)
+    except OSError as error:
+        raise disk_full(error, out) or error from error
+    return [
+        f"not written: {len(group['tensors'])} tensors ({some(group['tensors'], 3)}): conversion"
+        f" left them out, because {group['reason']}"
+        for group in model.dropped
+    ]
+
+
+def _dtype(model: checkpoint.ModelDir, name: str) -> str:
+    """The dtype a tensor had in its source, as safetensors names it."""
+    found = model.source_dtypes.get(name, model.source_dtype)
+    if found not in SHORT_NAMES:
+        raise UserError(
+            f"{model.path / checkpoint.MODEL_FILE}: {name} has source dtype {found!r};"
+            f" expected one of {', '.join(SHORT_NAMES)}"
+        )
+    return SHORT_NAMES[found]
+
+
+def _values(model, store: ParamStore, leaves: dict[str, mapping.Leaf]) -> Iterator[np.ndarray]:
+    """All tensors in the original layout and dtype, piece by piece in the order of the leaves."""
+
+    def work() -> Iterator[tuple]:
+        for path, leaf in leaves.items():
+            stored = store.open(path)
+            for piece in pieces(leaf, stored.dtype.numpy_dtype.itemsize):
+                yield stored, piece
+
+    def read(item: tuple) -> np.ndarray:
+        stored, piece = item
+        values = piece.entry.axes.backward(piece.squeeze(read_array(stored, piece.index)))
+        return _cast(values, NUMPY_DTYPES[_dtype(model, piece.entry.hf)], piece.entry.hf)
+
+    yield from map_ahead(read, work())
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Casts, and refuses what does not fit: trained float32 values may exceed float16."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if (
+        dtype == np.float16
+        and values.dtype != dtype
+        and not np.array_equal(np.isfinite(cast), np.isfinite(values))
+    ):
+        raise UserError(f"{name}: values beyond 65504 do not fit its source dtype float16")
+    return cast
+
+
+def _write_small_files(model: checkpoint.ModelDir, directory: Path) -> None:
+    for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
+        if (model.path / name).is_file():
+            shutil.copyfile(model.path / name, directory / name)
+    text = json.dumps(model.config.to_hf(), indent=2) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.to_hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ckpt_dir", type=Path, help="vl2jax checkpoint directory")
+    parser.add_argument("out_dir", type=Path, help="Hugging Face directory to make")
+    parser.add_argument("--shard_size", default="5GB", help="bytes per file, at most (5GB)")
+    args = parser.parse_args()
+    try:
+        shard_size = parse_bytes(args.shard_size)
+    except ValueError as error:
+        parser.error(f"--shard_size: {error}")
+    notes = convert(args.ckpt_dir, args.out_dir, shard_size=shard_size)
+    for note in notes:
+        print(note, file=sys.stderr)
+    print(f"wrote {args.out_dir}")
+
+
+def main() -> int:
+    """Command line entry; returns the exit code."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return run_cli(_main)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

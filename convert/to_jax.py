@@ -1,0 +1,200 @@
+"""Converts an original checkpoint into a vl2jax checkpoint directory.
+
+    python -m convert.to_jax HF_DIR OUT_DIR [--dtype bfloat16|float32] [--dry_run] [--verify]
+
+Tensors are read one at a time and written slice by slice: memory stays small, whatever the model.
+"""
+
+import argparse
+import collections
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from convert import mapping
+from convert.pieces import Piece, chunk_shape, pieces
+from convert.plan import Plan, describe, make_plan
+from convert.source import LONG_NAMES, ConversionError
+from convert.staging import disk_full, map_ahead, run_cli, staged_directory
+from convert.writer import StreamedArray, save_streamed
+from vl2jax import checkpoint
+from vl2jax.progress import Progress
+from vl2jax.store import CheckpointError, ParamStore, read_array
+
+_MARGIN = 64 * 2**20  # bytes for metadata and the small files
+
+
+def streamed(plan: Plan, progress: Progress) -> dict[str, StreamedArray]:
+    """The parameters as arrays that are made while they are written."""
+
+    def array(path: str, leaf: mapping.Leaf) -> StreamedArray:
+        dtype = plan.dtypes[path]
+
+        def slices() -> Iterator[tuple[tuple, np.ndarray]]:
+            for piece in pieces(leaf, dtype.itemsize):
+                yield piece.index, piece.unsqueeze(plan.read(piece))
+                progress.update(plan.source_bytes(piece))
+
+        chunk = chunk_shape(leaf, dtype.itemsize)
+        return StreamedArray(leaf.shape, dtype, chunk, slices)
+
+    return {path: array(path, leaf) for path, leaf in plan.leaves.items()}
+
+
+def verify(plan: Plan, params: Path) -> None:
+    """Reads the written parameters again and compares every tensor with its source, bit by bit.
+
+    Raises:
+      ConversionError: with all tensors that differ.
+    """
+    store = ParamStore(params)
+    store.check({path: leaf.shape for path, leaf in plan.leaves.items()})
+    problems: dict[str, str] = {}
+
+    def work() -> Iterator[tuple]:
+        for path, leaf in plan.leaves.items():
+            stored = store.open(path)
+            for piece in pieces(leaf, plan.dtypes[path].itemsize):
+                yield stored, piece
+
+    def compare(item: tuple) -> tuple[Piece, str | None]:
+        stored, piece = item
+        where = f"{piece.leaf.path}{list(piece.entry.index)}"
+        try:
+            values = piece.squeeze(read_array(stored, piece.index))
+        except CheckpointError as error:
+            return piece, f"{piece.entry.hf}: {where}: {error}"
+        if _same_bits(values, plan.read(piece)):
+            return piece, None
+        return piece, f"{piece.entry.hf}: {where} differs"
+
+    with Progress("verifying", plan.source_nbytes) as progress:
+        for piece, problem in map_ahead(compare, work()):
+            if problem is not None:
+                problems.setdefault(piece.entry.hf, problem)
+            progress.update(plan.source_bytes(piece))
+    if problems:
+        raise ConversionError(f"{params} is not what was converted", list(problems.values()))
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equality that also tells NaNs and signed zeros apart."""
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(bits), b.view(bits))
+
+
+def convert(
+    hf_dir: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    check: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Converts `hf_dir` into the new directory `out`.
+
+    Args:
+      hf_dir: an original checkpoint.
+      out: the directory to make.
+      dtype: "bfloat16" or "float32"; None stores what the source has (float16 as float32).
+      check: read the result again and compare it with the source before it gets its name.
+      overwrite: replace an older vl2jax checkpoint at `out`.
+
+    Raises:
+      UserError, OSError: nothing is left at `out`.
+    """
+    plan = make_plan(hf_dir, dtype)
+    is_ours = (lambda path: (path / checkpoint.MODEL_FILE).is_file()) if overwrite else None
+    try:
+        with plan.source, staged_directory(out, plan.nbytes + _MARGIN, is_ours) as partial:
+            _fill(plan, hf_dir, partial, check)
+    except (ValueError, OSError) as error:
+        if (full := disk_full(error, out)) is not None:
+            raise full from error
+        raise
+
+
+def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool) -> None:
+    """Writes everything into an empty directory, `model.json` last."""
+    for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
+        if (hf_dir / name).is_file():
+            shutil.copyfile(hf_dir / name, partial / name)
+    with Progress("converting", plan.source_nbytes) as progress:
+        save_streamed(partial / checkpoint.PARAMS, streamed(plan, progress))
+    if check:
+        verify(plan, partial / checkpoint.PARAMS)
+    checkpoint.write_model_json(_record(plan, partial))
+
+
+def _record(plan: Plan, directory: Path) -> checkpoint.ModelDir:
+    """What `model.json` says about a conversion."""
+    stored: collections.Counter = collections.Counter()
+    for path, leaf in plan.leaves.items():
+        if not leaf.is_router_state:
+            stored[plan.dtypes[path].name] += math.prod(leaf.shape)
+    kept = [plan.source.tensors[x.hf] for leaf in plan.leaves.values() for x in leaf.entries]
+    original: collections.Counter = collections.Counter()
+    for info in kept:
+        original[info.dtype] += info.nbytes
+    usual = original.most_common(1)[0][0]
+    present = (entry.hf for entry in plan.entries if entry.path is mapping.DROP)
+    dropped = [name for name in present if name in plan.source.tensors]
+    return checkpoint.ModelDir(
+        path=directory,
+        config=plan.config,
+        dtype=stored.most_common(1)[0][0],
+        source_dtype=LONG_NAMES[usual],
+        source_dtypes={x.name: LONG_NAMES[x.dtype] for x in kept if x.dtype != usual},
+        dropped=[{"tensors": dropped, "reason": mapping.DROP_REASON}] if dropped else [],
+    )
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.to_jax",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("hf_dir", type=Path, help="original checkpoint (Hugging Face layout)")
+    parser.add_argument("out_dir", type=Path, help="vl2jax checkpoint directory to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="store as this; default: as the source has it",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check the source and print the mapping; write nothing",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result again and compare every tensor with its source",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an older vl2jax checkpoint"
+    )
+    args = parser.parse_args()
+    if args.dry_run:
+        print(describe(make_plan(args.hf_dir, args.dtype)))
+        return
+    convert(
+        args.hf_dir, args.out_dir, dtype=args.dtype, check=args.verify, overwrite=args.overwrite
+    )
+    print(f"wrote {args.out_dir}")
+
+
+def main() -> int:
+    """Command line entry; returns the exit code."""
+    # Conversion needs no accelerator; do not take one that a training run may hold.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return run_cli(_main)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

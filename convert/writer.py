@@ -1,0 +1,122 @@
+"""Writing stacked parameters as an Orbax checkpoint without ever holding one of them.
+
+Orbax asks a type handler to write each leaf.  The handler here writes slice by slice through
+tensorstore, each slice made when its turn comes; everything else (metadata, finalisation,
+atomic rename) is Orbax's own, so the result is an ordinary Orbax checkpoint.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+_IN_FLIGHT = 64 * 2**20  # bytes of slices handed to tensorstore and not yet on the disk
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedArray:
+    """An array that is made while it is written.
+
+    Attributes:
+      shape, dtype: of the whole.
+      chunk: shape of the chunks on the disk; every slice fills whole chunks.
+      slices: makes (index, values) pairs that together fill the array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    slices: Callable[[], Iterator[tuple[tuple, np.ndarray]]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_streamed(directory: Path, arrays: Mapping[str, StreamedArray]) -> None:
+    """Writes an Orbax checkpoint.
+
+    Args:
+      directory: where; must not exist.
+      arrays: path ("params/decoder/...") -> array.  They are written in this order.
+
+    Raises:
+      OSError, ValueError: the storage failed.
+    """
+    import orbax.checkpoint as ocp
+
+    tree: dict = {"params": {}, "router": {}}
+    for path, array in arrays.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = array
+    registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _handler(ocp)))
+    with (
+        _quiet(),
+        ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        ) as checkpointer,
+    ):
+        checkpointer.save(Path(directory).resolve(), args=ocp.args.PyTreeSave(tree))
+
+
+def _handler(ocp):
+    """Makes the type handler; Orbax is imported only where it is used."""
+
+    class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
+        """Stores a `StreamedArray` as the numpy array that it describes."""
+
+        async def serialize(self, values, infos, args=None):
+            args = args or [None] * len(values)
+            for value, info, arg in zip(values, infos, args, strict=True):
+                await info.await_path_creation()
+                spec = ocp.type_handlers.get_json_tspec_write(
+                    info,
+                    use_ocdbt=True,
+                    global_shape=value.shape,
+                    local_shape=value.chunk,
+                    dtype=value.dtype,
+                    process_index=0,
+                    arg=arg,
+                )
+                await _write(value, spec, info.ts_context)
+            return []
+
+    return StreamedArrayHandler()
+
+
+async def _write(array: StreamedArray, spec: dict, context) -> None:
+    """Writes all slices, a bounded number of bytes at a time."""
+    import tensorstore as ts
+
+    store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+    waiting: collections.deque = collections.deque()
+    in_flight = 0
+    for index, values in array.slices():
+        waiting.append((store[index].write(values), values.nbytes))
+        in_flight += values.nbytes
+        while in_flight > _IN_FLIGHT:
+            future, nbytes = waiting.popleft()
+            await future
+            in_flight -= nbytes
+    for future, _ in waiting:
+        await future
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging what is no news to a user."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
