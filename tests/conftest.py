@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests."""
+
+import os
+import pathlib
+
+# Before the first import of jax: eight host devices, so that meshes can be tested anywhere.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+from golden import Mini
+
+import vl2jax
+from convert import to_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = ROOT / "tests" / "data"
+REFERENCE = ROOT.parent / "shared" / "reference"
+NO_REFERENCE = "the full reference data is not beside this checkout"
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The small part of the reference data that the project carries."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def reference() -> pathlib.Path:
+    """The full reference data, where it lies beside the checkout."""
+    if not REFERENCE.is_dir():
+        pytest.skip(NO_REFERENCE)
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """`mini(name)`: a mini checkpoint, converted and loaded once; skips where it is not."""
+    loaded: dict[str, Mini] = {}
+
+    def get(name: str, case: str | None = None) -> Mini:
+        source = next((d / name for d in (REFERENCE, DATA) if (d / name).is_dir()), None)
+        if source is None:
+            pytest.skip(NO_REFERENCE)
+        if name not in loaded:
+            target = tmp_path_factory.mktemp("converted") / name
+            to_jax.convert(source, target)
+            model = vl2jax.load(target)
+            loaded[name] = Mini(name, source, model.config, model.params, model.processor)
+        if case is not None and not loaded[name].has(case):
+            pytest.skip(NO_REFERENCE)
+        return loaded[name]
+
+    return get

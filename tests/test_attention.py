@@ -1,0 +1,128 @@
+"""Attention: absorbed = expanded, cached = whole, chunked = at once, and who sees whom."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vl2jax import attend
+from vl2jax.attention import MHA, MLA, Context, init_cache
+from vl2jax.config import DecoderConfig
+from vl2jax.rope import rope_table
+
+MLA_CFG = DecoderConfig(
+    hidden_size=24,
+    num_attention_heads=3,
+    kv_lora_rank=10,
+    q_lora_rank=None,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    max_position_embeddings=64,
+)
+MHA_CFG = dataclasses.replace(MLA_CFG, use_mla=False, num_key_value_heads=3)
+
+
+def _context(cfg, positions, segments=None):
+    positions = jnp.asarray(positions, jnp.int32)
+    segments = jnp.ones_like(positions) if segments is None else jnp.asarray(segments)
+    return Context(positions, segments, *rope_table(cfg, positions, positions.shape[1]))
+
+
+def _module(cfg, x, **options):
+    module = (MLA if cfg.use_mla else MHA)(cfg, **options)
+    context = _context(cfg, jnp.zeros(x.shape[:2], jnp.int32))
+    params = MLA(cfg).init if cfg.use_mla else MHA(cfg).init
+    return module, jax.tree.map(lambda a: a * 20, params(jax.random.key(0), x, context, None, 0))
+
+
+@pytest.mark.parametrize("cfg", [MLA_CFG, MHA_CFG], ids=["mla", "mha"])
+def test_cache_gives_what_the_whole_sequence_gives(cfg):
+    """Prefill of 5, then a chunk of 3, then single tokens, against all at once."""
+    length = 11
+    x = jax.random.normal(jax.random.key(1), (2, length, cfg.hidden_size))
+    module, params = _module(cfg, x)
+    positions = np.tile(np.arange(length), (2, 1))
+    whole, _ = module.apply(params, x, _context(cfg, positions), None, 0)
+    cache = init_cache(cfg, 2, 2, 16, jnp.float32)
+    for part in (slice(0, 5), slice(5, 8), *(slice(i, i + 1) for i in range(8, length))):
+        context = _context(cfg, positions[:, part])
+        y, cache = module.apply(params, x[:, part], context, cache, 1)
+        np.testing.assert_allclose(y, whole[:, part], atol=1e-4)
+    assert not any(np.any(leaf[0]) for leaf in jax.tree.leaves(cache))  # the other layer
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_absorbed_equals_expanded(tokens):
+    x = jax.random.normal(jax.random.key(1), (2, 9, MLA_CFG.hidden_size))
+    module, params = _module(MLA_CFG, x)
+    positions = np.tile(np.arange(9), (2, 1))
+    cache = init_cache(MLA_CFG, 1, 2, 9, jnp.float32)
+    before = 9 - tokens
+    _, cache = module.apply(
+        params, x[:, :before], _context(MLA_CFG, positions[:, :before]), cache, 0
+    )
+    context = _context(MLA_CFG, positions[:, before:])
+    found = [
+        MLA(MLA_CFG, absorb=absorb).apply(params, x[:, before:], context, cache, 0)[0]
+        for absorb in (True, False)
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-4)
+    assert np.abs(found[0]).max() > 0.1
+
+
+def test_latent_cache_is_small():
+    """C + R values per token and layer (576 in the released models)."""
+    cache = init_cache(DecoderConfig(), 2, 1, 8, jnp.bfloat16)
+    assert cache.latent.shape == (2, 1, 8, 576)
+
+
+@pytest.mark.parametrize("cfg", [MLA_CFG, MHA_CFG], ids=["mla", "mha"])
+def test_causal_and_segments(cfg):
+    """A token's output depends on earlier tokens of its own sequence, and on nothing else."""
+    x = jax.random.normal(jax.random.key(2), (1, 7, cfg.hidden_size))
+    module, params = _module(cfg, x)
+    positions, segments = [[0, 1, 2, 0, 1, 2, 3]], [[1, 1, 1, 2, 2, 2, 0]]
+    context = _context(cfg, positions, segments)
+
+    def norm_at(t):
+        return jax.grad(lambda x: (module.apply(params, x, context, None, 0)[0][0, t] ** 2).sum())
+
+    for t, seen in ((0, {0}), (2, {0, 1, 2}), (3, {3}), (5, {3, 4, 5})):
+        gradient = np.abs(norm_at(t)(x)[0]).sum(axis=-1)
+        assert set(np.flatnonzero(gradient > 1e-9)) == seen
+
+
+def test_packed_equals_alone():
+    x = jax.random.normal(jax.random.key(3), (1, 7, MLA_CFG.hidden_size))
+    module, params = _module(MLA_CFG, x)
+    packed, _ = module.apply(
+        params, x, _context(MLA_CFG, [[0, 1, 2, 0, 1, 2, 3]], [[1, 1, 1, 2, 2, 2, 2]]), None, 0
+    )
+    alone, _ = module.apply(params, x[:, 3:], _context(MLA_CFG, [[0, 1, 2, 3]]), None, 0)
+    np.testing.assert_allclose(packed[:, 3:], alone, atol=1e-5)
+
+
+def test_query_chunks_change_nothing(monkeypatch):
+    """Values and gradients, with a length that the chunk does not divide."""
+    keys = jax.random.split(jax.random.key(4), 3)
+    q, k, v = (jax.random.normal(key, (2, 50, 3, 8)) for key in keys)
+    positions = jnp.tile(jnp.arange(50), (2, 1))
+    segments = jnp.where(positions < 45, 1 + positions // 20, 0)
+    see = attend.Visibility(positions, segments, positions, segments)
+
+    def run(q, k, v):
+        y = attend.attend(q, k, v, 0.3, see)
+        return (jnp.sin(y) * (segments > 0)[..., None, None]).sum(), y
+
+    grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+    (_, whole), gradients = grad(q, k, v)
+    monkeypatch.setattr(attend, "_WHOLE", 16)
+    monkeypatch.setattr(attend, "QUERY_CHUNK", 16)
+    (_, chunked), gradients_chunked = grad(q, k, v)
+    real = np.asarray(segments) > 0
+    np.testing.assert_allclose(chunked[real], whole[real], atol=1e-6)
+    for a, b in zip(gradients_chunked, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
