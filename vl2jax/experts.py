@@ -110,31 +110,36 @@ _permute.defvjp(
 )
 
 
-class _Block(NamedTuple):
-    """Block i of the loop: its expert, first sorted row, and number of rows that are its own."""
+class _Groups(NamedTuple):
+    """Where the rows of each expert lie.
 
-    expert: jax.Array
+    Attributes:
+      active: int32[E], the experts that have rows, first.
+      n_active: int32[], how many these are.
+      start: int32[E], first row of each expert.
+      size: int32[E], its number of rows.
+    """
+
+    active: jax.Array
+    n_active: jax.Array
     start: jax.Array
-    rows: jax.Array
+    size: jax.Array
+
+    @classmethod
+    def of(cls, size: jax.Array) -> "_Groups":
+        active = jnp.argsort(size == 0, stable=True)
+        return cls(active, jnp.sum(size > 0), jnp.cumsum(size) - size, size)
+
+    def blocks(self, expert: jax.Array, block: int) -> jax.Array:
+        return -(-self.size[expert] // block)
 
 
-def _plan(group_sizes: jax.Array, block: int):
-    """Number of blocks, and where block i lies: each expert has ceil(size / block) of them."""
-    blocks_E = -(-group_sizes // block)
-    last_E = jnp.cumsum(blocks_E)
-    offset_E = jnp.cumsum(group_sizes) - group_sizes
-
-    def at(i: jax.Array) -> _Block:
-        expert = jnp.searchsorted(last_E, i, side="right")
-        start = offset_E[expert] + (i - (last_E[expert] - blocks_E[expert])) * block
-        rows = jnp.minimum(offset_E[expert] + group_sizes[expert] - start, block)
-        return _Block(expert, start, rows)
-
-    return last_E[-1], at
+def _rows(x_PD: jax.Array, start: jax.Array, block: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_PD, start, block)
 
 
-def _rows(x_PD: jax.Array, at: _Block, block: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x_PD, at.start, block)
+def _put(x_PD: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_PD, rows, start, axis=0)
 
 
 def _pick(w: ExpertWeights, expert: jax.Array) -> ExpertWeights:
@@ -143,21 +148,25 @@ def _pick(w: ExpertWeights, expert: jax.Array) -> ExpertWeights:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_ffn(x_PD, w, group_sizes, block):
-    """Expert e on its `group_sizes[e]` consecutive rows.
+    """Expert e on its `group_sizes[e]` consecutive rows, a block at a time.
 
-    A block may reach into the rows of the next expert; those are overwritten by their own block,
-    which comes later, and rows past the end fall into padding.
+    The last block of an expert may reach into the rows of the next; these are overwritten by
+    their own expert, which comes later, and rows past the end fall into padding.
     """
-    pairs = x_PD.shape[0]
+    pairs, groups = x_PD.shape[0], _Groups.of(group_sizes)
     x_PD = jnp.pad(x_PD, ((0, block), (0, 0)))
-    n_blocks, block_at = _plan(group_sizes, block)
 
-    def body(i, y_PD):
-        at = block_at(i)
-        y = _ffn(_rows(x_PD, at, block), _pick(w, at.expert))
-        return jax.lax.dynamic_update_slice_in_dim(y_PD, y, at.start, axis=0)
+    def one_expert(a, y_PD):
+        expert = groups.active[a]
+        weights = _pick(w, expert)
 
-    return jax.lax.fori_loop(0, n_blocks, body, jnp.zeros_like(x_PD))[:pairs]
+        def one_block(i, y_PD):
+            start = groups.start[expert] + i * block
+            return _put(y_PD, _ffn(_rows(x_PD, start, block), weights), start)
+
+        return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, y_PD)
+
+    return jax.lax.fori_loop(0, groups.n_active, one_expert, jnp.zeros_like(x_PD))[:pairs]
 
 
 def _grouped_ffn_forward(x_PD, w, group_sizes, block):
@@ -165,25 +174,34 @@ def _grouped_ffn_forward(x_PD, w, group_sizes, block):
 
 
 def _grouped_ffn_backward(block, residuals, g_PD):
-    """Each block recomputes its expert, and adds to that expert's gradients in place."""
+    """Each block recomputes its hidden rows; an expert's gradients are written once."""
     x_PD, w, group_sizes = residuals
-    pairs = x_PD.shape[0]
+    pairs, groups = x_PD.shape[0], _Groups.of(group_sizes)
     x_PD, g_PD = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_PD, g_PD))
-    n_blocks, block_at = _plan(group_sizes, block)
 
-    def body(i, carry):
+    def one_expert(a, carry):
         dx_PD, dw = carry
-        at = block_at(i)
-        own = (jnp.arange(block) < at.rows)[:, None]
-        g = jnp.where(own, _rows(g_PD, at, block), 0)
-        _, pull_back = jax.vjp(_ffn, _rows(x_PD, at, block), _pick(w, at.expert))
-        dx, dw_expert = pull_back(g)
-        dx_PD = jax.lax.dynamic_update_slice_in_dim(dx_PD, dx, at.start, axis=0)
-        return dx_PD, jax.tree.map(lambda a, b: a.at[at.expert].add(b), dw, dw_expert)
+        expert = groups.active[a]
+        weights = _pick(w, expert)
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w)
-    dx_PD, dw = jax.lax.fori_loop(0, n_blocks, body, (jnp.zeros_like(x_PD), zeros))
-    return dx_PD[:pairs], jax.tree.map(lambda d, a: d.astype(a.dtype), dw, w), None
+        def one_block(i, carry):
+            dx_PD, dw_expert = carry
+            start = groups.start[expert] + i * block
+            own = (i * block + jnp.arange(block) < groups.size[expert])[:, None]
+            g = jnp.where(own, _rows(g_PD, start, block), 0)
+            _, pull_back = jax.vjp(_ffn, _rows(x_PD, start, block), weights)
+            dx, dw_block = pull_back(g)
+            return _put(dx_PD, dx, start), jax.tree.map(jnp.add, dw_expert, dw_block)
+
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
+        blocks = groups.blocks(expert, block)
+        dx_PD, dw_expert = jax.lax.fori_loop(0, blocks, one_block, (dx_PD, zeros))
+        dw = jax.tree.map(lambda d, e: d.at[expert].set(e.astype(d.dtype)), dw, dw_expert)
+        return dx_PD, dw
+
+    initial = (jnp.zeros_like(x_PD), jax.tree.map(jnp.zeros_like, w))
+    dx_PD, dw = jax.lax.fori_loop(0, groups.n_active, one_expert, initial)
+    return dx_PD[:pairs], dw, None
 
 
 _grouped_ffn.defvjp(_grouped_ffn_forward, _grouped_ffn_backward)

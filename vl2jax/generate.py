@@ -143,8 +143,7 @@ def stream(
     ]
     dtype = dtype or compute_dtype(params)
     programs = _programs(config, jnp.dtype(dtype), jax.default_backend())
-    seeds = np.resize(np.asarray(seed, np.uint32), len(rows))
-    keys = jax.vmap(jax.random.key)(seeds)
+    keys = _keys(seed, len(rows))
 
     hidden, caches = _prefill(
         config, programs, params, batch, lengths, int(budgets.max()), chunk_size, cache_dtype
@@ -350,6 +349,14 @@ def _seen(vocab_size: int, batch: Batch) -> np.ndarray:
     row, column = np.nonzero(real)
     seen[row, tokens[row, column]] = True
     return seen
+
+
+def _keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """PRNG keys [B], from one seed for all rows or one each."""
+    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise UserError(f"seed must be one number or one per row ({rows}), got {len(seeds)}")
+    return jnp.stack([jax.random.key(one) for one in seeds])
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:
