@@ -32,10 +32,11 @@ def _context(cfg, positions, segments=None):
 
 
 def _module(cfg, x, **options):
+    """The compiled module and parameters that are large enough to tell things apart."""
     module = (MLA if cfg.use_mla else MHA)(cfg, **options)
     context = _context(cfg, jnp.zeros(x.shape[:2], jnp.int32))
-    params = MLA(cfg).init if cfg.use_mla else MHA(cfg).init
-    return module, jax.tree.map(lambda a: a * 20, params(jax.random.key(0), x, context, None, 0))
+    params = jax.jit(module.init)(jax.random.key(0), x, context, None, 0)
+    return jax.jit(module.apply), jax.tree.map(lambda a: a * 20, params)
 
 
 @pytest.mark.parametrize("cfg", [MLA_CFG, MHA_CFG], ids=["mla", "mha"])
@@ -43,13 +44,13 @@ def test_cache_gives_what_the_whole_sequence_gives(cfg):
     """Prefill of 5, then a chunk of 3, then single tokens, against all at once."""
     length = 11
     x = jax.random.normal(jax.random.key(1), (2, length, cfg.hidden_size))
-    module, params = _module(cfg, x)
+    apply, params = _module(cfg, x)
     positions = np.tile(np.arange(length), (2, 1))
-    whole, _ = module.apply(params, x, _context(cfg, positions), None, 0)
+    whole, _ = apply(params, x, _context(cfg, positions), None, 0)
     cache = init_cache(cfg, 2, 2, 16, jnp.float32)
     for part in (slice(0, 5), slice(5, 8), *(slice(i, i + 1) for i in range(8, length))):
         context = _context(cfg, positions[:, part])
-        y, cache = module.apply(params, x[:, part], context, cache, 1)
+        y, cache = apply(params, x[:, part], context, cache, 1)
         np.testing.assert_allclose(y, whole[:, part], atol=1e-4)
     assert not any(np.any(leaf[0]) for leaf in jax.tree.leaves(cache))  # the other layer
 
@@ -57,16 +58,14 @@ def test_cache_gives_what_the_whole_sequence_gives(cfg):
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_absorbed_equals_expanded(tokens):
     x = jax.random.normal(jax.random.key(1), (2, 9, MLA_CFG.hidden_size))
-    module, params = _module(MLA_CFG, x)
+    apply, params = _module(MLA_CFG, x)
     positions = np.tile(np.arange(9), (2, 1))
     cache = init_cache(MLA_CFG, 1, 2, 9, jnp.float32)
     before = 9 - tokens
-    _, cache = module.apply(
-        params, x[:, :before], _context(MLA_CFG, positions[:, :before]), cache, 0
-    )
+    _, cache = apply(params, x[:, :before], _context(MLA_CFG, positions[:, :before]), cache, 0)
     context = _context(MLA_CFG, positions[:, before:])
     found = [
-        MLA(MLA_CFG, absorb=absorb).apply(params, x[:, before:], context, cache, 0)[0]
+        jax.jit(MLA(MLA_CFG, absorb=absorb).apply)(params, x[:, before:], context, cache, 0)[0]
         for absorb in (True, False)
     ]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-4)
@@ -83,25 +82,27 @@ def test_latent_cache_is_small():
 def test_causal_and_segments(cfg):
     """A token's output depends on earlier tokens of its own sequence, and on nothing else."""
     x = jax.random.normal(jax.random.key(2), (1, 7, cfg.hidden_size))
-    module, params = _module(cfg, x)
+    apply, params = _module(cfg, x)
     positions, segments = [[0, 1, 2, 0, 1, 2, 3]], [[1, 1, 1, 2, 2, 2, 0]]
     context = _context(cfg, positions, segments)
 
-    def norm_at(t):
-        return jax.grad(lambda x: (module.apply(params, x, context, None, 0)[0][0, t] ** 2).sum())
+    @jax.jit
+    @jax.grad
+    def sensitivity(x, t):
+        return (apply(params, x, context, None, 0)[0][0, t] ** 2).sum()
 
     for t, seen in ((0, {0}), (2, {0, 1, 2}), (3, {3}), (5, {3, 4, 5})):
-        gradient = np.abs(norm_at(t)(x)[0]).sum(axis=-1)
+        gradient = np.abs(sensitivity(x, t)[0]).sum(axis=-1)
         assert set(np.flatnonzero(gradient > 1e-9)) == seen
 
 
 def test_packed_equals_alone():
     x = jax.random.normal(jax.random.key(3), (1, 7, MLA_CFG.hidden_size))
-    module, params = _module(MLA_CFG, x)
-    packed, _ = module.apply(
+    apply, params = _module(MLA_CFG, x)
+    packed, _ = apply(
         params, x, _context(MLA_CFG, [[0, 1, 2, 0, 1, 2, 3]], [[1, 1, 1, 2, 2, 2, 2]]), None, 0
     )
-    alone, _ = module.apply(params, x[:, 3:], _context(MLA_CFG, [[0, 1, 2, 3]]), None, 0)
+    alone, _ = apply(params, x[:, 3:], _context(MLA_CFG, [[0, 1, 2, 3]]), None, 0)
     np.testing.assert_allclose(packed[:, 3:], alone, atol=1e-5)
 
 

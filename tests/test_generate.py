@@ -83,7 +83,8 @@ def test_greedy_tokens_of_the_original(rows, name):
 def test_chunked_prefill(rows, name):
     these = rows(name)
     longest = max(map(len, these.samples))
-    for chunk_size in (1, 16, 37, longest - 1, longest, 4096):
+    sizes = (1, 16, 37, longest - 1, longest, 4096) if name == "mini-small" else (37, longest - 1)
+    for chunk_size in sizes:
         assert these.generate(chunk_size=chunk_size) == these.golden("vl"), chunk_size
 
 

@@ -1,32 +1,23 @@
-"""Generation: prefill (whole or in chunks), then decoding on the device in bursts.
+"""Answers to prompts, whole or as they come; the device's part is in `decode.py`.
 
-Axis legend: B rows, T prompt tokens (padded), S cache slots, D width, n tokens of a burst.
-
-Slot s of a row's cache holds the token at position s. Rows are padded on the right, so what
-padding writes lies behind the prompt and is overwritten, token by token, before it can be seen.
+Axis legend: B rows.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vl2jax.answer import Answer
-from vl2jax.batch import TEXT, Batch
+from vl2jax.batch import Batch
 from vl2jax.config import VL2Config
-from vl2jax.decoder import Caches, init_caches
+from vl2jax.decode import BURST, DecodeState, prefill_prompts, programs
 from vl2jax.errors import UserError
-from vl2jax.model import VL2, compute_dtype
-from vl2jax.sampling import SamplingParams, next_token
-
-BURST = 16  # tokens decoded on the device between two looks of the host
-_BUCKET = 64  # prompt and cache lengths are multiples of this, so that few programs compile
-_TILE_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+from vl2jax.model import compute_dtype
+from vl2jax.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +40,6 @@ class Generation:
     prompt_tokens: int
     seconds_to_first_token: float
     tokens_per_second: float
-
-
-@flax.struct.dataclass
-class DecodeState:
-    """What decoding carries from token to token.
-
-    Attributes:
-      caches: of the tokens before `tokens`.
-      tokens: int32[B], chosen but not yet fed.
-      positions: int32[B], of `tokens`.
-      seen: bool[B, vocab], ids of prompt and answer.
-      done: bool[B].
-      keys: PRNG keys [B].
-    """
-
-    caches: Caches
-    tokens: jax.Array
-    positions: jax.Array
-    seen: jax.Array
-    done: jax.Array
-    keys: jax.Array
 
 
 def generate(config: VL2Config, params, batch: Batch, **options) -> list[Generation]:
@@ -116,7 +86,7 @@ def stream(
       stop: strings that end an answer; needs a tokenizer.
       seed: of the random draws, one for all rows or one per row. A row's draws depend on its own
         seed alone.
-      eos_token_id: ids that end an answer; None: that of the configuration.
+      eos_token_id: ids that end an answer; None: that of the tokenizer, else the configuration.
       tokenizer: turns tokens to text; None: no text, no stop strings.
       chunk_size: prefill so many tokens at a time, to save memory; 0: all at once.
       dtype: of the computation; None: that of the parameters.
@@ -134,7 +104,9 @@ def stream(
     lengths = _prompt_lengths(config, batch, max_new_tokens, chunk_size)
     if stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer: pass tokenizer=processor.tokenizer")
-    eos = _as_list(config.decoder.eos_token_id if eos_token_id is None else eos_token_id)
+    if eos_token_id is None:
+        eos_token_id = config.decoder.eos_token_id if tokenizer is None else tokenizer.eos_id
+    eos = _as_list(eos_token_id)
     limit = config.decoder.max_position_embeddings
     budgets = np.minimum(max_new_tokens, limit - lengths)
     rows = [
@@ -142,27 +114,27 @@ def stream(
         for budget, length in zip(budgets, lengths, strict=True)
     ]
     dtype = dtype or compute_dtype(params)
-    programs = _programs(config, jnp.dtype(dtype), jax.default_backend())
+    steps = programs(config, jnp.dtype(dtype), jax.default_backend())
     keys = _keys(seed, len(rows))
 
-    hidden, caches = _prefill(
-        config, programs, params, batch, lengths, int(budgets.max()), chunk_size, cache_dtype
+    hidden, caches = prefill_prompts(
+        *(steps, params, config.decoder, batch, lengths),
+        new_tokens=int(budgets.max()),
+        chunk_size=chunk_size,
+        cache_dtype=cache_dtype,
     )
+    positions = jnp.asarray(lengths, jnp.int32)
     seen = _seen(config.decoder.vocab_size, batch)
-    state = programs.first(params, sampling, caches, hidden, jnp.asarray(lengths), seen, keys)
-    yield (
-        rows,
-        [
-            row.push([token])
-            for row, token in zip(rows, np.asarray(state.tokens).tolist(), strict=True)
-        ],
-    )
+    tokens, seen = steps.choose(params, sampling, hidden, seen, keys, positions)
+    state = DecodeState(caches, tokens, positions, seen, jnp.zeros(len(rows), bool), keys)
+    fresh = np.asarray(tokens)[:, None].tolist()
+    yield rows, [row.push(new) for row, new in zip(rows, fresh, strict=True)]
 
     eos_array = jnp.asarray(eos or [-1], jnp.int32)
     while not all(row.done for row in rows):
         count = min(BURST, max(row.room for row in rows if not row.done))
         done = jnp.asarray([row.done for row in rows])
-        state, tokens = programs.burst(params, sampling, state.replace(done=done), eos_array, count)
+        state, tokens = steps.burst(params, sampling, state.replace(done=done), eos_array, count)
         fresh = np.asarray(tokens)[:, :count].tolist()
         yield rows, [row.push(new) for row, new in zip(rows, fresh, strict=True)]
 
@@ -232,116 +204,6 @@ def _prompt_lengths(
     return lengths
 
 
-def _prefill(config, programs, params, batch, lengths, new_tokens, chunk_size, cache_dtype):
-    """Last hidden state [B, D] of every prompt, and the caches with room for the answer."""
-    rows, longest = len(lengths), int(lengths.max())
-    slots = _round_up(longest + new_tokens, _BUCKET)
-    length = _round_up(longest, chunk_size or _BUCKET)
-    x = programs.embed(params, **_padded(batch, length))
-    dtype = cache_dtype or x.dtype
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    if not chunk_size:
-        caches = init_caches(config.decoder, rows, length, dtype)
-        hidden, caches = programs.prefill(params, x, positions, caches)
-        grow = max(0, slots - length)
-        caches = jax.tree.map(lambda a: jnp.pad(a, _after_axis_2(a.ndim, grow)), caches)
-        return hidden[np.arange(rows), lengths - 1], caches
-    caches = init_caches(config.decoder, rows, max(slots, length), dtype)
-    last = jnp.zeros((rows, x.shape[-1]), x.dtype)
-    for start in range(0, length, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        hidden, caches = programs.prefill(params, x[:, chunk], positions[:, chunk], caches)
-        at = lengths - 1 - start
-        inside = (at >= 0) & (at < chunk_size)
-        found = hidden[np.arange(rows), np.clip(at, 0, chunk_size - 1)]
-        last = jnp.where(inside[:, None], found, last)
-    return last, caches
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    """The compiled steps of generation."""
-
-    embed: Callable
-    prefill: Callable
-    first: Callable
-    burst: Callable
-
-
-@functools.cache
-def _programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> _Programs:
-    """Jitted steps for one architecture and dtype."""
-    model = VL2(config, dtype)
-    options = None
-    if backend == "cpu" and dtype == jnp.bfloat16:
-        # XLA's CPU compiler would convert all stacked bfloat16 weights to float32 ahead of the
-        # loop over layers: several times slower, and the whole model once more in memory.
-        options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
-    jit = functools.partial(jax.jit, compiler_options=options)
-
-    @jit
-    def embed(params, tiles, tokens, image_index):
-        table = model.apply(params, tiles, method=VL2.image_table)
-        return model.apply(params, table, tokens, image_index, method=VL2.embed)
-
-    @functools.partial(jit, donate_argnums=3)
-    def prefill(params, x, positions, caches):
-        return model.apply(params, x, positions, caches, method=VL2.decode)
-
-    def choose(params, sampling, hidden, seen, keys, positions):
-        logits = model.apply(params, hidden, method=VL2.logits)
-        draws = jax.vmap(jax.random.fold_in)(keys, positions)
-        token = next_token(sampling, logits, seen, draws)
-        return token, seen.at[jnp.arange(seen.shape[0]), token].set(True)
-
-    @jit
-    def first(params, sampling, caches, hidden, lengths, seen, keys):
-        tokens, seen = choose(params, sampling, hidden, seen, keys, lengths)
-        done = jnp.zeros(lengths.shape, jnp.bool_)
-        positions = lengths.astype(jnp.int32)
-        return DecodeState(caches, tokens, positions, seen, done, keys)
-
-    @functools.partial(jit, donate_argnums=2)
-    def burst(params, sampling, state, eos, count):
-        def step(carry):
-            i, state, out = carry
-            x = model.apply(params, state.tokens[:, None], method=VL2.embed_tokens)
-            hidden, caches = model.apply(
-                params, x, state.positions[:, None], state.caches, method=VL2.decode
-            )
-            positions = state.positions + 1
-            tokens, seen = choose(params, sampling, hidden[:, 0], state.seen, state.keys, positions)
-            done = state.done | (tokens[:, None] == eos[None]).any(axis=1)
-            state = DecodeState(caches, tokens, positions, seen, done, state.keys)
-            return i + 1, state, out.at[:, i].set(tokens)
-
-        def unfinished(carry):
-            i, state, _ = carry
-            return (i < count) & ~state.done.all()
-
-        out = jnp.zeros((state.tokens.shape[0], BURST), jnp.int32)
-        _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
-        return state, out
-
-    return _Programs(embed, prefill, first, burst)
-
-
-def _padded(batch: Batch, length: int) -> dict[str, np.ndarray]:
-    """Arrays of the prompt at `length` tokens, and tiles at a bucketed number of slots."""
-
-    def fit(x: np.ndarray, value: int) -> np.ndarray:
-        x = np.asarray(x)[:, :length]
-        return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value)
-
-    tiles = np.asarray(batch.tiles)
-    slots = next((n for n in _TILE_BUCKETS if n >= len(tiles)), _round_up(len(tiles), 16))
-    return {
-        "tiles": np.pad(tiles, ((0, slots - len(tiles)), *((0, 0),) * 3)),
-        "tokens": fit(batch.tokens, 0),
-        "image_index": fit(batch.image_index, TEXT),
-    }
-
-
 def _seen(vocab_size: int, batch: Batch) -> np.ndarray:
     """bool[B, vocab]: ids that occur in each prompt."""
     tokens, real = np.asarray(batch.tokens), np.asarray(batch.segment_ids) > 0
@@ -363,12 +225,3 @@ def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
-
-
-def _round_up(size: int, step: int) -> int:
-    return -(-size // step) * step
-
-
-def _after_axis_2(ndim: int, grow: int) -> tuple[tuple[int, int], ...]:
-    """Padding of a cache [n, B, S, ...] along S."""
-    return ((0, 0), (0, 0), (0, grow), *((0, 0),) * (ndim - 3))

@@ -111,7 +111,15 @@ class Tokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; adds no bos or eos, but special tokens written in it count."""
+        """Token ids of a text; adds no bos or eos, but special tokens written in it count.
+
+        Raises:
+          UserError: the text has half a surrogate pair, as JSON and the shell can give.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"a text is not valid Unicode ({error.reason})") from error
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -1,0 +1,150 @@
+"""Makes a small random checkpoint in the original layout, to try everything without a download.
+
+    python -m convert.random_hf OUT_DIR [--seed N]
+
+It has every part of the released base model (odd patch grid with pixels to spare, MLA, a dense
+layer, shared and routed experts with a sigmoid router and its bias) and 2.3 M parameters in
+bfloat16.  Its answers are noise.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from convert.random_source import write_weights
+from convert.staging import run_cli, staged_directory
+from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
+from vl2jax.tokenizer import CHAT_TOKENS, GROUNDING_TOKENS
+
+SIDE, PATCH = 76, 14  # five patches and six pixels over, as 384 has 27 and six over
+VOCABULARY = 480
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+IMAGE = "<image>"
+RESOLUTIONS = tuple(
+    (wide * SIDE, high * SIDE) for wide in range(1, 10) for high in range(1, 10) if wide * high < 10
+)
+# What the tokenizer's merges are learnt from.
+CORPUS = (
+    "The picture shows a red square, a green circle and a blue triangle on a light background.",
+    "What is in the image? There are three shapes and the digits one, two and three.",
+    "Describe the shapes from left to right, then read the numbers below them.",
+    "Where is the yellow star? It is above the black line, near the right edge of the picture.",
+    "How many of the circles are larger than the square? None of them, they are all smaller.",
+)
+
+
+def demo_config() -> VL2Config:
+    """The architecture of the demonstration model."""
+    decoder = DecoderConfig(
+        vocab_size=VOCABULARY + 32,  # rows that no token uses, as in the released models
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_shared_experts=2,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.0,
+        q_lora_rank=None,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.1,  # wide enough that one token does not win every time
+        torch_dtype="bfloat16",
+    )
+    return VL2Config(
+        vision=VisionConfig(image_size=SIDE, patch_size=PATCH, width=72, layers=3, heads=4),
+        adaptor=AdaptorConfig(input_dim=72, n_embed=decoder.hidden_size),
+        decoder=decoder,
+        candidate_resolutions=RESOLUTIONS,
+        torch_dtype="bfloat16",
+    )
+
+
+def make_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE: all bytes, merges learnt from `CORPUS`, special tokens at both ends."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    last = [IMAGE, *GROUNDING_TOKENS, *CHAT_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(last),
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens(last)
+    return tokenizer
+
+
+def write_checkpoint(directory: Path, *, seed: int = 0) -> None:
+    """Fills an existing directory with configuration, weights, tokenizer and processor files."""
+    config = demo_config()
+    write_weights(directory, config, seed=seed)
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    chat = {"additional_special_tokens": list(CHAT_TOKENS)}
+    processor = {
+        "candidate_resolutions": RESOLUTIONS,
+        "patch_size": PATCH,
+        "downsample_ratio": config.adaptor.downsample_ratio,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "normalize": True,
+        "image_token": IMAGE,
+        "pad_token": PAD,
+        "add_special_token": False,
+        "sft_format": "deepseek",
+        "mask_prompt": False,
+        "ignore_id": -100,
+        "processor_class": "DeepseekVLV2Processor",
+    }
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.decoder.max_position_embeddings,
+        "tokenizer_class": "LlamaTokenizerFast",
+        "unk_token": None,
+    }
+    for name, content in (
+        ("processor_config.json", processor),
+        ("special_tokens_map.json", named | chat),
+        ("tokenizer_config.json", settings | named),
+    ):
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (directory / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.random_hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out_dir", type=Path, help="directory to make")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    args = parser.parse_args()
+    with staged_directory(args.out_dir, nbytes=2**23) as partial:
+        write_checkpoint(partial, seed=args.seed)
+    print(f"wrote {args.out_dir}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(_main))

@@ -1,0 +1,115 @@
+"""Asks a converted checkpoint about pictures.
+
+    python sample.py --ckpt DIR --image A.jpg --image B.png --prompt "What changed?"
+    python sample.py --ckpt DIR --messages conversation.json --draw boxes.png
+    python sample.py --ckpt DIR --batch questions.jsonl --out answers.jsonl
+    python sample.py --ckpt DIR                     # an interactive chat
+
+The answer, and nothing else, is written to standard output.  --messages is a JSON list of messages
+in OpenAI's style or the original's, or an object with "messages" and "images"; an assistant's
+message at its end is continued.  Each line of --batch is such an object, or has "prompt" and
+"images".  The exit code is 1 for a mistake, and for a batch with a bad row.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from vl2jax.answer_file import answer_file
+from vl2jax.answer_output import Output, draw_answer, ground, image_number
+from vl2jax.chat import Chat
+from vl2jax.errors import UserError
+from vl2jax.request import from_prompt, read_request
+from vl2jax.sample_flags import parse_flags
+from vl2jax.session import Session
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers; the exit code."""
+    names = "max_new_tokens temperature top_p top_k repetition_penalty stop seed chunk_size"
+    session = Session(
+        args.ckpt,
+        dtype=args.dtype,
+        crop=False if args.nocrop else None,
+        exif=not args.raw_orientation,
+        **{name: getattr(args, name) for name in names.split()},
+    )
+    set_compilation_cache(args.compilation_cache)
+    if args.batch:
+        return 1 if answer_file(session, args.batch, args.out, args.batch_size) else 0
+    output = Output(as_json=args.json, stream=args.stream, draw_on=args.draw_on)
+    if args.prompt is None and not args.messages:
+        Chat(session, output, system=args.system, images=args.image).run()
+    else:
+        answer_one(session, output, args)
+    return 0
+
+
+def answer_one(session: Session, output: Output, args: argparse.Namespace) -> None:
+    """Answers --prompt or --messages."""
+    token = session.processor.tokenizer.image_token
+    if args.messages:
+        request = read_request(args.messages, image_token=token)
+        if args.image and request.images is not None:
+            raise UserError(f"--image, but {args.messages} has images of its own; give them once")
+        if args.image:
+            request = dataclasses.replace(request, images=args.image)
+    else:
+        request = from_prompt(args.prompt, args.image, system=args.system, image_token=token)
+    sample = session.prepare(request)
+    if args.draw or args.draw_on:
+        number = image_number(sample, args.draw_on)
+    generation = session.answer(sample, output.show)
+    output.finish(generation, sample)
+    if args.draw:
+        found = ground(generation.text, sample, args.draw_on)
+        draw_answer(args.draw, session.image_source(request, number), session.exif, found)
+
+
+def set_compilation_cache(directory: str | None) -> None:
+    """Keeps compiled programs on the disk for the next run, unless `directory` is "off"."""
+    if directory == "off" or (directory is None and jax.config.jax_compilation_cache_dir):
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(directory or os.path.join(home, "vl2jax", "jax"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        if directory is not None:
+            raise
+        return  # it works without
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    try:
+        return run(parse_flags(argv, __doc__))
+    except BrokenPipeError:  # whoever read the answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: not enough memory on the device; try --dtype bfloat16, --chunk_size 512, a"
+            " smaller --max_new_tokens or --batch_size, or fewer images",
+            file=sys.stderr,
+        )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""The table of parameter placements, and a model loaded onto a mesh."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from golden import padded_batch
+
+import vl2jax
+from vl2jax import config as configs
+from vl2jax.errors import UserError
+from vl2jax.model import abstract_params
+from vl2jax.sharding import PARAM_RULES, param_shardings, param_spec
+
+
+def _mesh(**axes):
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+def _paths(config):
+    leaves = jax.tree.leaves_with_path(abstract_params(config))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def all_paths(data_dir):
+    extra = json.loads((data_dir / "mini-extra" / "config.json").read_text())
+    tiny = configs.tiny()
+    biased = dataclasses.replace(tiny.decoder, attention_bias=True)
+    found = [configs.VL2Config.from_hf(extra), dataclasses.replace(tiny, decoder=biased)]
+    found += [preset() for preset in configs.PRESETS.values()]
+    return [_paths(config) for config in found]
+
+
+def test_every_parameter_has_a_rule_of_its_rank(all_paths):
+    for paths in all_paths:
+        for path, leaf in paths.items():
+            assert len(param_spec(path)) == leaf.ndim, path
+
+
+def test_every_rule_is_the_first_match_of_some_parameter(all_paths):
+    names = {path.split("/", 1)[1] for paths in all_paths for path in paths}
+    first = {next(rule for rule, _ in PARAM_RULES if re.fullmatch(rule, name)) for name in names}
+    assert first == {rule for rule, _ in PARAM_RULES}
+
+
+def test_unknown_parameters_are_refused():
+    with pytest.raises(ValueError, match="decoder/surprise"):
+        param_spec("params/decoder/surprise")
+
+
+def test_released_sizes_divide_by_usual_meshes():
+    mesh = _mesh(fsdp=2, expert=2, tensor=2)
+    for preset in configs.PRESETS.values():
+        param_shardings(mesh, abstract_params(preset()))
+
+
+def test_what_does_not_divide_is_named():
+    with pytest.raises(UserError, match=r"experts/.*expert=5"):
+        param_shardings(_mesh(expert=5), abstract_params(configs.base()))
+    with pytest.raises(UserError, match="model"):
+        param_shardings(_mesh(model=2), abstract_params(configs.base()))
+
+
+def test_loaded_onto_a_mesh(mini, tmp_path):
+    """Experts lie on the expert axis, each device holds its part, and the logits are the same."""
+    from convert import to_jax
+
+    whole = mini("mini-small", "one_image")
+    to_jax.convert(whole.source, tmp_path / "model")
+    mesh = _mesh(data=2, fsdp=2, expert=2)
+    model = vl2jax.load(tmp_path / "model", mesh=mesh)
+    gate = model.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]["gate_proj"]
+    assert gate.sharding.spec == jax.sharding.PartitionSpec(None, "expert", "fsdp", None)
+    shard = gate.addressable_shards[0].data.shape
+    assert shard == (gate.shape[0], gate.shape[1] // 2, gate.shape[2] // 2, gate.shape[3])
+    jax.tree.map(np.testing.assert_array_equal, model.params, whole.params)
+    batch = padded_batch(whole.config, whole.arrays("one_image"))
+    logits = vl2jax.forward(model.config, model.params, batch)
+    want = vl2jax.forward(whole.config, whole.params, batch)
+    np.testing.assert_allclose(logits, want, atol=1e-4)

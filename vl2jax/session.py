@@ -1,0 +1,129 @@
+"""A checkpoint in use: checks requests before its parameters are read, then answers them."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vl2jax.api import Model, load
+from vl2jax.checkpoint import flat_shapes, read_model_dir
+from vl2jax.collate import Sample
+from vl2jax.decoder import init_caches
+from vl2jax.errors import UserError
+from vl2jax.generate import Generation, RowAnswer, stream
+from vl2jax.image import ImageSource
+from vl2jax.model import abstract_params
+from vl2jax.processor import Processor
+from vl2jax.progress import Progress, human_bytes
+from vl2jax.prompt import read_conversation
+from vl2jax.request import Request
+
+
+class Session:
+    """Prepares and answers requests.
+
+    Attributes:
+      processor: of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        dtype: str | None = None,
+        crop: bool | None = None,
+        exif: bool = True,
+        **options: Any,
+    ):
+        """Reads all of a checkpoint but its parameters.
+
+        Args:
+          path: a directory that `convert.to_jax` made.
+          dtype: "bfloat16" or "float32"; None: as stored.
+          crop, exif: see `Processor.sample`.
+          **options: see `vl2jax.stream`.
+
+        Raises:
+          UserError: not such a directory, or its parts do not fit each other.
+        """
+        self._directory = read_model_dir(path)
+        self._dtype = dtype or self._directory.dtype
+        self._crop, self.exif = crop, exif
+        self._model: Model | None = None
+        self.processor = Processor.from_dir(self._directory.path, self._directory.config)
+        self._limit = self._directory.config.decoder.max_position_embeddings
+        # More than the model can hold means as much as it can hold.
+        most = {"max_new_tokens": self._limit, "chunk_size": self._limit}
+        self._options = options | {k: min(options[k], most[k]) for k in most if k in options}
+
+    def prepare(self, request: Request) -> Sample:
+        """Makes a request into integers and tiles; needs no parameters.
+
+        Raises:
+          UserError: anything wrong with the conversation or its images, or no room for an answer.
+        """
+        sample = self.processor.sample(
+            request.conversation, request.images, crop=self._crop, exif=self.exif
+        )
+        if len(sample) >= self._limit:
+            raise UserError(
+                f"the prompt has {len(sample)} tokens, which leaves no room for an answer within"
+                f" max_position_embeddings {self._limit}; shorten it or give fewer images"
+            )
+        return sample
+
+    def image_source(self, request: Request, number: int) -> ImageSource:
+        """Where a prepared request's image `number` (from 1) comes from."""
+        if request.images is not None:
+            return request.images[number - 1]
+        settings = self.processor.settings
+        _, sources = read_conversation(
+            request.conversation, sft_format=settings.sft_format, image_token=settings.image_token
+        )
+        return sources[number - 1]
+
+    def load(self) -> Model:
+        """Reads the parameters, once, and says on standard error what they are and take."""
+        if self._model is None:
+            total = self._describe()
+            with Progress("loading", total) as progress:
+                self._model = load(
+                    self._directory.path, self._dtype, on_leaf=lambda _, n: progress.update(n)
+                )
+        return self._model
+
+    def _describe(self) -> int:
+        """Prints what is loaded; bytes of the parameters."""
+        config, dtype = self._directory.config, jnp.dtype(self._dtype)
+        sizes = {k: math.prod(s) for k, s in flat_shapes(abstract_params(config)).items()}
+        nbytes = sum(
+            size * (4 if name.startswith("router/") else dtype.itemsize)
+            for name, size in sizes.items()
+        )
+        device = jax.devices()[0]
+        caches = jax.eval_shape(lambda: init_caches(config.decoder, 1, self._limit, dtype))
+        cache = sum(math.prod(leaf.shape) * dtype.itemsize for leaf in jax.tree.leaves(caches))
+        print(
+            f"{self._directory.path}: {sum(sizes.values()):,} parameters, {dtype.name},"
+            f" {human_bytes(nbytes)} on {device.platform} ({device.device_kind}); cache"
+            f" {human_bytes(cache / self._limit)} a token, up to {self._limit} tokens a row",
+            file=sys.stderr,
+        )
+        return nbytes
+
+    def stream(self, samples: Sequence[Sample]) -> Iterator[tuple[list[RowAnswer], list[str]]]:
+        """Answers samples together; see `vl2jax.stream`."""
+        model, batch = self.load(), self.processor.collate(samples)
+        tokenizer = self.processor.tokenizer
+        return stream(model.config, model.params, batch, tokenizer=tokenizer, **self._options)
+
+    def answer(self, sample: Sample, show: Callable[[str], None]) -> Generation:
+        """Answers one sample; `show` is called with each new piece of its text."""
+        for (row,), (fresh,) in self.stream([sample]):
+            show(fresh)
+            generation = row.result()
+        return generation
