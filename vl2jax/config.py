@@ -270,7 +270,19 @@ RELEASED_RESOLUTIONS = tuple(
 )
 
 
-def _released(decoder: DecoderConfig) -> VL2Config:
+def _released(**decoder) -> VL2Config:
+    """What the three released sizes share, and the decoder fields in which they differ."""
+    shared = dict(
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=None,
+        max_position_embeddings=4096,
+        rm_head=False,
+        torch_dtype="bfloat16",
+    )
     return VL2Config(
         vision=VisionConfig(
             model_name="siglip_so400m_patch14_384",
@@ -279,8 +291,8 @@ def _released(decoder: DecoderConfig) -> VL2Config:
             layers=27,
             mlp_ratio=3.7362,
         ),
-        adaptor=AdaptorConfig(n_embed=decoder.hidden_size),
-        decoder=decoder,
+        adaptor=AdaptorConfig(n_embed=decoder["hidden_size"]),
+        decoder=DecoderConfig(**shared, **decoder),
         candidate_resolutions=RELEASED_RESOLUTIONS,
         torch_dtype="bfloat16",
         transformers_version="4.38.2",
@@ -290,88 +302,55 @@ def _released(decoder: DecoderConfig) -> VL2Config:
 def tiny() -> VL2Config:
     """DeepSeek-VL2-Tiny: 3.4 B parameters, multi-head attention (Table 1)."""
     return _released(
-        DecoderConfig(
-            vocab_size=129280,
-            hidden_size=1280,
-            intermediate_size=6848,
-            moe_intermediate_size=896,
-            num_hidden_layers=12,
-            num_attention_heads=10,
-            num_key_value_heads=10,
-            n_routed_experts=64,
-            n_shared_experts=2,
-            num_experts_per_tok=6,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            topk_method="greedy",
-            use_mla=False,
-            kv_lora_rank=None,
-            q_lora_rank=None,
-            qk_nope_head_dim=0,
-            qk_rope_head_dim=0,
-            v_head_dim=0,
-            max_position_embeddings=4096,
-            bos_token_id=0,
-            eos_token_id=1,
-            lm_head=True,
-            rm_head=False,
-            torch_dtype="bfloat16",
-        )
+        vocab_size=129280,
+        hidden_size=1280,
+        intermediate_size=6848,
+        moe_intermediate_size=896,
+        num_hidden_layers=12,
+        num_attention_heads=10,
+        num_key_value_heads=10,
+        n_routed_experts=64,
+        topk_method="greedy",
+        use_mla=False,
+        kv_lora_rank=None,
+        qk_nope_head_dim=0,
+        qk_rope_head_dim=0,
+        v_head_dim=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        lm_head=True,
     )
 
 
 def small() -> VL2Config:
     """DeepSeek-VL2-Small: 16.1 B parameters, MLA, softmax router (Table 1)."""
     return _released(
-        DecoderConfig(
-            hidden_size=2048,
-            intermediate_size=10944,
-            moe_intermediate_size=1408,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            num_key_value_heads=16,
-            n_routed_experts=64,
-            n_shared_experts=2,
-            num_experts_per_tok=6,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            topk_method="greedy",
-            q_lora_rank=None,
-            max_position_embeddings=4096,
-            rm_head=False,
-            torch_dtype="bfloat16",
-        )
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        n_routed_experts=64,
+        topk_method="greedy",
     )
 
 
 def base() -> VL2Config:
     """DeepSeek-VL2: 27.5 B parameters, MLA, sigmoid router with correction bias (Table 1)."""
     return _released(
-        DecoderConfig(
-            vocab_size=129280,
-            hidden_size=2560,
-            intermediate_size=12288,
-            moe_intermediate_size=1536,
-            n_routed_experts=72,
-            n_shared_experts=2,
-            num_experts_per_tok=6,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            topk_method="noaux_tc",
-            scoring_func="sigmoid",
-            norm_topk_prob=True,
-            routed_scaling_factor=2.0,
-            q_lora_rank=None,
-            max_position_embeddings=4096,
-            bos_token_id=0,
-            eos_token_id=1,
-            lm_head=False,
-            rm_head=False,
-            torch_dtype="bfloat16",
-        )
+        vocab_size=129280,
+        hidden_size=2560,
+        intermediate_size=12288,
+        moe_intermediate_size=1536,
+        n_routed_experts=72,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        lm_head=False,
     )
 
 
