@@ -4,6 +4,7 @@
     python benchmarks/full_shapes.py make base /tmp/full/base --zeros     # 55 GB, sparse
     python benchmarks/full_shapes.py convert /tmp/full/tiny /tmp/full/out [--verify]
     python benchmarks/full_shapes.py back /tmp/full/out /tmp/full/hf
+    python sample.py --ckpt /tmp/full/out --image examples/shapes.png --prompt "?" --json
 
 `convert` and `back` run `python -m convert.to_jax` and `python -m convert.to_hf` as a user would
 and print one JSON line.  Peak memory is the largest resident set of that process.
@@ -17,21 +18,20 @@ import sys
 import time
 from pathlib import Path
 
+from convert.random_hf import write_processor_files
 from convert.random_source import write_weights
-from vl2jax import config
-from vl2jax.checkpoint import REQUIRED_FILES
+from vl2jax.config import PRESETS
 
-SIZES = {"tiny": config.tiny, "small": config.small, "base": config.base}
 SHARD_SIZE = 86 * 10**8
 
 
 def make(size: str, directory: Path, zeros: bool) -> None:
-    """Writes a checkpoint with stand-ins for the tokenizer files, which conversion only copies."""
+    """Writes a checkpoint with random weights and the demonstration's small tokenizer."""
     directory.mkdir(parents=True)
     start = time.monotonic()
-    nbytes = write_weights(directory, SIZES[size](), zeros=zeros, shard_size=SHARD_SIZE)
-    for name in REQUIRED_FILES:
-        (directory / name).write_text("{}\n")
+    config = PRESETS[size]()
+    nbytes = write_weights(directory, config, zeros=zeros, shard_size=SHARD_SIZE)
+    write_processor_files(directory, config)
     seconds = time.monotonic() - start
     print(json.dumps({"made": size, "gb": nbytes / 1e9, "seconds": round(seconds, 1)}))
 
@@ -63,7 +63,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")
-    making.add_argument("size", choices=SIZES)
+    making.add_argument("size", choices=PRESETS)
     making.add_argument("directory", type=Path)
     making.add_argument("--zeros", action="store_true")
     converting = commands.add_parser("convert")

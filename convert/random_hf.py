@@ -97,12 +97,17 @@ def write_checkpoint(directory: Path, *, seed: int = 0) -> None:
     """Fills an existing directory with configuration, weights, tokenizer and processor files."""
     config = demo_config()
     write_weights(directory, config, seed=seed)
+    write_processor_files(directory, config)
+
+
+def write_processor_files(directory: Path, config: VL2Config) -> None:
+    """Writes the demonstration's tokenizer and the processor settings that a model needs."""
     make_tokenizer().save(str(directory / "tokenizer.json"))
     named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     chat = {"additional_special_tokens": list(CHAT_TOKENS)}
     processor = {
-        "candidate_resolutions": RESOLUTIONS,
-        "patch_size": PATCH,
+        "candidate_resolutions": config.candidate_resolutions,
+        "patch_size": config.vision.patch_size,
         "downsample_ratio": config.adaptor.downsample_ratio,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,

@@ -87,3 +87,22 @@ def test_bfloat16_keeps_its_dtype():
 )
 def test_block_rows(pairs, n, rows):
     assert experts._block_rows(pairs, n) == rows
+
+
+def test_experts_within_a_larger_stack():
+    """Weights of several layers in one stack: the others are neither read nor given gradients."""
+    x, weights, chosen, w = _case("random")
+    stack = jax.tree.map(lambda a: jnp.concatenate([a * jnp.nan, a, a * jnp.nan]), w)
+
+    def total(x, w, **where):
+        return jnp.sin(experts.blocked(x, weights, chosen, w, **where)).sum()
+
+    value, (dx, dw) = jax.value_and_grad(total, argnums=(0, 1))(x, w)
+    where = {"first": jnp.int32(E), "n_experts": E}
+    got, (dx_stack, dw_stack) = jax.value_and_grad(total, argnums=(0, 1))(x, stack, **where)
+    assert got == pytest.approx(float(value), rel=1e-6)
+    np.testing.assert_allclose(dx_stack, dx, atol=1e-6)
+    for whole, part in zip(dw_stack, dw, strict=True):
+        np.testing.assert_allclose(whole[E : 2 * E], part, atol=1e-6)
+        assert not np.any(whole[:E])
+        assert not np.any(whole[2 * E :])

@@ -8,7 +8,10 @@ import pytest
 from golden import Mini, assert_close
 
 import vl2jax
+from vl2jax.decoder import init_caches
 from vl2jax.errors import UserError
+from vl2jax.model import VL2
+from vl2jax.moe import expert_stacks
 
 MINIS = ("mini-tiny", "mini-small", "mini-base", "mini-extra")
 CASES = ("text_only", "one_image", "two_images", "three_images", "batch_leftpad")
@@ -218,3 +221,19 @@ def test_left_padding_is_refused(rows):
     flipped = batch.replace(segment_ids=np.ascontiguousarray(batch.segment_ids[:, ::-1]))
     with pytest.raises(UserError, match="padded on the right"):
         these.generate(flipped)
+
+
+def test_expert_stacks_change_nothing(rows):
+    """Inference takes the experts of all layers whole; a pass over sliced layers agrees."""
+    these = rows("mini-extra")  # experts in two runs of layers
+    config = these.model.config
+    cfg, model = config.decoder, VL2(config)
+    x = jax.random.normal(jax.random.key(0), (2, 5, cfg.hidden_size))
+    positions = np.tile(np.arange(5), (2, 1))
+    found = []
+    for variables in (these.model.params, expert_stacks(these.model.params)):
+        caches = init_caches(cfg, 2, 8, x.dtype)
+        hidden, _ = model.apply(variables, x, positions, caches, method=VL2.decode)
+        found.append(hidden)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    assert "experts" not in expert_stacks(these.model.params)["params"]["decoder"]["moe_2"]["mlp"]

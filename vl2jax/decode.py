@@ -19,6 +19,7 @@ from vl2jax.batch import TEXT, Batch
 from vl2jax.config import DecoderConfig, VL2Config
 from vl2jax.decoder import Caches, init_caches
 from vl2jax.model import VL2
+from vl2jax.moe import expert_stacks
 from vl2jax.sampling import next_token
 
 BURST = 16  # tokens decoded on the device between two looks of the host
@@ -70,6 +71,10 @@ class Programs:
 def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
     """Jitted steps for one architecture and dtype."""
     model = VL2(config, dtype)
+
+    def decode(params, x, positions, caches):
+        return model.apply(expert_stacks(params), x, positions, caches, method=VL2.decode)
+
     options = None
     if backend == "cpu" and dtype == jnp.bfloat16:
         # XLA's CPU compiler would convert all stacked bfloat16 weights to float32 ahead of the
@@ -84,7 +89,7 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
 
     @functools.partial(jit, donate_argnums=3)
     def prefill(params, x, positions, caches):
-        return model.apply(params, x, positions, caches, method=VL2.decode)
+        return decode(params, x, positions, caches)
 
     @jax.jit  # no loop over layers, and part of `burst` as well
     def choose(params, sampling, hidden, seen, keys, positions):
@@ -98,9 +103,7 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
         def step(carry):
             i, state, out = carry
             x = model.apply(params, state.tokens[:, None], method=VL2.embed_tokens)
-            hidden, caches = model.apply(
-                params, x, state.positions[:, None], state.caches, method=VL2.decode
-            )
+            hidden, caches = decode(params, x, state.positions[:, None], state.caches)
             positions = state.positions + 1
             tokens, seen = choose(params, sampling, hidden[:, 0], state.seen, state.keys, positions)
             done = state.done | (tokens[:, None] == eos[None]).any(axis=1)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from vl2jax.attention import MHA, MLA, Cache, Context, init_cache
 from vl2jax.config import DecoderConfig
-from vl2jax.layers import GatedMLP, Kernel, RMSNorm
-from vl2jax.moe import Balance, MoE
+from vl2jax.layers import GatedMLP, Kernel, RMSNorm, matmul
+from vl2jax.moe import EXPERT_STACKS, Balance, MoE
 from vl2jax.rope import rope_table
 
 Caches = dict[str, Cache]  # by name of the run
@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
         normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="post_attention_layernorm")(x)
         if self.is_moe:
             how = dict(implementation=self.moe_implementation, max_segments=self.max_segments)
-            y, balance = MoE(cfg, **kinds, **how, name="mlp")(normed, balance_ids)
+            y, balance = MoE(cfg, **kinds, **how, name="mlp")(normed, balance_ids, layer)
         else:
             init = nn.initializers.normal(cfg.initializer_range)
             y = GatedMLP(cfg.intermediate_size, init, **kinds, name="mlp")(normed)
@@ -76,6 +76,7 @@ class Decoder(nn.Module):
             nn.scan(
                 DecoderLayer,
                 variable_axes={"params": 0, "router": 0, "intermediates": 0},
+                variable_broadcast=EXPERT_STACKS,
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=run.count,
@@ -135,7 +136,8 @@ class Decoder(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., vocab]."""
-        return jnp.tensordot(x, self.lm_head(), axes=1, preferred_element_type=jnp.float32)
+        y = matmul(x.reshape(-1, x.shape[-1]), self.lm_head())
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vl2jax.layers import matmul
+
 MAX_BLOCK = 256
 
 
@@ -24,7 +26,7 @@ class ExpertWeights(NamedTuple):
 def dense(
     x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights
 ) -> jax.Array:
-    """Every expert on every token, then the weighted sum of the chosen ones. For tests."""
+    """Every expert on every token, then the weighted sum of the chosen ones. The oracle."""
     chosen_TKE = jax.nn.one_hot(experts_TK, w.gate.shape[0], dtype=jnp.float32)
     weights_TE = jnp.einsum("TK,TKE->TE", weights_TK.astype(jnp.float32), chosen_TKE)
     y_ETD = jax.vmap(_ffn, in_axes=(None, 0))(x_TD, w)
@@ -37,6 +39,8 @@ def blocked(
     experts_TK: jax.Array,
     w: ExpertWeights,
     block: int | None = None,
+    first: jax.Array | int = 0,
+    n_experts: int | None = None,
 ) -> jax.Array:
     """Tokens sorted by expert, then a loop over the blocks that exist: exact, nothing dropped.
 
@@ -47,19 +51,22 @@ def blocked(
       x_TD: tokens.
       weights_TK: float32, weight of each chosen expert.
       experts_TK: int32, the chosen experts.
-      w: weights in the dtype of x.
+      w: weights; those of a used expert are cast to the dtype of x.
       block: rows of a block; None: fitted to the tokens per expert.
+      first: where expert 0 lies in w, which may hold the experts of many layers.
+      n_experts: E; None: all that w holds.
 
     Returns:
       The weighted sum [T, D] in the dtype of x, summed in float32.
     """
-    n_experts, top_k = w.gate.shape[0], experts_TK.shape[-1]
+    n_experts, top_k = n_experts or w.gate.shape[0], experts_TK.shape[-1]
     flat_P = experts_TK.reshape(-1)
     order_P = jnp.argsort(flat_P, stable=True)
     inverse_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(flat_P.size))
     group_sizes = jnp.bincount(flat_P, length=n_experts)
     x_PD = _spread(x_TD, order_P, inverse_P, top_k)
-    y_PD = _grouped_ffn(x_PD, w, group_sizes, block or _block_rows(flat_P.size, n_experts))
+    block = block or _block_rows(flat_P.size, n_experts)
+    y_PD = _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
     y_TKD = _permute(y_PD, inverse_P, order_P).reshape(*experts_TK.shape, -1)
     weights_TK = weights_TK.astype(jnp.float32)
     return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
@@ -76,9 +83,8 @@ def _block_rows(pairs: int, n_experts: int) -> int:
 
 def _ffn(x: jax.Array, w: ExpertWeights) -> jax.Array:
     """One expert: `down(silu(gate(x)) * up(x))`, accumulated in float32."""
-    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    hidden = jax.nn.silu(dot(x, w.gate)) * dot(x, w.up)
-    return dot(hidden.astype(x.dtype), w.down).astype(x.dtype)
+    hidden = jax.nn.silu(matmul(x, w.gate)) * matmul(x, w.up)
+    return matmul(hidden.astype(x.dtype), w.down).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -142,12 +148,15 @@ def _put(x_PD: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x_PD, rows, start, axis=0)
 
 
-def _pick(w: ExpertWeights, expert: jax.Array) -> ExpertWeights:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), w)
+def _pick(w: ExpertWeights, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
+    def pick(stack: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False).astype(dtype)
+
+    return jax.tree.map(pick, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_ffn(x_PD, w, group_sizes, block):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped_ffn(x_PD, w, group_sizes, first, block):
     """Expert e on its `group_sizes[e]` consecutive rows, a block at a time.
 
     The last block of an expert may reach into the rows of the next; these are overwritten by
@@ -158,7 +167,7 @@ def _grouped_ffn(x_PD, w, group_sizes, block):
 
     def one_expert(a, y_PD):
         expert = groups.active[a]
-        weights = _pick(w, expert)
+        weights = _pick(w, first + expert, x_PD.dtype)
 
         def one_block(i, y_PD):
             start = groups.start[expert] + i * block
@@ -169,20 +178,20 @@ def _grouped_ffn(x_PD, w, group_sizes, block):
     return jax.lax.fori_loop(0, groups.n_active, one_expert, jnp.zeros_like(x_PD))[:pairs]
 
 
-def _grouped_ffn_forward(x_PD, w, group_sizes, block):
-    return _grouped_ffn(x_PD, w, group_sizes, block), (x_PD, w, group_sizes)
+def _grouped_ffn_forward(x_PD, w, group_sizes, first, block):
+    return _grouped_ffn(x_PD, w, group_sizes, first, block), (x_PD, w, group_sizes, first)
 
 
 def _grouped_ffn_backward(block, residuals, g_PD):
     """Each block recomputes its hidden rows; an expert's gradients are written once."""
-    x_PD, w, group_sizes = residuals
+    x_PD, w, group_sizes, first = residuals
     pairs, groups = x_PD.shape[0], _Groups.of(group_sizes)
     x_PD, g_PD = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_PD, g_PD))
 
     def one_expert(a, carry):
         dx_PD, dw = carry
         expert = groups.active[a]
-        weights = _pick(w, expert)
+        weights = _pick(w, first + expert, x_PD.dtype)
 
         def one_block(i, carry):
             dx_PD, dw_expert = carry
@@ -196,12 +205,12 @@ def _grouped_ffn_backward(block, residuals, g_PD):
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
         blocks = groups.blocks(expert, block)
         dx_PD, dw_expert = jax.lax.fori_loop(0, blocks, one_block, (dx_PD, zeros))
-        dw = jax.tree.map(lambda d, e: d.at[expert].set(e.astype(d.dtype)), dw, dw_expert)
+        dw = jax.tree.map(lambda d, e: d.at[first + expert].set(e.astype(d.dtype)), dw, dw_expert)
         return dx_PD, dw
 
     initial = (jnp.zeros_like(x_PD), jax.tree.map(jnp.zeros_like, w))
     dx_PD, dw = jax.lax.fori_loop(0, groups.n_active, one_expert, initial)
-    return dx_PD[:pairs], dw, None
+    return dx_PD[:pairs], dw, None, None
 
 
 _grouped_ffn.defvjp(_grouped_ffn_forward, _grouped_ffn_backward)

@@ -7,13 +7,16 @@ import math
 
 import flax.linen as nn
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from vl2jax.config import DecoderConfig
-from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights
+from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, blocked
 from vl2jax.layers import GatedMLP
 from vl2jax.losses import batch_balance_loss, expert_load, sequence_balance_loss
+
+EXPERT_STACKS = "expert_stacks"  # a collection, see `expert_stacks`
 
 
 @flax.struct.dataclass
@@ -102,34 +105,57 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The stacked weights of the routed experts."""
+    """The routed experts, their weights stacked.
+
+    In inference the weights of all layers may come whole, in the collection `EXPERT_STACKS` (see
+    `expert_stacks`): then only what the chosen experts need is read, where a scan over layers
+    would first copy all experts of a layer.
+    """
 
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, routing: Routing, implementation: str) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, routing: Routing, layer: jax.Array, implementation: str
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `layer` is the number of the layer in its stack."""
         cfg = self.cfg
         experts, hidden, width = cfg.n_routed_experts, cfg.moe_intermediate_size, x.shape[-1]
-        init = nn.initializers.normal(cfg.initializer_range)
-
-        def weight(name: str, shape: tuple[int, ...]) -> jax.Array:
-            return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
-
-        weights = ExpertWeights(
-            gate=weight("gate_proj", (experts, width, hidden)),
-            up=weight("up_proj", (experts, width, hidden)),
-            down=weight("down_proj", (experts, hidden, width)),
-        )
         tokens = math.prod(x.shape[:-1])
-        y = IMPLEMENTATIONS[implementation](
+        inputs = (
             x.reshape(tokens, width),
             routing.weights.reshape(tokens, -1),
             routing.experts.reshape(tokens, -1),
-            weights,
         )
-        return y.reshape(x.shape)
+        if self.has_variable(EXPERT_STACKS, "gate_proj"):
+            names = ("gate_proj", "up_proj", "down_proj")
+            stacks = (self.get_variable(EXPERT_STACKS, name) for name in names)
+            weights = ExpertWeights(*(w.reshape(-1, *w.shape[2:]) for w in stacks))
+            y = blocked(*inputs, weights, first=layer * experts, n_experts=experts)
+            return y.reshape(x.shape)
+        init = nn.initializers.normal(cfg.initializer_range)
+
+        def weight(name: str, *shape: int) -> jax.Array:
+            shape = (experts, *shape)
+            return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+
+        weights = ExpertWeights(
+            gate=weight("gate_proj", width, hidden),
+            up=weight("up_proj", width, hidden),
+            down=weight("down_proj", hidden, width),
+        )
+        return IMPLEMENTATIONS[implementation](*inputs, weights).reshape(x.shape)
+
+
+def expert_stacks(variables: dict) -> dict:
+    """Variables for inference: the experts' weights moved from `params` to `EXPERT_STACKS`."""
+    flat = flax.traverse_util.flatten_dict(variables["params"])
+    stacks = {path: leaf for path, leaf in flat.items() if "experts" in path}
+    rest = {path: leaf for path, leaf in flat.items() if path not in stacks}
+    unflatten = flax.traverse_util.unflatten_dict
+    return {**variables, "params": unflatten(rest), EXPERT_STACKS: unflatten(stacks)}
 
 
 class MoE(nn.Module):
@@ -147,16 +173,19 @@ class MoE(nn.Module):
     max_segments: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, balance_ids: jax.Array) -> tuple[jax.Array, Balance]:
+    def __call__(
+        self, x: jax.Array, balance_ids: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, Balance]:
         """[B, T, D] -> [B, T, D].
 
         Args:
           x: tokens.
           balance_ids: int32[B, T], the segment of each token that counts in the balance, else 0.
+          layer: number of the layer in its stack.
         """
         cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
         routing = Gate(cfg, self.param_dtype, name="gate")(x)
-        y = Experts(cfg, **kinds, name="experts")(x, routing, self.implementation)
+        y = Experts(cfg, **kinds, name="experts")(x, routing, layer, self.implementation)
         if cfg.n_shared_experts is not None:
             width = cfg.moe_intermediate_size * cfg.n_shared_experts
             init = nn.initializers.normal(cfg.initializer_range)
