@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import jax
+
 from vl2jax.errors import UserError
 from vl2jax.progress import human_bytes
 
@@ -61,9 +63,15 @@ def staged_directory(
 def run_cli(main: Callable[[], None]) -> int:
     """Runs a command line; a user's mistake is one message, never a traceback.
 
+    Conversion needs no accelerator, and must not take one that a training run may hold: JAX, which
+    is imported by now and no longer reads the environment, is told to use the CPU unless the user
+    chose a platform.
+
     Returns:
       The exit code: 0, 1 after an error, 130 after Ctrl-C.
     """
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
     try:
         main()
     except KeyboardInterrupt:

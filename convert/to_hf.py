@@ -7,7 +7,6 @@ Every tensor is written in the dtype that it had, so converting there and back c
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -140,7 +139,6 @@ def _main() -> None:
 
 def main() -> int:
     """Command line entry; returns the exit code."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return run_cli(_main)
 
 

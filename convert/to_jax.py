@@ -8,7 +8,6 @@ Tensors are read one at a time and written slice by slice: memory stays small, w
 import argparse
 import collections
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,8 +190,6 @@ def _main() -> None:
 
 def main() -> int:
     """Command line entry; returns the exit code."""
-    # Conversion needs no accelerator; do not take one that a training run may hold.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return run_cli(_main)
 
 

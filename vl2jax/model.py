@@ -26,13 +26,11 @@ class Output:
       hidden: [B, T, D], after the final norm.
       logits: float32[B, T, vocab], or None if not asked for.
       balance: of the layers with experts, or None if there are none.
-      caches: the written caches, or None.
     """
 
     hidden: jax.Array
     logits: jax.Array | None
     balance: Balance | None
-    caches: Caches | None
 
 
 class VL2(nn.Module):
@@ -116,7 +114,7 @@ class VL2(nn.Module):
             x, batch.positions, batch.segment_ids, balance_ids=balance_ids
         )
         logits = self.logits(hidden) if with_logits else None
-        return Output(hidden=hidden, logits=logits, balance=balance, caches=None)
+        return Output(hidden=hidden, logits=logits, balance=balance)
 
 
 def compute_dtype(params) -> jnp.dtype:
