@@ -18,9 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-from convert.random_hf import write_processor_files
+from convert.random_hf import make_tokenizer
 from convert.random_source import write_weights
 from vl2jax.config import PRESETS
+from vl2jax.synthetic.tokens import write_processor_files
 
 SHARD_SIZE = 86 * 10**8
 
@@ -31,7 +32,7 @@ def make(size: str, directory: Path, zeros: bool) -> None:
     start = time.monotonic()
     config = PRESETS[size]()
     nbytes = write_weights(directory, config, zeros=zeros, shard_size=SHARD_SIZE)
-    write_processor_files(directory, config)
+    write_processor_files(directory, config, make_tokenizer())
     seconds = time.monotonic() - start
     print(json.dumps({"made": size, "gb": nbytes / 1e9, "seconds": round(seconds, 1)}))
 

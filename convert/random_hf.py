@@ -8,21 +8,18 @@ bfloat16.  Its answers are noise.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from convert.random_source import write_weights
 from convert.staging import run_cli, staged_directory
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
-from vl2jax.tokenizer import CHAT_TOKENS, GROUNDING_TOKENS
+from vl2jax.synthetic.tokens import train_bpe, write_processor_files
 
 SIDE, PATCH = 76, 14  # five patches and six pixels over, as 384 has 27 and six over
 VOCABULARY = 480
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-IMAGE = "<image>"
 RESOLUTIONS = tuple(
     (wide * SIDE, high * SIDE) for wide in range(1, 10) for high in range(1, 10) if wide * high < 10
 )
@@ -78,63 +75,14 @@ def demo_config() -> VL2Config:
 
 def make_tokenizer() -> tokenizers.Tokenizer:
     """A byte-level BPE: all bytes, merges learnt from `CORPUS`, special tokens at both ends."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    last = [IMAGE, *GROUNDING_TOKENS, *CHAT_TOKENS]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(last),
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_special_tokens(last)
-    return tokenizer
+    return train_bpe(CORPUS, VOCABULARY, pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
 def write_checkpoint(directory: Path, *, seed: int = 0) -> None:
     """Fills an existing directory with configuration, weights, tokenizer and processor files."""
     config = demo_config()
     write_weights(directory, config, seed=seed)
-    write_processor_files(directory, config)
-
-
-def write_processor_files(directory: Path, config: VL2Config) -> None:
-    """Writes the demonstration's tokenizer and the processor settings that a model needs."""
-    make_tokenizer().save(str(directory / "tokenizer.json"))
-    named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-    chat = {"additional_special_tokens": list(CHAT_TOKENS)}
-    processor = {
-        "candidate_resolutions": config.candidate_resolutions,
-        "patch_size": config.vision.patch_size,
-        "downsample_ratio": config.adaptor.downsample_ratio,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "normalize": True,
-        "image_token": IMAGE,
-        "pad_token": PAD,
-        "add_special_token": False,
-        "sft_format": "deepseek",
-        "mask_prompt": False,
-        "ignore_id": -100,
-        "processor_class": "DeepseekVLV2Processor",
-    }
-    settings = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config.decoder.max_position_embeddings,
-        "tokenizer_class": "LlamaTokenizerFast",
-        "unk_token": None,
-    }
-    for name, content in (
-        ("processor_config.json", processor),
-        ("special_tokens_map.json", named | chat),
-        ("tokenizer_config.json", settings | named),
-    ):
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        (directory / name).write_text(text + "\n", encoding="utf-8")
+    write_processor_files(directory, config, make_tokenizer())
 
 
 def _main() -> None:

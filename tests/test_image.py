@@ -167,6 +167,26 @@ def test_every_orientation_is_that_of_pillow(orientation):
         np.testing.assert_array_equal(np.asarray(loaded), np.asarray(expected))
 
 
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "ICO"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_size_without_decoding_is_that_of_the_loaded_picture(format, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (30, 20)).save(file, format, exif=exif)
+    for turn in (True, False):
+        loaded = images_lib.load_image(file.getvalue(), exif=turn)
+        assert images_lib.image_size(file.getvalue(), exif=turn) == loaded.size
+
+
+def test_size_of_what_cannot_be_loaded():
+    assert images_lib.image_size(PIL.Image.new("L", (5, 4))) == (5, 4)
+    with pytest.raises(UserError, match="not a picture"):
+        images_lib.image_size(b"no picture")
+    with pytest.raises(UserError, match="89,478,485 pixels are decoded"):
+        images_lib.image_size(png_header(100_000, 100_000))
+
+
 def test_unreadable_exif_turns_nothing():
     file = io.BytesIO()
     PIL.Image.new("RGB", (3, 2), (9, 8, 7)).save(file, "PNG", exif=b"Exif\0\0nonsense")

@@ -11,7 +11,8 @@ from typing import Any
 from vl2jax.answer_output import Output
 from vl2jax.errors import UserError
 from vl2jax.image import load_image
-from vl2jax.request import Request, with_placeholders
+from vl2jax.prompt import with_placeholders
+from vl2jax.request import Request
 from vl2jax.session import Session
 
 HELP = """\

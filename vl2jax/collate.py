@@ -78,24 +78,68 @@ def collate(
             f"samples of up to {longest} tokens with {used} tiles in all do not fit into"
             f" length {length} and {tile_slots} tile slots"
         )
-    shape = (len(samples), length)
-    batch = Batch(
-        tiles=np.zeros((tile_slots, tile_side, tile_side, 3), np.uint8),
+    batch = empty_batch(len(samples), length, tile_slots, pad_id=pad_id, tile_side=tile_side)
+    slot = 0
+    for row, sample in enumerate(samples):
+        place(batch, sample, row=row, slot=slot, tokens_per_tile=tokens_per_tile)
+        slot += len(sample.tiles)
+    return batch
+
+
+def empty_batch(
+    rows: int,
+    length: int,
+    tile_slots: int,
+    *,
+    pad_id: int,
+    tile_side: int,
+    pools: int | None = None,
+) -> Batch:
+    """A batch of nothing but padding, to be written by `place`.
+
+    Args:
+      rows: B, `length` T, `tile_slots` I, `tile_side` S.
+      pad_id: token at padding.
+      pools: P for microbatches with tile slots of their own, as a leading axis; None for no axis.
+
+    Returns:
+      A `Batch` of numpy arrays.
+    """
+    lead = () if pools is None else (pools,)
+    shape = (*lead, rows, length)
+    return Batch(
+        tiles=np.zeros((*lead, tile_slots, tile_side, tile_side, 3), np.uint8),
         tokens=np.full(shape, pad_id, np.int32),
         image_index=np.full(shape, TEXT, np.int32),
-        positions=np.tile(np.arange(length, dtype=np.int32), (len(samples), 1)),
+        positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
         segment_ids=np.zeros(shape, np.int32),
         loss_mask=np.zeros(shape, bool),
     )
-    slot = 0
-    for row, sample in enumerate(samples):
-        count, tiles, index = len(sample), len(sample.tiles), sample.image_index
-        batch.tiles[slot : slot + tiles] = sample.tiles
-        batch.tokens[row, :count] = sample.tokens
-        batch.image_index[row, :count] = index + np.where(
-            index >= FIRST_TILE_ROW, slot * tokens_per_tile, 0
-        )
-        batch.segment_ids[row, :count] = 1
-        batch.loss_mask[row, :count] = sample.loss_mask
-        slot += tiles
-    return batch
+
+
+def place(
+    batch: Batch,
+    sample: Sample,
+    *,
+    row: int,
+    slot: int,
+    tokens_per_tile: int,
+    offset: int = 0,
+    segment: int = 1,
+) -> None:
+    """Writes a sample into a batch of numpy arrays without an axis of pools.
+
+    Args:
+      row: where its tokens go, from column `offset` on, as the row's sequence number `segment`.
+      slot: where its tiles go, from this slot on.
+      tokens_per_tile: rows of the visual table per tile.
+    """
+    span, index = slice(offset, offset + len(sample)), sample.image_index
+    batch.tiles[slot : slot + len(sample.tiles)] = sample.tiles
+    batch.tokens[row, span] = sample.tokens
+    batch.image_index[row, span] = index + np.where(
+        index >= FIRST_TILE_ROW, slot * tokens_per_tile, 0
+    )
+    batch.positions[row, span] = np.arange(len(sample), dtype=np.int32)
+    batch.segment_ids[row, span] = segment
+    batch.loss_mask[row, span] = sample.loss_mask

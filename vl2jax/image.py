@@ -14,7 +14,7 @@ import threading
 import urllib.parse
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import PIL.Image
@@ -23,6 +23,7 @@ from vl2jax.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
 from vl2jax.errors import UserError
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
+URL_SCHEMES = ("data:", "file:", "http:", "https:")  # a source that begins so is no path
 
 # A quarter of a gigabyte of RGB, Pillow's own threshold; beyond it a small file can fill memory.
 MAX_PIXELS = 89_478_485
@@ -35,7 +36,10 @@ _DECODING_ERRORS = (
 )
 # Formats that are decoded in this process; Pillow hands some others to outside programs.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+# Of these the size is known before decoding; the others may correct it then.
+_HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM")
 _EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 _TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -63,25 +67,35 @@ def load_image(source: ImageSource, *, exif: bool = True) -> PIL.Image.Image:
     Raises:
       UserError: nothing there, not a picture, truncated, or more than `MAX_PIXELS` pixels.
     """
-    if isinstance(source, PIL.Image.Image):
-        name, file = "PIL image", contextlib.nullcontext(source)
-    else:
-        name, file = _open_source(source)
-    try:
-        with file as opened:
-            if isinstance(opened, PIL.Image.Image):
-                _check_pixels(opened.size, name)
-                return _to_rgb(opened)
-            return _decode(name, opened, exif)
-    except UserError:
-        raise
-    except PIL.UnidentifiedImageError as error:
-        raise UserError(
-            f"{name}: not a picture in a format that can be read (JPEG, PNG, WebP, GIF, ...);"
-            " check the file, its name decides nothing"
-        ) from error
-    except _DECODING_ERRORS as error:
-        raise UserError(f"{name}: damaged or truncated picture ({error}); get it again") from error
+    with _reading(source) as (name, opened):
+        if isinstance(opened, PIL.Image.Image):
+            _check_pixels(opened.size, name)
+            return _to_rgb(opened)
+        image = _read_header(name, opened)
+        image.load()
+        orientation = _orientation(image) if exif else 1
+        image = _to_rgb(image)
+        return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
+
+
+def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
+    """Size of what `load_image` gives; of most formats only the header is read.
+
+    Returns:
+      (width, height) in pixels.
+
+    Raises:
+      UserError: as for `load_image`, but for damage that only decoding shows.
+    """
+    with _reading(source) as (name, opened):
+        if isinstance(opened, PIL.Image.Image):
+            _check_pixels(opened.size, name)
+            return opened.size
+        image = _read_header(name, opened)
+        if image.format not in _HEADER_TELLS_SIZE:
+            image.load()
+        turned = exif and _orientation(image) in _SIDEWAYS
+        return image.size[::-1] if turned else image.size
 
 
 def select_best_resolution(
@@ -242,7 +256,29 @@ def _file_url_path(url: str) -> str:
     return urllib.parse.unquote(parts.path)
 
 
-def _decode(name: str, file: io.BufferedIOBase, exif: bool) -> PIL.Image.Image:
+@contextlib.contextmanager
+def _reading(source: ImageSource) -> Iterator[tuple[str, io.BufferedIOBase | PIL.Image.Image]]:
+    """A name for messages and the open source; what Pillow raises becomes UserError."""
+    if isinstance(source, PIL.Image.Image):
+        name, file = "PIL image", contextlib.nullcontext(source)
+    else:
+        name, file = _open_source(source)
+    try:
+        with file as opened:
+            yield name, opened
+    except UserError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise UserError(
+            f"{name}: not a picture in a format that can be read (JPEG, PNG, WebP, GIF, ...);"
+            " check the file, its name decides nothing"
+        ) from error
+    except _DECODING_ERRORS as error:
+        raise UserError(f"{name}: damaged or truncated picture ({error}); get it again") from error
+
+
+def _read_header(name: str, file: io.BufferedIOBase) -> PIL.Image.Image:
+    """The picture, not decoded yet."""
     with _HEADER_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked below, oddities in metadata do not matter
         try:
@@ -251,10 +287,7 @@ def _decode(name: str, file: io.BufferedIOBase, exif: bool) -> PIL.Image.Image:
         except PIL.Image.DecompressionBombError as error:
             raise UserError(f"{name}: {error}; {_BOMB_ADVICE}") from error
         _check_pixels(image.size, name)
-    image.load()
-    orientation = _orientation(image) if exif else 1
-    image = _to_rgb(image)
-    return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
+    return image
 
 
 _BOMB_ADVICE = f"at most {MAX_PIXELS:,} pixels are decoded; make the picture smaller"

@@ -163,6 +163,11 @@ def render_prompt(prompt: str, *, sft_format: str = "deepseek", system_prompt: s
     return render_conversation(messages, sft_format=sft_format, system_prompt=system_prompt)
 
 
+def with_placeholders(text: str, images: int, image_token: str) -> str:
+    """Puts one line `<image>` per image in front of a text that has no placeholder."""
+    return text if image_token in text else f"{image_token}\n" * images + text
+
+
 def check_format(sft_format: str) -> None:
     """Raises UserError unless the format is built."""
     if sft_format not in FORMATS:

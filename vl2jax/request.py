@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vl2jax.errors import UserError
+from vl2jax.image import URL_SCHEMES
+from vl2jax.prompt import with_placeholders
 
 CONVERSATION_KEYS = ("messages", "conversation", "conversations", "prompt")
-_SCHEMES = ("data:", "file:", "http:", "https:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,6 @@ def from_prompt(
     messages = [] if system is None else [{"role": "system", "content": system}]
     content = with_placeholders(prompt, len(images), image_token)
     return Request([*messages, {"role": "user", "content": content}], list(images))
-
-
-def with_placeholders(prompt: str, images: int, image_token: str) -> str:
-    """Puts one line `<image>` per image in front of a prompt that has no placeholder."""
-    return prompt if image_token in prompt else f"{image_token}\n" * images + prompt
 
 
 def read_request(path: Path, *, image_token: str) -> Request:
@@ -112,7 +108,7 @@ def _images(value: Mapping[str, Any], folder: Path) -> list[Any] | None:
 
 def locate(source: Any, folder: Path) -> Any:
     """A path as it is if it leads somewhere from here, else from `folder`; URLs as they are."""
-    if not isinstance(source, str) or source.lower().startswith(_SCHEMES):
+    if not isinstance(source, str) or source.lower().startswith(URL_SCHEMES):
         return source
     try:
         if not Path(source).exists() and (folder / source).exists():

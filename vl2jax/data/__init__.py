@@ -1,0 +1,1 @@
+"""Training data: files of many formats, packed into batches."""

@@ -1,0 +1,110 @@
+"""Objects beside a conversation (ms-swift): names and pixel boxes become the model's own text."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vl2jax.errors import UserError
+from vl2jax.grounding import SCALE
+
+NAME, BOX = "<ref-object>", "<bbox>"
+_MARKS = re.compile(f"{NAME}|(?:{BOX})+")
+# Extent of a picture in the units of each type; None for its pixels.
+_EXTENTS = {"real": None, "norm1000": 1000, "norm1": 1}
+
+ImageSize = Callable[[int], tuple[int, int]]
+
+
+def fill_objects(texts: Sequence[str], objects: Any, images: int, size: ImageSize) -> list[str]:
+    """Puts names and boxes where the texts have `<ref-object>` and `<bbox>`, in order.
+
+    A name becomes `<|ref|>name<|/ref|>`, a run of boxes `<|det|>[[x1, y1, x2, y2], ...]<|/det|>`
+    with integers from 0 to 999 over the picture's width and height.
+
+    Args:
+      texts: those of a conversation, in order.
+      objects: `{"ref": [name, ...], "bbox": [[x1, y1, x2, y2], ...]}`, and optionally `bbox_type`
+        (a key of `_EXTENTS`, "real" if absent) and `image_id` (which picture a box is in, from 0;
+        the first if absent).  None where the row has no objects.
+      images: how many pictures the row has.
+      size: (width, height) in pixels of picture i, from 0; asked only where a box is in pixels.
+
+    Raises:
+      UserError: marks and objects differ in number, or an object is malformed.
+    """
+    if objects is None:
+        objects = {}
+    if not isinstance(objects, Mapping):
+        raise UserError(f"'objects' must be like {{'ref': [], 'bbox': []}}, got {objects!r:.80}")
+    names, boxes = _list(objects, "ref"), _list(objects, "bbox")
+    for mark, key, given in ((NAME, "ref", names), (BOX, "bbox", boxes)):
+        marks = sum(text.count(mark) for text in texts)
+        if marks != len(given):
+            raise UserError(
+                f"{marks} {mark} in the text but {len(given)} entries in objects[{key!r}];"
+                " give one for each, in order"
+            )
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"objects['ref'] must hold names, got {name!r:.80}")
+    left_names = iter(names)
+    left_boxes = iter(_scaled(boxes, objects, images, size))
+
+    def fill(mark: re.Match) -> str:
+        if mark[0] == NAME:
+            return f"<|ref|>{next(left_names)}<|/ref|>"
+        run = [next(left_boxes) for _ in range(len(mark[0]) // len(BOX))]
+        return f"<|det|>{run}<|/det|>"
+
+    return [_MARKS.sub(fill, text) for text in texts]
+
+
+def _scaled(
+    boxes: Sequence[Any], objects: Mapping[str, Any], images: int, size: ImageSize
+) -> list[list[int]]:
+    """Boxes in 0..999."""
+    kind = objects.get("bbox_type", "real")
+    if not isinstance(kind, str) or kind not in _EXTENTS:
+        raise UserError(f"bbox_type {kind!r:.40} is not one of {', '.join(_EXTENTS)}")
+    pictures = _list(objects, "image_id") or [0] * len(boxes)
+    if len(pictures) != len(boxes):
+        raise UserError(
+            f"{len(pictures)} entries in objects['image_id'] but {len(boxes)} boxes; give the"
+            " number of its picture, from 0, for each box"
+        )
+    scaled = []
+    for number, (box, picture) in enumerate(zip(boxes, pictures, strict=True), 1):
+        if type(picture) is not int or not 0 <= picture < images:
+            raise UserError(
+                f"box {number} is in picture {picture!r:.40} (from 0), but the row has"
+                f" {images} pictures; correct objects['image_id'] or give the picture"
+            )
+        extent = _EXTENTS[kind]
+        width, height = size(picture) if extent is None else (extent, extent)
+        where = f"image {picture + 1}" if extent is None else f"bbox_type {kind!r}"
+        _check_box(f"box {number}", box, (width, height), where)
+        scaled.append(
+            [round(x / extent * SCALE) for x, extent in zip(box, (width, height) * 2, strict=True)]
+        )
+    return scaled
+
+
+def _check_box(name: str, box: Any, size: tuple[int, int], where: str) -> None:
+    width, height = size
+    numbers = isinstance(box, list | tuple) and len(box) == 4
+    if not numbers or not all(type(x) in (int, float) and abs(x) < math.inf for x in box):
+        raise UserError(f"{name} must be four finite numbers [x1, y1, x2, y2], got {box!r:.80}")
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise UserError(
+            f"{name} {box!r:.80} is empty or outside {where} ({width} x {height}); expected"
+            f" 0 <= x1 < x2 <= {width} and 0 <= y1 < y2 <= {height}, or another 'bbox_type'"
+        )
+
+
+def _list(objects: Mapping[str, Any], key: str) -> Sequence[Any]:
+    value = objects.get(key, [])
+    if not isinstance(value, list | tuple):
+        raise UserError(f"objects[{key!r}] must be a list, got {value!r:.80}")
+    return value

@@ -1,0 +1,300 @@
+"""From sources of rows to packed batches, in an order that a checkpoint can take up again.
+
+Everything before packing has random access, so the state of the pipeline is a few integers: the
+number of the row that comes next, and those of the samples that were read and wait for room.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from vl2jax.batch import Batch
+from vl2jax.data.malformed import REPAIR, Malformed
+from vl2jax.data.packing import BatchShape, Packer, assemble, supervised
+from vl2jax.data.reading import Drawn, Reader, mixed_order
+from vl2jax.data.row import Source
+from vl2jax.errors import UserError
+from vl2jax.processor import Processor
+
+# Samples read ahead by each thread or process.
+READ_AHEAD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """A batch, and what is in it.
+
+    Attributes:
+      batch: numpy arrays with a leading axis of pools (see `packing.assemble`).
+      rows: int64[samples]. Numbers of the samples in the order of the data, over all processes, by
+        pool, row and segment: they name the batch, and the same settings find its samples again.
+      names: where each sample comes from, as messages name it.
+      samples, images, tiles: how many are in it.
+      tokens: without padding; `supervised`: those that count in the loss.
+    """
+
+    batch: Batch
+    rows: np.ndarray
+    names: tuple[str, ...]
+    samples: int
+    images: int
+    tiles: int
+    tokens: int
+    supervised: int
+
+
+def fill_metrics(packed: PackedBatch) -> dict[str, float]:
+    """Shares of the token and tile slots that are used, from 0 to 1."""
+    slots = math.prod(packed.batch.tiles.shape[:2])
+    return {
+        "data/token_fill": packed.tokens / packed.batch.tokens.size,
+        "data/tile_fill": packed.tiles / slots if slots else 1.0,
+    }
+
+
+def make_pipeline(
+    sources: Sequence[tuple[Source, float]],
+    processor: Processor,
+    shape: BatchShape,
+    *,
+    mask_prompt: bool,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    on_error: str = "raise",
+    on_skip: Callable[[str], None] | None = None,
+    threads: int = 2,
+    workers: int = 0,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Mixes, shuffles, reads and packs rows.
+
+    The state of its iterators (`get_state`, `set_state`) is a small JSON object; an iterator that
+    takes it up gives the same batches, bit for bit, whatever its threads, workers and prefetch.
+
+    Args:
+      sources: each with its weight. Without `repeat` every row comes once, source after source, and
+        weights mean nothing.
+      processor: makes rows into samples.
+      shape: of the batches of this process.
+      mask_prompt: whether only answers are supervised.
+      seed: of the order; each source and each of its epochs gets another one.
+      repeat: whether sources begin anew at their end, for ever; else the last batch may have room.
+      on_error: what happens at a malformed row: "raise" a UserError, or "skip" it.
+      on_skip: gets the message of each row that is skipped, once; called in a background thread.
+      threads: that read rows, decode pictures and tokenise, in each worker process.
+      workers: processes that do so; 0 for threads of this process only.  Sources must then survive
+        pickling, and the program's main module must be importable without running.
+      prefetch: finished batches held ready by a background thread.
+      process_index, process_count: this process takes its share of every source.
+
+    Returns:
+      A dataset whose iterators give `PackedBatch`es.  Close them (`contextlib.closing`) before the
+      program ends: that ends their threads and processes.
+
+    Raises:
+      UserError: no source, an empty one, or a setting out of its range.
+    """
+    weights = [float(weight) for _, weight in sources]
+    sources = [source for source, _ in sources]
+    _check_sources(sources, weights)
+    _check_settings(on_error, seed, threads, workers, prefetch)
+    order = mixed_order(
+        sources,
+        weights,
+        seed=seed,
+        shuffle=shuffle,
+        repeat=repeat,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    dataset = PackedDataset(
+        order.map_with_index(Reader(sources, processor, shape, mask_prompt)),
+        shape,
+        processor,
+        threads=threads,
+        workers=workers,
+        on_skip=None if on_error == "raise" else on_skip or _ignore,
+        identity={
+            "seed": seed,
+            "shuffle": shuffle,
+            "repeat": repeat,
+            "rows": list(map(len, sources)),
+            "weights": weights,
+            "process": [process_index, process_count],
+        },
+    )
+    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
+
+
+class PackedDataset(grain.IterDataset):
+    """Packs the samples of a random-access dataset of `Drawn`s into batches."""
+
+    def __init__(
+        self,
+        samples: grain.MapDataset,
+        shape: BatchShape,
+        processor: Processor,
+        *,
+        threads: int,
+        workers: int,
+        on_skip: Callable[[str], None] | None,
+        identity: dict[str, Any],
+    ):
+        """
+        Args:
+          samples: what each number of the order is.
+          on_skip: gets messages about malformed rows; None to raise them.
+          identity: what the order depends on, fit for JSON; a state with another one is refused.
+        """
+        super().__init__(samples)
+        self.samples, self.shape = samples, shape
+        self.on_skip, self.identity = on_skip, identity
+        self._threads, self._workers = threads, workers
+        self.assemble = functools.partial(
+            assemble,
+            shape=shape,
+            pad_id=processor.tokenizer.pad_id,
+            tile_side=processor.config.vision.image_size,
+            tokens_per_tile=processor.config.tokens_per_tile,
+        )
+
+    def __iter__(self) -> "PackedIterator":
+        return PackedIterator(self)
+
+    def read_from(self, index: int) -> grain.DatasetIterator:
+        """Reads ahead from a number of the order on."""
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=READ_AHEAD * self._threads
+        )
+        ahead = self.samples[index:].to_iter_dataset(options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain hands flags to its workers; a library has none
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=READ_AHEAD
+            )
+            ahead = ahead.mp_prefetch(options)
+        return iter(ahead)
+
+
+class PackedIterator(grain.DatasetIterator):
+    """Gives `PackedBatch`es; its state is what comes next and what waits."""
+
+    _ahead: grain.DatasetIterator | None = None  # opened by the first batch
+
+    def __init__(self, dataset: PackedDataset):
+        super().__init__()
+        self._dataset = dataset
+        self._packer: Packer[Drawn] = Packer(dataset.shape)
+        self._next = 0
+        self._errors = Malformed(dataset.identity["rows"], dataset.identity["process"][1])
+
+    def __next__(self) -> PackedBatch:
+        if self._ahead is None:
+            self._ahead = self._dataset.read_from(self._next)
+        placed = self._packer.fill(self._good(self._ahead))
+        if not placed:
+            self._errors.end()
+            raise StopIteration
+        items = [item for _, item in placed]
+        samples = [item.sample for item in items]
+        batch = self._dataset.assemble([(place, item.sample) for place, item in placed])
+        process_index, process_count = self._dataset.identity["process"]
+        return PackedBatch(
+            batch=batch,
+            rows=np.array([item.index * process_count + process_index for item in items], np.int64),
+            names=tuple(item.where for item in items),
+            samples=len(samples),
+            images=sum(len(sample.image_sizes) for sample in samples),
+            tiles=sum(len(sample.tiles) for sample in samples),
+            tokens=sum(map(len, samples)),
+            supervised=int(supervised(batch).sum()),
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` takes, fit for JSON."""
+        waiting = [item.index for item in self._packer.waiting]
+        return {"next": self._next, "waiting": waiting, "data": self._dataset.identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch that the state was taken after.
+
+        Raises:
+          UserError: the order of the data is another one, or a row that waited cannot be read.
+        """
+        _check_identity(state["data"], self._dataset.identity)
+        waiting = [self._dataset.samples[index] for index in state["waiting"]]
+        for item in waiting:
+            if item.sample is None:
+                raise UserError(f"{item.error}; when the checkpoint was saved it could be read")
+        self._stop_reading()
+        self._next, self._packer.waiting = state["next"], waiting
+        self._errors.given |= self._next > 0
+
+    def close(self) -> None:
+        """Ends the threads and processes that read ahead."""
+        self._stop_reading()
+        super().close()
+
+    def _stop_reading(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
+
+    def _good(self, ahead: Iterator[Drawn]) -> Iterator[Drawn]:
+        """Rows that are samples; malformed ones are raised or reported."""
+        for item in ahead:
+            self._next = item.index + 1
+            if item.sample is None:
+                self._errors.add(item, self._dataset.on_skip)
+            else:
+                self._errors.clear(item.source)
+                yield item
+
+
+def _ignore(message: str) -> None:
+    """Takes a message and does nothing with it."""
+
+
+def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UserError where a state belongs to another order of the data."""
+    for name, value in current.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"the data differs from the checkpoint's: {name} was {saved.get(name)}, now"
+                f" {value}; restore it, or start in a new workdir with config.init_from"
+            )
+
+
+def _check_sources(sources: Sequence[Source], weights: Sequence[float]) -> None:
+    """Raises UserError where there is nothing to read."""
+    if not sources:
+        raise UserError("there is no data source; name at least one in config.data")
+    for number, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):
+        if not len(source):
+            raise UserError(f"data source {number} is empty; {REPAIR}")
+        if not 0 < weight < math.inf:
+            raise UserError(f"data source {number} has weight {weight}, expected more than 0")
+
+
+def _check_settings(on_error: str, seed: int, threads: int, workers: int, prefetch: int) -> None:
+    """Raises UserError for a setting out of its range."""
+    if on_error not in ("raise", "skip"):
+        raise UserError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+    for name, value, least in (
+        ("seed", seed, 0),
+        ("threads", threads, 1),
+        ("workers", workers, 0),
+        ("prefetch", prefetch, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}, expected {least} or more")

@@ -1,0 +1,116 @@
+"""Writes synthetic samples as pictures and LLaVA JSON.
+
+    python -m vl2jax.synthetic --out DIR -n 20 [--split train] [--seed 0]
+
+DIR/data.json is a list of {"id", "image", "conversations"}; `image` is a path relative to DIR, a
+list of paths where there are several pictures, and absent where there is none.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vl2jax.errors import UserError
+from vl2jax.synthetic.scene import ALLOWED
+from vl2jax.synthetic.source import LENGTH, Synthetic
+
+DATA, IMAGES = "data.json", "images"
+_PREFIX = "synthetic_"
+_SPEAKERS = {"user": "human", "assistant": "gpt"}
+
+
+def write_llava(directory: Path, source: Synthetic, count: int, *, name: str) -> int:
+    """Writes rows 0 to count - 1; what an earlier call wrote there is replaced.
+
+    Args:
+      name: what ids begin with.
+
+    Returns:
+      The number of pictures.
+
+    Raises:
+      UserError: the directory holds what is not from here.
+    """
+    images = directory / IMAGES
+    for old in _own_files(directory):
+        old.unlink()
+    images.mkdir(parents=True, exist_ok=True)
+    entries, written = [], 0
+    for index in range(count):
+        row, paths = source[index], []
+        for number, picture in enumerate(row.images):
+            paths.append(f"{IMAGES}/{_PREFIX}{index:06d}_{number}.png")
+            picture.save(directory / paths[-1])
+        written += len(paths)
+        entries.append(_entry(f"{name}_{index}", paths, row.messages))
+    text = json.dumps(entries, ensure_ascii=False, indent=1)
+    (directory / DATA).write_text(text + "\n", encoding="utf-8")
+    return written
+
+
+def _entry(identity: str, paths: list[str], messages: Any) -> dict[str, Any]:
+    image = {} if not paths else {"image": paths[0] if len(paths) == 1 else paths}
+    turns = [
+        {"from": _SPEAKERS[message["role"]], "value": message["content"]} for message in messages
+    ]
+    return {"id": identity, **image, "conversations": turns}
+
+
+def _own_files(directory: Path) -> list[Path]:
+    """Files that an earlier call wrote; UserError where there is anything else."""
+    if not directory.exists():
+        return []
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is a file; --out wants a directory")
+    found = []
+    for path in directory.iterdir():
+        if path.name == DATA:
+            found.append(path)
+        elif path.name == IMAGES and path.is_dir():
+            found += path.iterdir()
+        else:
+            raise UserError(
+                f"{directory}: holds {path.name}, which is not from here; give a new directory"
+            )
+    for path in found:
+        mine = path.name == DATA or (path.name.startswith(_PREFIX) and path.suffix == ".png")
+        if not mine or not path.is_file():
+            raise UserError(f"{path}: is not from here; give a new directory")
+    if found and not (directory / DATA).exists():
+        raise UserError(f"{directory}: has pictures but no {DATA}; give a new directory")
+    return found
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vl2jax.synthetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("-n", type=int, default=20, help="rows (default 20)")
+    parser.add_argument("--split", default="train", help=", ".join(ALLOWED))
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other rows")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; the exit status."""
+    args = _parse(arguments)
+    try:
+        if not 1 <= args.n <= LENGTH:
+            raise UserError(f"-n is {args.n}; it must be at least 1")
+        source = Synthetic(args.split, args.seed)
+        name = f"{args.split}_{args.seed}"
+        pictures = write_llava(args.out, source, args.n, name=name)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {args.n} rows and {pictures} pictures: {args.out / DATA}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

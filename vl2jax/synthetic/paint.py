@@ -1,0 +1,81 @@
+"""Ink: masks of shapes and texts, cropped to their last pixel, so that boxes are exact."""
+
+import functools
+import math
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+Rgb = tuple[int, int, int]
+
+_FINE = 4  # shapes are drawn this many times larger, then reduced: smooth edges
+_FAINTEST = 48  # alpha below this is nothing: a box must not count what nobody sees
+_LARGEST_FONT, _SMALLEST_FONT = 120, 6
+
+
+@functools.lru_cache(maxsize=1024)
+def shape_mask(shape: str, side: int) -> PIL.Image.Image:
+    """Alpha of a shape that fills a box of about `side` pixels; mode L, shared: never change it."""
+    fine = PIL.Image.new("L", (side * _FINE, side * _FINE), 0)
+    pen = PIL.ImageDraw.Draw(fine)
+    edge = side * _FINE - 1
+    if shape == "circle":
+        pen.ellipse((0, 0, edge, edge), fill=255)
+    else:
+        pen.polygon([(x * edge, y * edge) for x, y in _OUTLINES[shape]], fill=255)
+    return _crop(fine.reduce(_FINE))
+
+
+def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
+    corners = []
+    for step in range(2 * points):
+        radius = 0.53 * (inner if step % 2 else 1.0)
+        angle = math.pi * step / points
+        corners.append((0.5 + radius * math.sin(angle), 0.53 - radius * math.cos(angle)))
+    return [(min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in corners]
+
+
+# Corners in the unit square, y down.
+_OUTLINES = {
+    "square": [(0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)],
+    "triangle": [(0.5, 0.02), (1.0, 0.95), (0.0, 0.95)],
+    "star": _star(),
+    "cross": [
+        *((0.32, 0.0), (0.68, 0.0), (0.68, 0.32), (1.0, 0.32), (1.0, 0.68), (0.68, 0.68)),
+        *((0.68, 1.0), (0.32, 1.0), (0.32, 0.68), (0.0, 0.68), (0.0, 0.32), (0.32, 0.32)),
+    ],
+    "diamond": [(0.5, 0.0), (0.92, 0.5), (0.5, 1.0), (0.08, 0.5)],
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def text_mask(text: str, height: int, width: int) -> PIL.Image.Image:
+    """Alpha of a text as large as fits into `height` x `width` pixels; mode L, shared."""
+    left, top, right, bottom = _font(64).getbbox(text)
+    size = int(64 * min(height / (bottom - top), width / (right - left)))
+    size = min(max(size, _SMALLEST_FONT), _LARGEST_FONT)
+    while True:
+        font = _font(size)
+        left, top, right, bottom = font.getbbox(text)
+        canvas = PIL.Image.new("L", (math.ceil(right) + 4, math.ceil(bottom) + 4), 0)
+        PIL.ImageDraw.Draw(canvas).text((2, 2), text, fill=255, font=font)
+        mask = _crop(canvas)
+        if (mask.width <= width and mask.height <= height) or size == _SMALLEST_FONT:
+            return mask
+        size -= 1
+
+
+@functools.cache
+def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
+    return PIL.ImageFont.load_default(size)
+
+
+def _crop(mask: PIL.Image.Image) -> PIL.Image.Image:
+    mask = mask.point([value if value >= _FAINTEST else 0 for value in range(256)])
+    return mask.crop(mask.getbbox())
+
+
+def shade(colour: Rgb, shift: tuple[int, int, int]) -> Rgb:
+    """A colour moved by a little."""
+    return tuple(min(max(part + by, 0), 255) for part, by in zip(colour, shift, strict=True))

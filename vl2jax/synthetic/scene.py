@@ -1,0 +1,218 @@
+"""What is in a picture: coloured shapes and perhaps a writing, none over another."""
+
+import dataclasses
+
+import PIL.Image
+import PIL.ImageDraw
+
+from vl2jax.synthetic import paint
+from vl2jax.synthetic.dice import Dice
+from vl2jax.synthetic.words import COLOURS, HELD_OUT, PAIRS, SHORT_WORDS
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are just outside
+
+TRAIN, HELDOUT, COMBINATIONS = "train", "heldout", "combinations"
+# The pairs of colour and shape that the pictures and questions of a split may have.
+ALLOWED = {
+    TRAIN: tuple(pair for pair in PAIRS if pair not in HELD_OUT),
+    HELDOUT: PAIRS,
+    COMBINATIONS: HELD_OUT,
+}
+# Width and height in pixels -> how often; None is any size up to a tile with a shorter side.
+SIZES = {(76, 76): 60, None: 25, (152, 76): 4, (76, 152): 4, (114, 76): 3, (90, 72): 2, (72, 90): 2}
+SHORTEST, LONGEST = 60, 76
+# Shapes in a picture -> how often, alone and beside a writing.
+COUNTS = {1: 22, 2: 28, 3: 28, 4: 22}
+COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
+# Side of a shape over the shorter side of the picture, by the number of shapes.
+SIDES = {1: (0.30, 0.45), 2: (0.24, 0.42), 3: (0.20, 0.36), 4: (0.19, 0.32)}
+SIDES_BESIDE = {1: (0.24, 0.36), 2: (0.22, 0.32), 3: (0.20, 0.28)}
+DIGIT_HEIGHT, DIGIT_HEIGHT_BESIDE = (28, 50), (28, 36)
+INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
+GAP = 2  # pixels between two things
+# Clear strips at the edges, over the side.  Patches of 14 leave 6 of 76 pixels at the right and
+# lower edge out: a thing there would have edges that the model cannot see.
+_NEAR, _FAR = 0.02, 0.085
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """A coloured shape and the box of its pixels."""
+
+    colour: str
+    shape: str
+    rgb: paint.Rgb
+    side: int
+    box: Box
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.colour, self.shape
+
+    @property
+    def area(self) -> int:
+        """Pixels of the box."""
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+    def centre(self, axis: int) -> float:
+        """Middle of the box: 0 from the left, 1 from the top."""
+        return (self.box[axis] + self.box[axis + 2]) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """A text in the picture and the box of its pixels.
+
+    Attributes:
+      kind: "digit", "number" or "word".
+      room: the (height, width) that the text was fitted into.
+    """
+
+    kind: str
+    text: str
+    rgb: paint.Rgb
+    room: tuple[int, int]
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One picture.
+
+    Attributes:
+      size: (width, height).
+      things: in the order of drawing, which says nothing.
+    """
+
+    size: tuple[int, int]
+    background: paint.Rgb
+    things: tuple[Thing, ...] = ()
+    writing: Writing | None = None
+
+    def find(self, colour: str | None = None, shape: str | None = None) -> list[Thing]:
+        """The things of a colour, of a shape, or of both, from left to right."""
+        found = [
+            thing
+            for thing in self.things
+            if colour in (None, thing.colour) and shape in (None, thing.shape)
+        ]
+        return sorted(found, key=lambda thing: thing.box)
+
+    def paint(self) -> PIL.Image.Image:
+        """The picture, mode RGB."""
+        picture = PIL.Image.new("RGB", self.size, self.background)
+        for thing in self.things:
+            picture.paste(thing.rgb, thing.box, paint.shape_mask(thing.shape, thing.side))
+        if self.writing:
+            mask = paint.text_mask(self.writing.text, *self.writing.room)
+            picture.paste(self.writing.rgb, self.writing.box, mask)
+        return picture
+
+
+def to_thousandths(box: Box, size: tuple[int, int]) -> Box:
+    """A box in pixels as coordinates of 0 to 999 over the picture; 999 is its far edge."""
+    sides = (*size, *size)
+    return tuple(round(edge * 999 / side) for edge, side in zip(box, sides, strict=True))
+
+
+def make_scene(dice: Dice, split: str, *, writing: str | None = None, alone: bool = False) -> Scene:
+    """Draws lots for a picture.
+
+    Args:
+      split: whose pairs of colour and shape are allowed.
+      writing: "digit", "number" or "word" for a picture with one.
+      alone: whether the writing is all there is.
+    """
+    size = pick_size(dice)
+    taken: list[Box] = []
+    text = None
+    if writing:
+        text = _write(dice, size, writing, alone)
+        taken.append(text.box)
+    things = [] if alone else _place_things(dice, split, size, taken, beside=bool(writing))
+    return Scene(size, light(dice), tuple(things), text)
+
+
+def pick_size(dice: Dice) -> tuple[int, int]:
+    """A size as `SIZES` says."""
+    size = dice.weighted(SIZES)
+    if size is None:
+        sides = dice.between(SHORTEST, LONGEST), LONGEST
+        size = sides if dice.chance(0.5) else sides[::-1]
+    return size
+
+
+def light(dice: Dice) -> paint.Rgb:
+    """A background: nearly white, with a slight tint."""
+    base = dice.between(238, 250)
+    return tuple(base + dice.between(-6, 5) for _ in range(3))
+
+
+def place(
+    dice: Dice, ink: tuple[int, int], size: tuple[int, int], taken: list[Box], tries: int = 40
+) -> Box | None:
+    """A random box of the size of `ink` that keeps clear of the edges and of what is there."""
+    low = [int(side * _NEAR) for side in size]
+    high = [int(side * (1 - _FAR)) - extent for side, extent in zip(size, ink, strict=True)]
+    if high[0] < low[0] or high[1] < low[1]:
+        return None
+    for _ in range(tries):
+        x, y = dice.between(low[0], high[0]), dice.between(low[1], high[1])
+        right, bottom = x + ink[0], y + ink[1]
+        for x0, y0, x1, y1 in taken:
+            if x < x1 + GAP and x0 < right + GAP and y < y1 + GAP and y0 < bottom + GAP:
+                break
+        else:
+            return x, y, right, bottom
+    return None
+
+
+def _place_things(
+    dice: Dice, split: str, size: tuple[int, int], taken: list[Box], *, beside: bool
+) -> list[Thing]:
+    count = dice.weighted(COUNTS_BESIDE if beside else COUNTS)
+    low, high = (SIDES_BESIDE if beside else SIDES)[count]
+    things = []
+    for colour, shape in _pick_pairs(dice, ALLOWED[split], count):
+        side = round(dice.uniform(low, high) * min(size))
+        for smaller in (side, round(low * min(size))):
+            box = place(dice, paint.shape_mask(shape, smaller).size, size, taken)
+            if box:
+                taken.append(box)
+                shift = tuple(dice.between(-12, 12) for _ in range(3))
+                rgb = paint.shade(COLOURS[colour][1], shift)
+                things.append(Thing(colour, shape, rgb, smaller, box))
+                break
+    return things
+
+
+def _pick_pairs(
+    dice: Dice, allowed: tuple[tuple[str, str], ...], count: int
+) -> list[tuple[str, str]]:
+    """Pairs for the things; most pictures repeat a shape or a colour, to be counted."""
+    first = dice.pick(allowed)
+    axis = dice.weighted({0: 0.3, 1: 0.35, None: 0.35})
+    if axis is None or count == 1:
+        return [first] + [dice.pick(allowed) for _ in range(count - 1)]
+    alike = [pair for pair in allowed if pair[axis] == first[axis]]
+    return [first] + [
+        dice.pick(alike) if dice.chance(0.75) else dice.pick(allowed) for _ in range(count - 1)
+    ]
+
+
+def _write(dice: Dice, size: tuple[int, int], kind: str, alone: bool) -> Writing:
+    width, height = (int(side * (1 - _NEAR - _FAR)) - 1 for side in size)
+    if kind == "digit":
+        low, high = DIGIT_HEIGHT if alone else DIGIT_HEIGHT_BESIDE
+        text, room = str(dice.below(10)), (min(dice.between(low, high), height), width)
+    elif kind == "number":
+        text = str(dice.between(10, 999) if dice.chance(0.5) else dice.between(10, 99))
+        room = (min(height, 60), min(width, 80))
+    else:
+        text, room = dice.pick(SHORT_WORDS), (min(height, 50), width)
+    if not alone and kind != "digit":
+        room = (min(room[0], 26), room[1])
+    ink = paint.text_mask(text, *room).size
+    box = place(dice, ink, size, [])
+    rgb = paint.shade(dice.pick(INKS), tuple(dice.between(-10, 10) for _ in range(3)))
+    return Writing(kind, text, rgb, room, box)
