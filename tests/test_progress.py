@@ -1,10 +1,11 @@
 """Progress lines: bytes, rate and time left."""
 
 import io
+import os
 
 import pytest
 
-from vl2jax.progress import Progress, human_bytes, human_time
+from vl2jax.progress import Progress, StatusLine, human_bytes, human_count, human_time
 
 
 class Terminal(io.StringIO):
@@ -72,3 +73,24 @@ def test_failure_shows_no_success(clock):
     with pytest.raises(OSError, match="full"), Progress("converting", 10, stream):
         raise OSError("full")
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0.5, "0.5"), (999.4, "999"), (999.6, "1k"), (12_345, "12.3k"), (3.2e6, "3.2M")],
+)
+def test_counts(count, text):
+    assert human_count(count) == text
+
+
+def test_a_line_never_wraps(monkeypatch):
+    stream = Terminal()
+    stream.fileno = lambda: 7
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((11, 5)))
+    status = StatusLine(stream)
+    status.show("a line of many words", 0.0)
+    status.note("a note may be as long as it likes")
+    status.end()
+    assert stream.getvalue() == (
+        "\ra line of \x1b[K\ra note may be as long as it likes\x1b[K\n\ra line of \x1b[K\n"
+    )
