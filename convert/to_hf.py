@@ -1,8 +1,11 @@
 """Converts a vl2jax checkpoint directory back to the original Hugging Face layout.
 
-    python -m convert.to_hf CKPT_DIR OUT_DIR [--shard_size 5GB]
+    python -m convert.to_hf CKPT_DIR OUT_DIR [--dtype bfloat16|float32] [--shard_size 5GB]
 
 Every tensor is written in the dtype that it had, so converting there and back changes no bit.
+CKPT_DIR may be a training workdir (its newest checkpoint) or one step of it
+(WORKDIR/checkpoints/500): its tensors are written as training stores them, which for float32
+master weights is twice the size of a bfloat16 release; --dtype bfloat16 rounds them.
 """
 
 import argparse
@@ -27,13 +30,17 @@ from vl2jax.store import ParamStore, read_array
 _MARGIN = 64 * 2**20  # bytes for headers, index and the small files
 
 
-def convert(ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9) -> list[str]:
+def convert(
+    ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9, dtype: str | None = None
+) -> list[str]:
     """Writes the model in `ckpt` into the new directory `out`.
 
     Args:
-      ckpt: a vl2jax checkpoint directory.
+      ckpt: a vl2jax checkpoint directory, a training workdir or one step of it.
       out: the directory to make.
       shard_size: bytes per safetensors file, at most.
+      dtype: "bfloat16" or "float32" for all tensors but the router's correction bias, which is
+        float32; None writes each as its source had it, those of a workdir as they are stored.
 
     Returns:
       One line for each group of original tensors that could not be written.
@@ -45,8 +52,9 @@ def convert(ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9) -> list[str]:
     store = ParamStore(model.params)
     leaves = mapping.leaves(mapping.expand(model.config))
     store.check({path: leaf.shape for path, leaf in leaves.items()})
+    dtypes = _dtypes(model, store, leaves, dtype)
     tensors = [
-        TensorSpec(entry.hf, _dtype(model, entry.hf), entry.axes.hf_shape)
+        TensorSpec(entry.hf, dtypes[entry.hf], entry.axes.hf_shape)
         for leaf in leaves.values()
         for entry in leaf.entries
     ]
@@ -56,7 +64,7 @@ def convert(ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9) -> list[str]:
             staged_directory(out, total + _MARGIN) as partial,
             Progress("writing", total) as progress,
         ):
-            data = _values(model, store, leaves)
+            data = _values(store, leaves, dtypes)
             write_shards(partial, plan_shards(tensors, shard_size), data, progress.update)
             _write_small_files(model, partial)
     except OSError as error:
@@ -68,7 +76,21 @@ def convert(ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9) -> list[str]:
     ]
 
 
-def _dtype(model: checkpoint.ModelDir, name: str) -> str:
+def _dtypes(model, store: ParamStore, leaves, wanted: str | None) -> dict[str, str]:
+    """What each tensor is written as, by its name: safetensors names of dtypes."""
+    found = {}
+    for path, leaf in leaves.items():
+        one = wanted
+        if wanted is not None and leaf.is_router_state:
+            one = "float32"
+        elif wanted is None and model.step is not None:
+            one = store.open(path).dtype.name
+        for entry in leaf.entries:
+            found[entry.hf] = SHORT_NAMES[one] if one else _source_dtype(model, entry.hf)
+    return found
+
+
+def _source_dtype(model: checkpoint.ModelDir, name: str) -> str:
     """The dtype a tensor had in its source, as safetensors names it."""
     found = model.source_dtypes.get(name, model.source_dtype)
     if found not in SHORT_NAMES:
@@ -79,8 +101,8 @@ def _dtype(model: checkpoint.ModelDir, name: str) -> str:
     return SHORT_NAMES[found]
 
 
-def _values(model, store: ParamStore, leaves: dict[str, mapping.Leaf]) -> Iterator[np.ndarray]:
-    """All tensors in the original layout and dtype, piece by piece in the order of the leaves."""
+def _values(store: ParamStore, leaves, dtypes: dict[str, str]) -> Iterator[np.ndarray]:
+    """All tensors in the original layout, piece by piece in the order of the leaves."""
 
     def work() -> Iterator[tuple]:
         for path, leaf in leaves.items():
@@ -91,7 +113,8 @@ def _values(model, store: ParamStore, leaves: dict[str, mapping.Leaf]) -> Iterat
     def read(item: tuple) -> np.ndarray:
         stored, piece = item
         values = piece.entry.axes.backward(piece.squeeze(read_array(stored, piece.index)))
-        return _cast(values, NUMPY_DTYPES[_dtype(model, piece.entry.hf)], piece.entry.hf)
+        name = piece.entry.hf
+        return _cast(values, NUMPY_DTYPES[dtypes[name]], name)
 
     yield from map_ahead(read, work())
 
@@ -123,15 +146,22 @@ def _main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ckpt_dir", type=Path, help="vl2jax checkpoint directory")
+    parser.add_argument(
+        "ckpt_dir", type=Path, help="vl2jax checkpoint directory, training workdir or step of it"
+    )
     parser.add_argument("out_dir", type=Path, help="Hugging Face directory to make")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="write tensors as this; default: as their source had them, a workdir's as stored",
+    )
     parser.add_argument("--shard_size", default="5GB", help="bytes per file, at most (5GB)")
     args = parser.parse_args()
     try:
         shard_size = parse_bytes(args.shard_size)
     except ValueError as error:
         parser.error(f"--shard_size: {error}")
-    notes = convert(args.ckpt_dir, args.out_dir, shard_size=shard_size)
+    notes = convert(args.ckpt_dir, args.out_dir, shard_size=shard_size, dtype=args.dtype)
     for note in notes:
         print(note, file=sys.stderr)
     print(f"wrote {args.out_dir}")

@@ -50,10 +50,11 @@ def load(
     *,
     on_leaf: Callable[[str, int], None] | None = None,
 ) -> Model:
-    """Loads a model directory that `convert.to_jax` made, parameter by parameter.
+    """Loads a model parameter by parameter.
 
     Args:
-      path: the directory.
+      path: a directory that `convert.to_jax` made, or a training workdir (its newest checkpoint),
+        or one of its checkpoints (WORKDIR/checkpoints/500).
       dtype: "bfloat16", "float32" or a NumPy dtype of these; None: as stored. The router's
         correction bias stays float32.
       mesh: splits the parameters over its axes by `sharding.PARAM_RULES`, each device reading its

@@ -3,6 +3,9 @@
 model.json          architecture (the original's schema), dtypes, what conversion left out
 tokenizer.json ...  tokenizer and processor files as the original has them
 params/             the parameters, an Orbax checkpoint
+
+A training workdir is one too: in place of params/ it has checkpoints/STEP/params, and stands for
+its newest step.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from vl2jax.store import CheckpointError, ParamStore, Shape, read_array
 
 MODEL_FILE = "model.json"
 PARAMS = "params"
+CHECKPOINTS = "checkpoints"
 FORMAT, FORMAT_VERSION = "vl2jax", 1
 REQUIRED_FILES = ("processor_config.json", "tokenizer.json")
 OPTIONAL_FILES = (
@@ -36,12 +40,13 @@ class ModelDir:
     """What `model.json` says.
 
     Attributes:
-      path: the directory.
+      path: the directory with `model.json`, tokenizer and processor files.
       config: the architecture.
       dtype: what the parameters are stored as, for the most part: "float32" or "bfloat16".
       source_dtype: what the original tensors were, for the most part.
       source_dtypes: original tensor name -> dtype, where it differs from `source_dtype`.
       dropped: original tensors that conversion left out: [{"tensors": [...], "reason": ...}].
+      step: the training step whose parameters are meant; None if it is not a training workdir.
     """
 
     path: Path
@@ -50,10 +55,27 @@ class ModelDir:
     source_dtype: str
     source_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: Sequence[Mapping[str, Any]] = ()
+    step: int | None = None
 
     @property
     def params(self) -> Path:
-        return self.path / PARAMS
+        return self.address / PARAMS
+
+    @property
+    def address(self) -> Path:
+        """What `read_model_dir` reads this from again, even if training has gone on since."""
+        return self.path if self.step is None else self.path / CHECKPOINTS / str(self.step)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file so that a crash leaves the old one or the new one, never a part."""
+    text = json.dumps(content, indent=1) + "\n"
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def write_model_json(model: ModelDir) -> None:
@@ -67,14 +89,30 @@ def write_model_json(model: ModelDir) -> None:
         "dropped": list(model.dropped),
         "config": model.config.to_hf(),
     }
-    with (model.path / MODEL_FILE).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(model.path / MODEL_FILE, content)
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """Steps of a training workdir that are wholly saved, in order.
+
+    A checkpoint gets its name only when it is whole.
+    """
+    directory = workdir / CHECKPOINTS
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(entry.name)
+        for entry in directory.iterdir()
+        if entry.name.isdecimal() and (entry / PARAMS).is_dir()
+    )
 
 
 def read_model_dir(path: str | os.PathLike) -> ModelDir:
     """Reads and checks what a model directory says about itself.
+
+    Args:
+      path: the output of `convert.to_jax`, a training workdir (its newest complete step), or one
+        step of it (WORKDIR/checkpoints/500).
 
     Raises:
       CheckpointError: there is no such directory, or it is not a whole vl2jax model.
@@ -82,19 +120,43 @@ def read_model_dir(path: str | os.PathLike) -> ModelDir:
     path = Path(path).expanduser()
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {what}; expected the output of convert.to_jax")
+        raise CheckpointError(
+            f"checkpoint {path} {what}; expected the output of convert.to_jax or a training workdir"
+        )
+    path, step = _step_of(path)
     if not (path / MODEL_FILE).is_file():
         raise CheckpointError(f"{path} is not a vl2jax checkpoint: {_what_instead(path)}")
-    model = _read_model_json(path)
+    model = dataclasses.replace(read_model_json(path), step=step)
     absent = [name for name in REQUIRED_FILES if not (path / name).is_file()]
     absent += [] if model.params.is_dir() else [PARAMS + "/"]
     if absent:
-        raise CheckpointError(f"{path} is not whole: {', '.join(absent)} missing; convert it again")
+        fix = "convert it again" if step is None else "copy what the model has that it began with"
+        raise CheckpointError(f"{path} is not whole: {', '.join(absent)} missing; {fix}")
     return model
+
+
+def _step_of(path: Path) -> tuple[Path, int | None]:
+    """The directory with model.json, and the step if it is a training workdir."""
+    absolute = Path(os.path.abspath(path))
+    if (path / MODEL_FILE).is_file() and not (path / CHECKPOINTS).is_dir():
+        return path, None
+    if absolute.parent.name == CHECKPOINTS and absolute.name.isdecimal():
+        return absolute.parent.parent, int(absolute.name)
+    if not (path / CHECKPOINTS).is_dir():
+        return path, None
+    steps = complete_steps(path)
+    if not steps:
+        raise CheckpointError(
+            f"{path} is a training workdir without a complete checkpoint yet; wait for the first"
+            " one, or train on"
+        )
+    return path, steps[-1]
 
 
 def _what_instead(path: Path) -> str:
     """Says what a directory without model.json seems to be."""
+    if (path / CHECKPOINTS).is_dir():
+        return f"a training workdir that lost its {MODEL_FILE}; start its training again"
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
         return (
             "it looks like a Hugging Face directory; convert it first:"
@@ -106,7 +168,8 @@ def _what_instead(path: Path) -> str:
     return f"no {MODEL_FILE} among its {len(names)} entries {names[:6]}"
 
 
-def _read_model_json(path: Path) -> ModelDir:
+def read_model_json(path: Path) -> ModelDir:
+    """Reads `model.json` alone; see `read_model_dir`."""
     file = path / MODEL_FILE
     try:
         content = json.loads(file.read_bytes())
@@ -187,7 +250,7 @@ def load_params(
         stored = store.open(name)
         is_float = stored.dtype.numpy_dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
         wanted = np.float32 if is_router else dtype if is_float else None
-        leaf = _to_device(stored, wanted, by_path.get(name))
+        leaf = read_leaf(stored, wanted, by_path.get(name))
         jax.block_until_ready(leaf)
         *parents, last = name.split("/")
         node = result
@@ -199,8 +262,14 @@ def load_params(
     return result
 
 
-def _to_device(stored, dtype, sharding):
-    """Reads one parameter onto its device or devices."""
+def read_leaf(stored, dtype: Any = None, sharding: Any = None):
+    """Reads one parameter onto its device or devices.
+
+    Args:
+      stored: from `ParamStore.open`.
+      dtype: cast to it; the stored one if None.
+      sharding: where it goes, each device's part read by itself; None: the default device.
+    """
     import jax
 
     if sharding is None:

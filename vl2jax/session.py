@@ -42,7 +42,7 @@ class Session:
         """Reads all of a checkpoint but its parameters.
 
         Args:
-          path: a directory that `convert.to_jax` made.
+          path: what `read_model_dir` takes.
           dtype: "bfloat16" or "float32"; None: as stored.
           crop, exif: see `Processor.sample`.
           **options: see `vl2jax.stream`.
@@ -92,7 +92,7 @@ class Session:
             total = self._describe()
             with Progress("loading", total) as progress:
                 self._model = load(
-                    self._directory.path, self._dtype, on_leaf=lambda _, n: progress.update(n)
+                    self._directory.address, self._dtype, on_leaf=lambda _, n: progress.update(n)
                 )
         return self._model
 
@@ -108,7 +108,7 @@ class Session:
         caches = jax.eval_shape(lambda: init_caches(config.decoder, 1, self._limit, dtype))
         cache = sum(math.prod(leaf.shape) * dtype.itemsize for leaf in jax.tree.leaves(caches))
         print(
-            f"{self._directory.path}: {sum(sizes.values()):,} parameters, {dtype.name},"
+            f"{self._directory.address}: {sum(sizes.values()):,} parameters, {dtype.name},"
             f" {human_bytes(nbytes)} on {device.platform} ({device.device_kind}); cache"
             f" {human_bytes(cache / self._limit)} a token, up to {self._limit} tokens a row",
             file=sys.stderr,

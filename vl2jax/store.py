@@ -107,7 +107,7 @@ def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.
     out = aligned_empty(shape, np.dtype(dtype or store.dtype.numpy_dtype))
     waiting: collections.deque = collections.deque()
     in_flight = 0
-    for cell in _cells(bounds, store.chunk_layout.read_chunk.shape):
+    for cell in _cells(bounds, store.chunk_layout.read_chunk.shape or ()):  # None for a scalar
         if in_flight > _IN_FLIGHT:
             in_flight -= _take(waiting.popleft(), out)
         target = tuple(
