@@ -1,0 +1,325 @@
+"""Scores a checkpoint on questions with known answers.
+
+    python eval.py --ckpt DIR --data synthetic
+    python eval.py --ckpt DIR --data synthetic --families colour,grounding --questions 500 --json
+
+DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  A table goes to
+standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
+them with their pictures) go to --out.  Measures are explained in vl2jax/scoring.py.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+
+from vl2jax.answer_output import json_line
+from vl2jax.checkpoint import read_model_dir, write_json
+from vl2jax.collate import Sample
+from vl2jax.compilation_cache import set_compilation_cache
+from vl2jax.contact_sheet import Card, draw_sheet
+from vl2jax.errors import UserError
+from vl2jax.generate import Generation, generate
+from vl2jax.progress import StatusLine, bar, human_time
+from vl2jax.request import Request
+from vl2jax.scoring import (
+    DATASETS,
+    Dataset,
+    Score,
+    aggregate,
+    answered_boxes,
+    find_dataset,
+    score,
+)
+from vl2jax.session import Session
+from vl2jax.synthetic import Question
+
+WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
+CARDS = 6  # of each family on the sheet
+MEASURES = {
+    "exact_match": "exact match",
+    "acc50": "Acc@0.5",
+    "mean_iou": "mean IoU",
+    "refused": "refused",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One question's answer and what it is worth; its pictures are made again where needed."""
+
+    family: str
+    index: int
+    text: str
+    finish_reason: str
+    score: Score
+
+
+Ask = Callable[[str, int], Question]
+Answer = Callable[[Sequence[Sample]], list[Generation]]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks, scores, writes."""
+    dataset = find_dataset(args.data)
+    split = dataset.check_split(args.split or dataset.splits[0])
+    named = list(dataset.families) if args.families is None else args.families
+    families = dataset.check_families(named)
+    directory = read_model_dir(args.ckpt)
+    out = args.out or directory.path / "eval"
+    out.mkdir(parents=True, exist_ok=True)
+    set_compilation_cache(args.compilation_cache)
+    session = Session(directory.address, dtype=args.dtype)
+
+    def ask(family: str, index: int) -> Question:
+        return dataset.question(family, index, split=split, seed=args.seed)
+
+    started = time.perf_counter()
+    questions = list(itertools.product(families, range(args.questions)))
+    outcomes = answer_all(session, ask, questions, args.batch_size, args.max_new_tokens)
+    about = {"ckpt": str(args.ckpt), "step": directory.step, "data": args.data, "split": split}
+    about |= {"seed": args.seed, "seconds": round(time.perf_counter() - started, 2)}
+    scores = about | summarise(dataset, outcomes)
+    write_json(out / "scores.json", scores)
+    with (out / "answers.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json_line(record(one, ask)) + "\n" for one in outcomes)
+    title = f"{args.ckpt}" + (f" step {directory.step}" if directory.step is not None else "")
+    sheet(f"{title}: {args.data} {split}", outcomes, ask).save(out / "sheet.png")
+    print(json.dumps(scores) if args.json else table(scores))
+    print(f"{out}: scores.json, answers.jsonl, sheet.png", file=sys.stderr)
+
+
+def answer_all(
+    session: Session,
+    ask: Ask,
+    wanted: Sequence[tuple[str, int]],
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Outcome]:
+    """Answers questions greedily, in batches of prompts that are alike.
+
+    Args:
+      session: of the checkpoint.
+      ask: makes a question.
+      wanted: family and index of each.
+      batch_size: prompts answered together.
+      max_new_tokens: of each answer.
+
+    Returns:
+      One outcome for each of `wanted`, in its order.
+    """
+    model = session.load()
+    processor = model.processor
+
+    def answer(samples: Sequence[Sample]) -> list[Generation]:
+        # The same number of rows, and few numbers of tile slots: few programs are compiled.
+        full = [*samples, *[samples[-1]] * (batch_size - len(samples))]
+        tiles = sum(len(sample.tiles) for sample in full)
+        batch = processor.collate(full, tile_slots=-(-tiles // batch_size) * batch_size)
+        options = {"max_new_tokens": max_new_tokens, "tokenizer": processor.tokenizer}
+        return generate(model.config, model.params, batch, **options)[: len(samples)]
+
+    outcomes: dict[tuple[str, int], Outcome] = {}
+    status, started = StatusLine(), time.monotonic()
+    for start in range(0, len(wanted), WINDOW * batch_size):
+        window = wanted[start : start + WINDOW * batch_size]
+        for batch in answer_window(session, ask, window, batch_size, answer):
+            outcomes |= {(one.family, one.index): one for one in batch}
+            now, done = time.monotonic(), len(outcomes)
+            if status.due(now) or done == len(wanted):
+                status.show(_progress(done, len(wanted), now - started), now)
+    status.end()
+    return [outcomes[key] for key in wanted]
+
+
+def answer_window(
+    session: Session,
+    ask: Ask,
+    window: Sequence[tuple[str, int]],
+    batch_size: int,
+    answer: Answer,
+) -> Iterator[list[Outcome]]:
+    """Answers questions sorted by what they take; one batch at a time."""
+    prepared = []
+    for family, index in window:
+        question = ask(family, index)
+        row = question.row
+        try:
+            sample = session.prepare(Request(list(row.messages), list(row.images)))
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        prepared.append((family, index, question, sample))
+    prepared.sort(key=lambda one: (len(one[3].tiles), len(one[3])))
+    for start in range(0, len(prepared), batch_size):
+        group = prepared[start : start + batch_size]
+        answers = answer([sample for *_, sample in group])
+        yield [
+            Outcome(family, index, said.text, said.finish_reason, score(question, said.text))
+            for (family, index, question, _), said in zip(group, answers, strict=True)
+        ]
+
+
+def _progress(done: int, total: int, seconds: float) -> str:
+    left = seconds / done * (total - done)
+    ends = f"{human_time(left)} left" if done < total else f"{human_time(seconds)}"
+    return f"answering {done / total:4.0%} {bar(done / total)} {done} of {total} questions, {ends}"
+
+
+def by_family(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of each family, in order."""
+    found: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        found.setdefault(one.family, []).append(one)
+    return found
+
+
+def summarise(dataset: Dataset, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Measures of each family and the few of the whole, as scores.json has them."""
+    scores = {name: [one.score for one in group] for name, group in by_family(outcomes).items()}
+    return {
+        "questions": len(outcomes),
+        "summary": dataset.summarise(scores),
+        "families": {name: aggregate(group) for name, group in scores.items()},
+    }
+
+
+def record(one: Outcome, ask: Ask) -> dict[str, Any]:
+    """An outcome as answers.jsonl has it; boxes from 0 to 999."""
+    question = ask(one.family, one.index)
+    return {
+        "family": one.family,
+        "index": one.index,
+        "question": question.row.messages[-1]["content"],
+        "expected": question.answer,
+        "answer": one.text,
+        "finish_reason": one.finish_reason,
+        **dataclasses.asdict(one.score),
+        "expected_boxes": question.boxes,
+        "answered_boxes": answered_boxes(one.text),
+    }
+
+
+def table(scores: dict[str, Any]) -> str:
+    """Scores for people."""
+    lines = [f"{'family':18}{'questions':>10}" + "".join(f"{x:>13}" for x in MEASURES.values())]
+    for name, found in scores["families"].items():
+        cells = ("" if found[key] is None else _figure(key, found[key]) for key in MEASURES)
+        lines.append(
+            f"{name:18}{found['questions']:>10}" + "".join(f"{cell:>13}" for cell in cells)
+        )
+    for key, found in scores["summary"].items():
+        names = ", ".join(found["families"])
+        lines.append(f"{MEASURES[key]} over {names}: {_figure(key, found['value'])}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _figure(key: str, value: float) -> str:
+    return f"{value:.3f}" if key == "mean_iou" else f"{value:.1%}"
+
+
+def sheet(title: str, outcomes: Sequence[Outcome], ask: Ask):
+    """The contact sheet: a row for each family, wrong answers and right ones."""
+    rows = [
+        [make_card(one, ask) for one in choose(group, CARDS)]
+        for group in by_family(outcomes).values()
+    ]
+    right = sum(one.score.correct for one in outcomes)
+    return draw_sheet(f"{title}, {right} of {len(outcomes)} right", rows)
+
+
+def choose(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
+    """The first wrong and the first right ones, half of each where there are so many."""
+    wrong = [one for one in outcomes if not one.score.correct]
+    right = [one for one in outcomes if one.score.correct]
+    wrongs = min(len(wrong), max(count // 2, count - len(right)))
+    return wrong[:wrongs] + right[: count - wrongs]
+
+
+def make_card(one: Outcome, ask: Ask) -> Card:
+    """A card of the contact sheet."""
+    question = ask(one.family, one.index)
+    return Card(
+        name=f"{one.family} {one.index}",
+        correct=one.score.correct,
+        pictures=question.row.images,
+        question=question.row.messages[-1]["content"].replace("<image>", "").strip(),
+        expected=question.answer,
+        answer=one.text,
+        note="" if one.score.iou is None else f"IoU {one.score.iou:.2f}",
+        true_boxes=question.boxes,
+        answered_boxes=answered_boxes(one.text),
+        boxes_image=question.boxes_image,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        return value
+
+    return whole_number
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags; UserError for a wrong one."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("eval.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="DIR", help="converted checkpoint or training workdir")
+    add("--data", required=True, metavar="NAME", help=f"what is asked: {', '.join(DATASETS)}")
+    add("--split", metavar="NAME", help="of the data (heldout)")
+    add("--families", type=_names, metavar="A,B", help="kinds of questions (all)")
+    add("--questions", type=_at_least(1), default=100, help="of each family (100)")
+    add("--seed", type=_at_least(0), default=0, help="other questions (0)")
+    add("--batch_size", type=_at_least(1), default=64, help="questions answered together (64)")
+    add("--max_new_tokens", type=_at_least(1), default=192, help="of an answer (192)")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
+    add("--json", action="store_true", help="scores as one JSON object instead of a table")
+    add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    try:
+        run(parse_flags(argv))
+        return 0
+    except BrokenPipeError:  # whoever read the table has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: not enough memory on the device; try a smaller --batch_size", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
