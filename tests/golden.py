@@ -16,6 +16,8 @@ from vl2jax.config import VL2Config
 from vl2jax.image import image_layout
 from vl2jax.model import VL2
 
+MINIS = ("mini-tiny", "mini-small", "mini-base", "mini-extra")
+
 
 @dataclasses.dataclass(frozen=True)
 class Mini:

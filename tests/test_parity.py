@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import all_tokens, assert_close, by_original_name, enlarge, padded_batch, probe
+from golden import MINIS, all_tokens, assert_close, by_original_name, enlarge, padded_batch, probe
 
 import vl2jax
 from vl2jax.losses import batch_balance_loss, next_token_loss
 from vl2jax.model import VL2
 
-MINIS = ("mini-tiny", "mini-small", "mini-base", "mini-extra")
 CASES = (
     *("text_only", "one_image", "two_images", "three_images"),
     *("batch_leftpad", "train", "train_nopad"),

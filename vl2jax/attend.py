@@ -4,12 +4,17 @@ Axis legend: B rows, T queries, S keys, H heads (1 in k and v: shared), K query 
 V value width.
 """
 
+import functools
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-QUERY_CHUNK = 256  # queries per step once T * S is large
-_WHOLE = 1024  # up to this many queries, one step
+# Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
+# be large.
+CPU_SCORES = 1 << 21
+QUERY_CHUNK, WHOLE = 256, 1024
 
 
 @flax.struct.dataclass
@@ -38,7 +43,8 @@ def attend(
 ) -> jax.Array:
     """`softmax(q k^T scale) v`, softmax in float32.
 
-    A query that sees no key (padding) gets the mean of all values, as in the original.
+    A query that sees no key (padding) gets the mean of all values, as in the original.  The
+    backward pass computes the scores again, so that nothing of size [T, S] outlives a step.
 
     Args:
       q: [B, T, H, K].
@@ -50,42 +56,131 @@ def attend(
     Returns:
       [B, T, H, V] in the dtype of v.
     """
-    length = q.shape[1]
-    if length <= _WHOLE:
-        return _attend(q, k, v, scale, visibility)
-    chunks = -(-length // QUERY_CHUNK)
-
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [chunks, B, QUERY_CHUNK, ...]
-        pad = ((0, 0), (0, chunks * QUERY_CHUNK - length), *((0, 0),) * (x.ndim - 2))
-        x = jnp.pad(x, pad).reshape(x.shape[0], chunks, QUERY_CHUNK, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
-
-    @jax.checkpoint
-    def step(chunk):
-        q, positions = chunk
-        seen = visibility
-        if seen is not None:
-            seen = seen.replace(q_positions=positions[0], q_segments=positions[1])
-        return _attend(q, k, v, scale, seen)
-
-    positions = None
-    if visibility is not None:
-        positions = (split(visibility.q_positions), split(visibility.q_segments))
-    out = jnp.moveaxis(jax.lax.map(step, (split(q), positions)), 0, 1)
-    return out.reshape(q.shape[0], chunks * QUERY_CHUNK, *out.shape[3:])[:, :length]
+    rows, length, heads, _ = q.shape
+    if k.shape[2] == 1 < heads:  # heads that share keys and values are more queries of one head
+        q = q.reshape(rows, length * heads, 1, -1)
+        if visibility is not None:
+            repeated = (visibility.q_positions, visibility.q_segments)
+            positions, segments = (jnp.repeat(a, heads, axis=1) for a in repeated)
+            visibility = visibility.replace(q_positions=positions, q_segments=segments)
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    y = _attend(q, k, v, visibility, scale).swapaxes(1, 2)
+    return y.reshape(rows, length, heads, -1)
 
 
-def _attend(q, k, v, scale, visibility):
-    """All queries at once; keys and values with one head are shared by all heads."""
-    heads = "H" if k.shape[2] == q.shape[2] else "1"
-    if heads == "1":
-        k, v = k[:, :, 0], v[:, :, 0]
-    k_axes, v_axes = ("BSHK", "BSHV") if heads == "H" else ("BSK", "BSV")
-    scores = jnp.einsum(f"BTHK,{k_axes}->BHTS", q, k, preferred_element_type=jnp.float32) * scale
-    if visibility is not None:
-        # Added, not replaced: the same numbers, and the original's gradients at padding too.
-        hidden = jnp.where(visibility.mask(), 0, jnp.finfo(jnp.float32).min)
-        scores += hidden[:, None]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum(f"BHTS,{v_axes}->BTHV", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(v.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, visibility, scale):
+    """[B, H, T, K], [B, H, S, K], [B, H, S, V] -> [B, H, T, V]."""
+    return _attend_forward(q, k, v, visibility, scale)[0]
+
+
+def _attend_forward(q, k, v, visibility, scale):
+    def run(chunk_of, q, k, v, visibility):
+        chunk = chunk_of(q, k)
+
+        def step(rows):
+            q, seen = rows
+            scores = _scores(q, k, scale, visibility, seen)
+            highest = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - highest)
+            norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+            y = _product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
+            return y.astype(v.dtype), highest, norm
+
+        return _chunked(step, (q, _queries(visibility)), chunk)
+
+    y, highest, norm = _on_each_platform(run, q, k, v, visibility)
+    return y, (q, k, v, visibility, y, highest, norm)
+
+
+def _attend_backward(scale, residuals, g):
+    def run(chunk_of, q, k, v, visibility, *saved):
+        chunk = chunk_of(q, k)
+
+        def step(carry, rows):
+            q, seen, y, highest, norm, g = rows
+            scores = _scores(q, k, scale, visibility, seen)
+            weights = jnp.exp(scores - highest) * norm  # 0 where the chunk is padded
+            d_weights = _product("BHTV,BHSV->BHTS", g, v)
+            shift = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+            d_scores = (weights * (d_weights - shift) * scale).astype(q.dtype)
+            d_q = _product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
+            d_k = carry[0] + _product("BHTS,BHTK->BHSK", d_scores, q)
+            d_v = carry[1] + _product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
+            return (d_k, d_v), d_q
+
+        zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
+        rows = (q, _queries(visibility), *saved)
+        (d_k, d_v), d_q = _chunked_scan(step, zeros, rows, chunk)
+        return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+    q, k, v, visibility, *saved = residuals
+    gradients = _on_each_platform(run, q, k, v, visibility, *saved, g.astype(v.dtype))
+    return *gradients, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _queries(visibility: Visibility | None):
+    """Positions and segments of the queries, with axes that match those of q."""
+    if visibility is None:
+        return None
+    return tuple(a[:, None, :, None] for a in (visibility.q_positions, visibility.q_segments))
+
+
+def _scores(q, k, scale, visibility, seen) -> jax.Array:
+    """float32[B, H, T, S], masked."""
+    scores = _product("BHTK,BHSK->BHTS", q, k) * scale
+    if visibility is None:
+        return scores
+    positions, segments = (a[:, 0, :, 0] for a in seen)
+    mask = visibility.replace(q_positions=positions, q_segments=segments).mask()
+    # Added, not replaced: the same numbers, and the original's gradients at padding too.
+    return scores + jnp.where(mask, 0, jnp.finfo(jnp.float32).min)[:, None]
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _cpu_chunk(q: jax.Array, k: jax.Array) -> int:
+    target = max(CPU_SCORES // math.prod(k.shape[:3]), 64)
+    return -(-q.shape[2] // -(-q.shape[2] // target))
+
+
+def _default_chunk(q: jax.Array, k: jax.Array) -> int:
+    return q.shape[2] if q.shape[2] <= WHOLE else QUERY_CHUNK
+
+
+def _on_each_platform(run, *arguments):
+    """`run` with the chunk size that suits the platform it is compiled for."""
+    return jax.lax.platform_dependent(
+        *arguments,
+        cpu=functools.partial(run, _cpu_chunk),
+        default=functools.partial(run, _default_chunk),
+    )
+
+
+def _chunked(step, rows, chunk: int):
+    """`step` on chunks of axis 2 of all leaves of `rows`, results joined along it."""
+    return _chunked_scan(lambda carry, rows: (carry, step(rows)), (), rows, chunk)[1]
+
+
+def _chunked_scan(step, carry, rows, chunk: int):
+    """`jax.lax.scan` over chunks of axis 2; the last one is padded with zeros."""
+    length = jax.tree.leaves(rows)[0].shape[2]
+    if chunk >= length:
+        return step(carry, rows)
+    chunks = -(-length // chunk)
+
+    def split(x: jax.Array) -> jax.Array:
+        pad = ((0, 0), (0, 0), (0, chunks * chunk - length), (0, 0))
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(*x.shape[:2], chunks, chunk, -1), 2, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], chunks * chunk, -1)[:, :, :length]
+
+    carry, out = jax.lax.scan(step, carry, jax.tree.map(split, rows))
+    return carry, jax.tree.map(join, out)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vl2jax.attend import Visibility, attend
 from vl2jax.config import DecoderConfig
-from vl2jax.layers import Kernel, Linear, RMSNorm
+from vl2jax.layers import Kernel, Linear, RMSNorm, einsum
 from vl2jax.rope import apply_rope, softmax_scale
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
@@ -189,7 +189,7 @@ class MLA(nn.Module):
             absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
 
         shape = (rank, heads, nope + cfg.v_head_dim)
-        w_kv_b = Kernel(shape, **kinds, name="kv_b_proj")()
+        w_kv_b = Kernel(shape, kinds["init"], self.param_dtype, name="kv_b_proj")()
         attention = _absorbed if absorb else _expanded
         visibility = context.visibility(slots)
         y = attention(q_nope, q_rope, latent, w_kv_b, softmax_scale(cfg), visibility)
@@ -220,5 +220,5 @@ def _absorbed(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
 
 
 def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Contraction with a float32 accumulator, in the dtype of x."""
-    return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    """`einsum` in the dtype of x."""
+    return einsum(equation, x, w).astype(x.dtype)

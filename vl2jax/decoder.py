@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vl2jax.attention import MHA, MLA, Cache, Context, init_cache
 from vl2jax.config import DecoderConfig
-from vl2jax.layers import GatedMLP, Kernel, RMSNorm, matmul
+from vl2jax.layers import GatedMLP, Kernel, RMSNorm, matmul, remat_layer
 from vl2jax.moe import EXPERT_STACKS, Balance, MoE
 from vl2jax.rope import rope_table
 
@@ -67,6 +67,7 @@ class Decoder(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     moe_implementation: str = "blocked"
     max_segments: int = 1
+    remat: str = "none"
 
     def setup(self):
         cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -74,7 +75,7 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, init, **kinds)
         self.runs = [
             nn.scan(
-                DecoderLayer,
+                remat_layer(DecoderLayer, self.remat),
                 variable_axes={"params": 0, "router": 0, "intermediates": 0},
                 variable_broadcast=EXPERT_STACKS,
                 split_rngs={"params": True},
@@ -91,7 +92,7 @@ class Decoder(nn.Module):
             for run in cfg.layer_runs
         ]
         self.norm = RMSNorm(cfg.rms_norm_eps, **kinds)
-        self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, **kinds)
+        self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, self.param_dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> [B, T, D]."""

@@ -30,6 +30,7 @@ def dense(
 
     The oracle: it shares no code with what it judges.
     """
+    w = jax.tree.map(lambda a: a.astype(x_TD.dtype), w)
     chosen_TKE = jax.nn.one_hot(experts_TK, w.gate.shape[0], dtype=jnp.float32)
     weights_TE = jnp.einsum("TK,TKE->TE", weights_TK.astype(jnp.float32), chosen_TKE)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -91,6 +92,24 @@ def _ffn(x: jax.Array, w: ExpertWeights) -> jax.Array:
     """One expert: `down(silu(gate(x)) * up(x))`, accumulated in float32."""
     hidden = jax.nn.silu(matmul(x, w.gate)) * matmul(x, w.up)
     return matmul(hidden.astype(x.dtype), w.down).astype(x.dtype)
+
+
+def _ffn_backward(x: jax.Array, w: ExpertWeights, g: jax.Array) -> tuple[jax.Array, ExpertWeights]:
+    """Gradients of `_ffn`: of x in its dtype, of the weights in float32; hidden rows are redone."""
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    gate, up = matmul(x, w.gate), matmul(x, w.up)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_hidden = product("MD,FD->MF", g, w.down)
+    d_gate = (d_hidden * up * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
+    d_up = (d_hidden * silu).astype(x.dtype)
+    dx = product("MF,DF->MD", d_gate, w.gate) + product("MF,DF->MD", d_up, w.up)
+    dw = ExpertWeights(
+        gate=product("MD,MF->DF", x, d_gate),
+        up=product("MD,MF->DF", x, d_up),
+        down=product("MF,MD->FD", (silu * up).astype(x.dtype), g),
+    )
+    return dx.astype(x.dtype), dw
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -204,8 +223,7 @@ def _grouped_ffn_backward(block, residuals, g_PD):
             start = groups.start[expert] + i * block
             own = (i * block + jnp.arange(block) < groups.size[expert])[:, None]
             g = jnp.where(own, _rows(g_PD, start, block), 0)
-            _, pull_back = jax.vjp(_ffn, _rows(x_PD, start, block), weights)
-            dx, dw_block = pull_back(g)
+            dx, dw_block = _ffn_backward(_rows(x_PD, start, block), weights, g)
             return _put(dx_PD, dx, start), jax.tree.map(jnp.add, dw_expert, dw_block)
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)

@@ -1,10 +1,26 @@
 """Linear maps and norms: bfloat16 in and out where asked, float32 inside."""
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+# What the forward pass of a layer keeps for the backward pass, which computes the rest again:
+# everything; the layer's input alone; also results of products with weights.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat_layer(layer: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The layer class under a policy of `REMAT`, for use inside `nn.scan`."""
+    if remat == "none":
+        return layer
+    return nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
 
 
 def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
@@ -17,15 +33,46 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, range(like.ndim - vector.ndim))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Activations times a weight: operands in the dtype of x, result float32, in every pass.
+
+    The weight may be a float32 master copy while x is bfloat16: it is cast here, and its gradient
+    is not rounded.  (The ordinary derivative multiplies with the float32 cotangent, which makes
+    all products of the backward pass float32.)
+
+    Args:
+      equation: two operands; each of their axes occurs in the other or in the result.
+    """
+    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _einsum_forward(equation, x, w):
+    return einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(equation, residuals, g):
+    (x, w), g = residuals, g.astype(residuals[0].dtype)
+    operands, out = equation.split("->")
+    left, right = operands.split(",")
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_x = product(f"{out},{right}->{left}", g, w.astype(x.dtype))
+    d_w = product(f"{left},{out}->{right}", x, g)
+    return d_x.astype(x.dtype), d_w.astype(w.dtype)
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x w` accumulated in float32: [M, K] times [K, N] is float32[M, N].
+    """`x w` by `einsum`: [M, K] times [K, N] is float32[M, N].
 
     For a single bfloat16 row XLA's CPU compiler leaves its fast path (five times slower than two
     rows), so there it gets a row of zeros for company.
     """
 
     def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.dot(x, w, preferred_element_type=jnp.float32)
+        return einsum("MK,KN->MN", x, w)
 
     def in_company(x: jax.Array, w: jax.Array) -> jax.Array:
         return plain(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
@@ -36,16 +83,15 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 class Kernel(nn.Module):
-    """A bare weight named `kernel`, for maps that are used in more than one way."""
+    """A bare weight named `kernel`, for maps that are used in more than one way; see `einsum`."""
 
     shape: tuple[int, ...]
     init: nn.initializers.Initializer
-    dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("kernel", self.init, self.shape, self.param_dtype).astype(self.dtype)
+        return self.param("kernel", self.init, self.shape, self.param_dtype)
 
 
 class Linear(nn.Module):
@@ -70,9 +116,8 @@ class Linear(nn.Module):
         init = self.init or fan_in_normal(math.prod(inputs))
         kernel = self.param("kernel", init, (*inputs, *self.features), self.param_dtype)
         rows, size = x.shape[: x.ndim - self.num_in], math.prod(inputs)
-        y = matmul(
-            x.astype(self.dtype).reshape(-1, size), kernel.astype(self.dtype).reshape(size, -1)
-        ).reshape(*rows, *self.features)
+        x, kernel = x.astype(self.dtype).reshape(-1, size), kernel.reshape(size, -1)
+        y = matmul(x, kernel).reshape(*rows, *self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
             y += along_last(bias.astype(jnp.float32), y)

@@ -14,6 +14,8 @@ from vl2jax.adaptor import Adaptor
 from vl2jax.batch import TEXT, Batch
 from vl2jax.config import VL2Config
 from vl2jax.decoder import Caches, Decoder
+from vl2jax.errors import UserError
+from vl2jax.layers import REMAT
 from vl2jax.moe import Balance
 from vl2jax.vision import VisionTower
 
@@ -44,6 +46,7 @@ class VL2(nn.Module):
       param_dtype: of parameters that `init` makes.
       moe_implementation: how routed experts are computed, see `experts.IMPLEMENTATIONS`.
       max_segments: largest segment id in a batch (1 unless sequences are packed).
+      remat: what training keeps of each layer, a name in `layers.REMAT`.
     """
 
     config: VL2Config
@@ -51,16 +54,23 @@ class VL2(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     moe_implementation: str = "blocked"
     max_segments: int = 1
+    remat: str = "none"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise UserError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
+        super().__post_init__()
 
     def setup(self):
         cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.vision = VisionTower(cfg.vision, **kinds)
+        self.vision = VisionTower(cfg.vision, **kinds, remat=self.remat)
         self.adaptor = Adaptor(cfg.adaptor, **kinds)
         self.decoder = Decoder(
             cfg.decoder,
             **kinds,
             moe_implementation=self.moe_implementation,
             max_segments=self.max_segments,
+            remat=self.remat,
         )
         width = cfg.adaptor.n_embed
         init = nn.initializers.normal(width**-0.5)

@@ -139,7 +139,7 @@ class Experts(nn.Module):
 
         def weight(name: str, *shape: int) -> jax.Array:
             shape = (experts, *shape)
-            return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+            return self.param(name, init, shape, self.param_dtype)
 
         weights = ExpertWeights(
             gate=weight("gate_proj", width, hidden),

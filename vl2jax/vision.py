@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vl2jax.attend import attend
 from vl2jax.config import VisionConfig
-from vl2jax.layers import LayerNorm, Linear
+from vl2jax.layers import LayerNorm, Linear, einsum, remat_layer
 
 
 def normalize(tiles: jax.Array) -> jax.Array:
@@ -33,11 +33,11 @@ class PatchEmbed(nn.Module):
         used = grid * patch
         shape = (patch, patch, 3, width)
         init = nn.initializers.normal(1 / math.sqrt(3 * patch * patch))
-        kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
+        kernel = self.param("kernel", init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
         x = pixels[:, :used, :used].astype(self.dtype)
         x = x.reshape(-1, grid, patch, grid, patch, 3)
-        x = jnp.einsum("IgphqC,pqCW->IghW", x, kernel, preferred_element_type=jnp.float32)
+        x = einsum("IgphqC,pqCW->IghW", x, kernel)
         x += bias.astype(jnp.float32)[None, None, None]
         return x.reshape(-1, grid * grid, width).astype(self.dtype)
 
@@ -95,6 +95,7 @@ class VisionTower(nn.Module):
     cfg: VisionConfig
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, tiles: jax.Array) -> jax.Array:
@@ -106,7 +107,7 @@ class VisionTower(nn.Module):
         position = self.param("pos_embed", nn.initializers.normal(0.02), shape, self.param_dtype)
         x += position.astype(self.dtype)[None]
         blocks = nn.scan(
-            Block,
+            remat_layer(Block, self.remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=cfg.layers,

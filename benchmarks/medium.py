@@ -1,0 +1,98 @@
+"""The models that the benchmarks time: about 93 million parameters, like the released ones."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from vl2jax.batch import TEXT, Batch
+from vl2jax.config import (
+    RELEASED_RESOLUTIONS,
+    AdaptorConfig,
+    DecoderConfig,
+    VisionConfig,
+    VL2Config,
+)
+from vl2jax.image import image_layout
+from vl2jax.model import VL2
+
+ATTENTIONS = ("mla", "mha")
+
+
+def medium_config(attention: str = "mla") -> VL2Config:
+    """Vision 6 layers of width 384; decoder 8 layers of width 512, 16 experts, 4 of them used."""
+    decoder = DecoderConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1408,
+        moe_intermediate_size=320,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        n_shared_experts=2,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        max_position_embeddings=4096,
+        q_lora_rank=None,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    if attention == "mha":
+        latent = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        decoder = dataclasses.replace(
+            decoder, use_mla=False, kv_lora_rank=None, **dict.fromkeys(latent, 0)
+        )
+    return VL2Config(
+        vision=VisionConfig(
+            model_name="siglip_so400m_patch14_384",
+            patch_size=14,
+            width=384,
+            layers=6,
+            heads=6,
+            mlp_ratio=3.7362,
+        ),
+        adaptor=AdaptorConfig(input_dim=384, n_embed=512),
+        decoder=decoder,
+        tile_tag="2D",
+        candidate_resolutions=RELEASED_RESOLUTIONS,
+    )
+
+
+def training_batch(
+    config: VL2Config, rows: int = 2, length: int = 512, with_images: bool = True
+) -> Batch:
+    """Random tokens; each row may begin with an image of 1x1 tiles (421 tokens, two views).
+
+    Text tokens are the targets.
+    """
+    random = np.random.default_rng(0)
+    side, shape = config.vision.image_size, (rows, length)
+    image_index = np.full(shape, TEXT, np.int32)
+    if with_images:
+        for row in range(rows):
+            layout = image_layout(1, 1, config.tile_grid, first_slot=2 * row)
+            image_index[row, 1 : 1 + len(layout)] = layout
+    return Batch(
+        tiles=random.integers(0, 256, (2 * rows * with_images, side, side, 3), dtype=np.uint8),
+        tokens=random.integers(2, config.decoder.vocab_size, shape, dtype=np.int32),
+        image_index=image_index,
+        positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        segment_ids=np.ones(shape, np.int32),
+        loss_mask=image_index == TEXT,
+    )
+
+
+def random_params(config: VL2Config):
+    """Variables with random values, float32."""
+    batch = training_batch(config, 1, 8, with_images=False)
+    side = config.vision.image_size
+    batch = batch.replace(tiles=np.zeros((1, side, side, 3), np.uint8))
+    return jax.jit(VL2(config).init)(jax.random.key(0), batch)
