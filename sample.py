@@ -16,13 +16,13 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from vl2jax.answer_file import answer_file
 from vl2jax.answer_output import Output, draw_answer, ground, image_number
 from vl2jax.chat import Chat
+from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.errors import UserError
 from vl2jax.request import from_prompt, read_request
 from vl2jax.sample_flags import parse_flags
@@ -69,22 +69,6 @@ def answer_one(session: Session, output: Output, args: argparse.Namespace) -> No
     if args.draw:
         found = ground(generation.text, sample, args.draw_on)
         draw_answer(args.draw, session.image_source(request, number), session.exif, found)
-
-
-def set_compilation_cache(directory: str | None) -> None:
-    """Keeps compiled programs on the disk for the next run, unless `directory` is "off"."""
-    if directory == "off" or (directory is None and jax.config.jax_compilation_cache_dir):
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(directory or os.path.join(home, "vl2jax", "jax"))
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        if directory is not None:
-            raise
-        return  # it works without
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,13 +7,24 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from golden import padded_batch
 
 import vl2jax
 from vl2jax import config as configs
 from vl2jax.errors import UserError
-from vl2jax.model import abstract_params
-from vl2jax.sharding import PARAM_RULES, param_shardings, param_spec
+from vl2jax.model import VL2, abstract_params
+from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
+from vl2jax.sharding import (
+    AXES,
+    PARAM_RULES,
+    batch_sharding,
+    make_mesh,
+    optimizer_shardings,
+    param_shardings,
+    param_spec,
+)
+from vl2jax.train_step import Recipe, TrainState, new_state, train_step
 
 
 def _mesh(**axes):
@@ -83,3 +94,71 @@ def test_loaded_onto_a_mesh(mini, tmp_path):
     logits = vl2jax.forward(model.config, model.params, batch)
     want = vl2jax.forward(whole.config, whole.params, batch)
     np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+def test_make_mesh():
+    mesh = make_mesh({"data": -1, "fsdp": 2, "expert": 2, "tensor": 1})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert make_mesh({"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}).size == 8
+    for wrong in ((3, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (0, 1, 1, 1), (4, 1, 1, 1)):
+        with pytest.raises(UserError, match="does not fit 8 devices: sizes must multiply to 8"):
+            make_mesh(dict(zip(AXES, wrong, strict=True)))
+
+
+def test_optimizer_state_lies_with_its_parameters(all_paths):
+    """Moments of a released size, stage align and all: the same placement as the parameter."""
+    mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    flat = {path.removeprefix("params/"): leaf for path, leaf in all_paths[-1].items()}
+    flat = {path: leaf for path, leaf in flat.items() if not path.startswith("router/")}
+    optimizer = make_optimizer(OptimConfig(lr=1.0), 10)
+    state = jax.eval_shape(optimizer.init, flat)
+    placed = jax.tree.leaves_with_path(optimizer_shardings(mesh, state))
+    seen = {}
+    for path, sharding in placed:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if keys:
+            assert sharding.spec == param_spec(keys[0])
+            seen[keys[0]] = seen.get(keys[0], 0) + 1
+        else:
+            assert sharding.spec == jax.sharding.PartitionSpec()
+    assert seen == dict.fromkeys(flat, 2)  # two moments each
+
+
+def test_one_step_on_a_mesh(mini):
+    """Loss and updated parameters of a sharded step are those of one device."""
+    model = mini("mini-small", "train_nopad")
+    batch = padded_batch(model.config, model.arrays("train_nopad"))
+    tiles = len(batch.tiles)
+    rows = jax.tree.map(lambda x: np.repeat(x, 8, axis=0)[None], batch.replace(tiles=None))
+    pad = -tiles % 8
+    batch = rows.replace(tiles=np.pad(batch.tiles, ((0, pad), *((0, 0),) * 3))[None])
+    cfg = OptimConfig(lr=0.1, schedule="constant", eps=1e-3)
+    paths = flatten_dict(model.params["params"], sep="/")
+    recipe = Recipe(
+        model=VL2(model.config),
+        optimizer=make_optimizer(cfg, 10),
+        schedule=learning_rate(cfg, 10),
+        trained=trained_paths(cfg, paths),
+    )
+    state = new_state(recipe, model.params)
+    want, want_metrics = jax.jit(train_step, static_argnums=0)(recipe, state, batch)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2, "tensor": 1})
+    shardings = TrainState(
+        step=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+        params=param_shardings(mesh, state.params),
+        router=param_shardings(mesh, state.router),
+        opt_state=optimizer_shardings(mesh, state.opt_state),
+    )
+    sharded = jax.jit(
+        train_step,
+        static_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, None),
+    )
+    got, metrics = sharded(recipe, jax.device_put(state, shardings), batch)
+    assert metrics["train/loss"] == pytest.approx(float(want_metrics["train/loss"]), rel=1e-5)
+    experts = got.params["decoder"]["moe_1"]["mlp"]["experts"]["gate_proj"]
+    assert experts.addressable_shards[0].data.size == experts.size // 4  # fsdp and expert
+    for path, value in flatten_dict(want.params, sep="/").items():
+        found = np.asarray(flatten_dict(got.params, sep="/")[path])
+        np.testing.assert_allclose(found, value, rtol=0, atol=1e-4, err_msg=path)

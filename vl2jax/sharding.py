@@ -4,14 +4,17 @@ Mesh axes: `data` (copies), `fsdp` (every large parameter split), `expert` (expe
 `tensor` (heads, ffn width, vocabulary). A mesh may leave axes out.
 """
 
+import math
 import re
+from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vl2jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # the axes that rows and tiles are split over
 
 _RUN = r"decoder/(dense|moe)_\d+/"
 
@@ -48,6 +51,47 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (_RUN + r".*(norm|layernorm)/scale", (None, None)),  # n D
     (_RUN + r"self_attn/(q_a|kv_a|o)_proj/bias", (None, None)),  # n D
 )
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+      sizes: devices along each of `AXES`; one may be -1 and takes what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices, sizes = jax.device_count(), {axis: sizes[axis] for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    bad = [axis for axis, size in sizes.items() if size < 1 and size != -1]
+    if bad or len(free) > 1 or devices % fixed or (not free and fixed != devices):
+        raise UserError(
+            f"mesh {sizes} does not fit {devices} devices: sizes must multiply to {devices}, one"
+            f" may be -1; for instance data={devices} and 1 for the others"
+        )
+    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every field of a batch with pools: [pools, rows or tiles, ...]."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
+def optimizer_shardings(mesh: Mesh, opt_state):
+    """Shardings of an optimizer's state: whatever is kept per parameter lies where it does.
+
+    Args:
+      opt_state: tree whose leaves per parameter are in dicts by path, see `optim`.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, param_spec(keys[-1]) if keys else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
 def param_spec(path: str) -> PartitionSpec:

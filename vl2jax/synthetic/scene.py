@@ -27,7 +27,7 @@ COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
 # Side of a shape over the shorter side of the picture, by the number of shapes.
 SIDES = {1: (0.30, 0.45), 2: (0.24, 0.42), 3: (0.20, 0.36), 4: (0.19, 0.32)}
 SIDES_BESIDE = {1: (0.24, 0.36), 2: (0.22, 0.32), 3: (0.20, 0.28)}
-DIGIT_HEIGHT, DIGIT_HEIGHT_BESIDE = (28, 50), (28, 36)
+DIGIT_HEIGHT, DIGIT_HEIGHT_BESIDE = (38, 56), (30, 40)
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
 GAP = 2  # pixels between two things
 # Clear strips at the edges, over the side.  Patches of 14 leave 6 of 76 pixels at the right and

@@ -17,6 +17,7 @@ LENGTH = 2**31 - 1  # there is no end; iterators of the pipeline want a number
 CHINESE = 0.2  # share of rows
 SINGLE = 0.2  # share of rows with one question
 TURNS = (3, 8)  # in the others, where there is so much to ask
+MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a short sequence
 # A question names what later ones ask for ("the red circle"), so most rows begin with those that
 # give little away; the rest are shuffled.
 SORTED = 0.7
@@ -164,12 +165,15 @@ class Synthetic:
         weights = {name: MIXTURE[name].weight for name in names}
         count = 1 if dice.chance(SINGLE) else dice.between(*TURNS)
         found: dict[tuple[str, str], Turn] = {}
+        room = MOST_TEXT
         for number in range(2 * count):
             # What the pictures were made for comes for certain, where it is one thing.
             name = dice.weighted(weights) if number else own or dice.weighted(weights)
             turn = MIXTURE[name].ask(situation, dice, language)
-            if turn is not None:
-                found.setdefault((name, turn.about), turn)
+            if turn is None or (name, turn.about) in found or turn.width > room:
+                continue
+            found[name, turn.about] = turn
+            room -= turn.width
             if len(found) == count:
                 break
         order = list(found)

@@ -26,6 +26,12 @@ class Turn:
     boxes: tuple[Box, ...] = ()
     boxes_image: int = 0
 
+    @property
+    def width(self) -> int:
+        """Columns that its text takes: a Chinese character two, any other one."""
+        text = self.question + self.answer
+        return len(text) + sum(not character.isascii() for character in text)
+
 
 @dataclasses.dataclass(frozen=True)
 class Situation:

@@ -1,0 +1,57 @@
+"""Fine-tunes a converted checkpoint of any size on your conversations.
+
+    python train.py --config=configs/finetune.py --config.init_from=ckpt/tiny \
+        --config.data.train=conversations.json --workdir=runs/mine
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.name = "finetune"
+    config.model = {}  # the architecture of init_from
+    config.init_from = ""
+    config.tokenizer = ""
+    config.seed = 0
+    config.steps = 1000
+    config.profile = ""
+    config.dry_run = False
+    config.batch = dict(rows=8, length=4096, tiles=80, segments=16, microbatches=8)
+    config.data = dict(
+        train="",
+        heldout="",
+        images_root="",
+        supervise="answers",
+        on_error="raise",
+        threads=4,
+        workers=0,
+        prefetch=2,
+        preview=0,
+    )
+    config.optim = dict(
+        lr=2e-5,
+        schedule="cosine",
+        warmup_steps=30,
+        final_lr_fraction=0.1,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        clip_norm=1.0,
+        moments_dtype="float32",
+        lr_multipliers=dict(vision=0.1),
+        frozen=(),
+    )
+    config.balance = dict(aux_loss_alpha=0.001, bias_update_step=0.0)
+    config.compute = dict(
+        dtype="bfloat16",
+        param_dtype="float32",
+        remat="full",
+        moe_implementation="blocked",
+        loss_chunk=1024,
+    )
+    config.mesh = dict(data=1, fsdp=-1, expert=1, tensor=1)
+    config.checkpoint = dict(every=200, keep=2, keep_every=0)
+    config.eval = dict(every=100, batches=4)
+    return config

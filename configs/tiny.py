@@ -1,0 +1,103 @@
+"""A small model with every structural feature of DeepSeek-VL2, trained on synthetic pictures.
+
+python train.py --config=configs/tiny.py
+python sample.py --ckpt runs/tiny --image examples/shapes.png --prompt "..."
+python eval.py --ckpt runs/tiny --data synthetic
+"""
+
+import ml_collections
+
+from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
+
+SIDE = 76  # five patches and six pixels over, as 384 has 27 and six over
+
+
+def architecture() -> VL2Config:
+    """Odd patch grid, tiles, MLA, a dense layer, shared and routed experts, correction bias."""
+    decoder = DecoderConfig(
+        vocab_size=1536,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_shared_experts=2,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.0,
+        q_lora_rank=None,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.06,
+        torch_dtype="float32",
+    )
+    shapes = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+    return VL2Config(
+        vision=VisionConfig(image_size=SIDE, patch_size=14, width=96, layers=3, heads=4),
+        adaptor=AdaptorConfig(input_dim=96, n_embed=decoder.hidden_size),
+        decoder=decoder,
+        candidate_resolutions=tuple((wide * SIDE, high * SIDE) for wide, high in shapes),
+        torch_dtype="float32",
+    )
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.name = "tiny"
+    config.model = architecture().to_hf()
+    config.init_from = ""
+    config.tokenizer = ""
+    config.seed = 0
+    config.steps = 3000
+    config.profile = ""
+    config.dry_run = False
+    config.batch = dict(rows=12, length=256, tiles=68, segments=8, microbatches=1)
+    config.data = dict(
+        train="synthetic",
+        heldout="synthetic",
+        images_root="",
+        supervise="answers",
+        on_error="raise",
+        threads=1,
+        workers=0,
+        prefetch=4,
+        preview=0,
+    )
+    config.optim = dict(
+        lr=2e-3,
+        schedule="cosine",
+        warmup_steps=100,
+        final_lr_fraction=0.02,
+        weight_decay=0.1,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        clip_norm=1.0,
+        moments_dtype="float32",
+        lr_multipliers={},
+        frozen=(),
+    )
+    config.balance = dict(aux_loss_alpha=0.0001, bias_update_step=0.003)
+    config.compute = dict(
+        dtype="float32",
+        param_dtype="float32",
+        remat="none",
+        moe_implementation="blocked",
+        loss_chunk=1024,
+    )
+    config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)
+    config.checkpoint = dict(every=500, keep=2, keep_every=0)
+    config.eval = dict(every=250, batches=4)
+    return config

@@ -1,0 +1,244 @@
+"""Trains DeepSeek-VL2.
+
+    python train.py --config=configs/tiny.py
+    python train.py --config=configs/vl2_tiny.py:sft --config.init_from=ckpt/tiny \\
+        --config.data.train=conversations.json --workdir=runs/mine
+    python train.py --config=FILE --config.data.preview=4       # look at the data, then stop
+    python train.py --config=FILE --config.dry_run=True         # count, then stop
+
+Any field of the configuration is a flag, --config.optim.lr=1e-4.  A run that was interrupted goes
+on where its working directory ends when the same command is given again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from vl2jax.api import DTYPES
+from vl2jax.compilation_cache import set_compilation_cache
+from vl2jax.config import VL2Config
+from vl2jax.data.pipeline import PackedBatch, fill_metrics
+from vl2jax.data.preview import preview
+from vl2jax.errors import UserError
+from vl2jax.lineage import init_params
+from vl2jax.metrics import MetricsLog, Throughput
+from vl2jax.processor import Processor
+from vl2jax.report import describe_run, model_flops
+from vl2jax.run_config import RunConfig, read_run_config, read_sources
+from vl2jax.run_events import Profile, Skipped, StopSignal, keep_batch
+from vl2jax.run_flags import FLAGS, define_flags, read_flags
+from vl2jax.run_setup import (
+    choose_architecture,
+    make_data,
+    make_recipe,
+    prepare_workdir,
+    state_shapes,
+)
+from vl2jax.sharding import batch_sharding, make_mesh
+from vl2jax.train_step import Recipe, TrainState, eval_step, init_state, new_state, train_step
+from vl2jax.workdir import Workdir
+
+
+def run(argv: Sequence[str]) -> int:
+    """One run; the exit code."""
+    config = read_run_config(read_flags(argv))
+    path = Path(FLAGS.workdir or Path("runs", config.name))
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    architecture = choose_architecture(config)
+    recipe = make_recipe(config, architecture)
+    shapes = state_shapes(recipe, mesh)
+    print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
+    if config.dry_run:
+        return 0
+    read_sources(config.data.train, "data.train")  # before anything is written
+    set_compilation_cache(FLAGS.compilation_cache)
+    prepare_workdir(path, config, architecture)
+    processor = Processor.from_dir(path, architecture)
+    skipped = Skipped(path / "skipped.txt")
+    data = make_data(config, processor, "train", skipped)
+    heldout = make_data(config, processor, "heldout", skipped)
+    if config.data.preview:
+        preview(iter(data), processor, path, config.data.preview)
+        return 0
+    keep = config.checkpoint
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(
+            Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
+        )
+        state, data_state = first_state(config, architecture, recipe, shapes, workdir)
+        batches = stack.enter_context(contextlib.closing(iter(data)))
+        if data_state is not None:
+            batches.set_state(data_state)
+        log = stack.enter_context(
+            MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
+        )
+        workdir.on_error = skipped.note = log.note
+        return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
+
+
+def first_state(
+    config: RunConfig,
+    architecture: VL2Config,
+    recipe: Recipe,
+    shapes: TrainState,
+    workdir: Workdir,
+) -> tuple[TrainState, dict | None]:
+    """The state to go on from, and that of the data: saved, or taken from `init_from`, or new."""
+    if workdir.latest_step() is not None:
+        step, variables, rest, data_state = workdir.restore(
+            like_params={"params": shapes.params, "router": shapes.router},
+            like_opt_state={"step": shapes.step, "optimizer": shapes.opt_state},
+        )
+        print(f"resumed  from step {step} of {workdir.path}", flush=True)
+        params, router = variables["params"], variables["router"]
+        return TrainState(rest["step"], params, router, rest["optimizer"]), data_state
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    if not config.init_from:
+        init = jax.jit(init_state, static_argnums=0, out_shardings=shardings)
+        return init(recipe, jax.random.key(config.seed)), None
+    variables = init_params(
+        config.init_from,
+        {"params": shapes.params, "router": shapes.router},
+        {"params": shardings.params, "router": shardings.router},
+        DTYPES[config.compute.param_dtype],
+        config=architecture,
+    )
+    new = jax.jit(new_state, static_argnums=0, out_shardings=shardings, donate_argnums=1)
+    return new(recipe, variables), None
+
+
+@dataclasses.dataclass
+class Begun:
+    """A step that runs on the device; its metrics are there when it has ended."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    packed: PackedBatch
+    data_wait: float  # seconds
+
+
+def train(
+    config: RunConfig,
+    architecture: VL2Config,
+    recipe: Recipe,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    heldout: grain.IterDataset | None,
+    workdir: Workdir,
+    log: MetricsLog,
+) -> int:
+    """The loop; the exit code.
+
+    A step is waited for after the next one is under way, or before anything is saved.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    split = batch_sharding(mesh)
+    step_fn = jax.jit(
+        functools.partial(train_step, recipe),
+        in_shardings=(shardings, split),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    eval_fn = jax.jit(
+        functools.partial(eval_step, recipe),
+        in_shardings=(shardings.params, shardings.router, split),
+    )
+    per_token, per_tile = model_flops(architecture)
+    throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
+    stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
+
+    def finish(begun: Begun, scores: dict[str, float] | None = None) -> None:
+        """Waits for a step and writes its metrics; stops the run where they are not finite."""
+        metrics = {name: np.asarray(value) for name, value in begun.metrics.items()}
+        packed = begun.packed
+        flops = per_token * packed.tokens + per_tile * packed.tiles
+        speed = throughput.step(packed.tokens, packed.images, flops, begun.data_wait)
+        log.write(begun.step, {**metrics, **speed, **fill_metrics(packed), **(scores or {})})
+        for name in ("train/loss", "train/grad_norm", "train/param_norm"):
+            if not np.isfinite(metrics[name]):
+                kept = keep_batch(workdir.path, begun.step, packed)
+                raise UserError(_not_finite(name, metrics[name], begun, kept, workdir))
+
+    begun: Begun | None = None
+    for step in range(int(state.step) + 1, config.steps + 1):
+        profile.before(step)
+        started = time.perf_counter()
+        packed = next(batches)
+        data_wait, data_state = time.perf_counter() - started, batches.get_state()
+        state, metrics = step_fn(state, packed.batch)
+        if begun is not None:
+            finish(begun)
+        begun = Begun(step, metrics, packed, data_wait)
+        last = step == config.steps or stop.requested
+        evaluating = heldout is not None and (step % config.eval.every == 0 or last)
+        saving = step % config.checkpoint.every == 0 or last
+        if evaluating or saving:
+            scores = evaluate(eval_fn, state, heldout, config.eval.batches) if evaluating else None
+            finish(begun, scores)
+            begun = None
+        if saving:
+            workdir.save(
+                step,
+                params={"params": state.params, "router": state.router},
+                opt_state={"step": state.step, "optimizer": state.opt_state},
+                data_state=data_state,
+            )
+            throughput.restart()
+        workdir.poll()
+        profile.after(step)
+        if stop.requested:
+            log.note(f"{stop.requested}: step {step} is saved, the run stops here")
+            break
+    workdir.wait()
+    return 0 if workdir.latest_step() == int(state.step) else 1
+
+
+def evaluate(
+    eval_fn, state: TrainState, heldout: grain.IterDataset, count: int
+) -> dict[str, float]:
+    """Mean loss and token accuracy over the first batches of the held-out data."""
+    totals = np.zeros(3)
+    with contextlib.closing(iter(heldout)) as batches:
+        for _, packed in zip(range(count), batches, strict=False):
+            totals += jax.device_get(eval_fn(state.params, state.router, packed.batch))
+    return {"heldout/loss": totals[0] / totals[2], "heldout/token_acc": totals[1] / totals[2]}
+
+
+def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Workdir) -> str:
+    newest, rows = workdir.latest_step(), ", ".join(begun.packed.names[:3])
+    return (
+        f"{name} is {value} at step {begun.step}, so the run stops; its batch ({rows}, ...) is in"
+        f" {kept}, the newest checkpoint is {'none' if newest is None else f'of step {newest}'};"
+        " try a lower optim.lr, or look at these rows"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line entry; the exit code: 0, or 1 after an error."""
+    try:
+        return run(argv)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: not enough memory on the device; try --config.compute.remat=full, more"
+            " --config.batch.microbatches, or a smaller --config.batch.rows",
+            file=sys.stderr,
+        )
+    return 1
+
+
+if __name__ == "__main__":
+    define_flags()
+    raise SystemExit(main(sys.argv))

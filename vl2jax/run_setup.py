@@ -1,0 +1,130 @@
+"""From a run's configuration to what the training loop needs."""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+
+from vl2jax.api import DTYPES
+from vl2jax.checkpoint import MODEL_FILE, flatten, read_model_dir, write_json
+from vl2jax.config import VL2Config
+from vl2jax.data.files import open_source
+from vl2jax.data.packing import BatchShape
+from vl2jax.data.pipeline import make_pipeline
+from vl2jax.data.row import Source
+from vl2jax.errors import UserError
+from vl2jax.lineage import config_differences, prepare
+from vl2jax.model import VL2, abstract_params
+from vl2jax.optim import learning_rate, make_optimizer, trained_paths
+from vl2jax.processor import Processor
+from vl2jax.run_config import RunConfig, read_architecture, read_sources, with_balance
+from vl2jax.sharding import optimizer_shardings, param_shardings
+from vl2jax.synthetic import Synthetic
+from vl2jax.synthetic.tokens import write_processor_files
+from vl2jax.train_step import Recipe, TrainState, init_state
+
+
+def choose_architecture(config: RunConfig) -> VL2Config:
+    """The architecture of `model` or `init_from`, which must agree, balanced as the run says."""
+    architecture = read_architecture(config)
+    if config.init_from:
+        found = read_model_dir(config.init_from).config
+        differences = [] if architecture is None else config_differences(found, architecture)
+        if differences:
+            raise UserError(
+                f"config.model and {config.init_from} differ (leave config.model empty to take"
+                " its architecture): in the latter " + "; ".join(differences[:8])
+            )
+        architecture = architecture or found
+    if architecture is None:
+        raise UserError("the configuration has no model; set config.model or config.init_from")
+    return with_balance(architecture, config.balance)
+
+
+def make_recipe(config: RunConfig, architecture: VL2Config) -> Recipe:
+    """What a step does."""
+    compute = config.compute
+    model = VL2(
+        architecture,
+        dtype=DTYPES[compute.dtype],
+        param_dtype=DTYPES[compute.param_dtype],
+        moe_implementation=compute.moe_implementation,
+        max_segments=config.batch.segments,
+        remat=compute.remat,
+    )
+    return Recipe(
+        model=model,
+        optimizer=make_optimizer(config.optim, config.steps),
+        schedule=learning_rate(config.optim, config.steps),
+        trained=trained_paths(config.optim, flatten(abstract_params(architecture)["params"])),
+        bias_update_step=config.balance.bias_update_step,
+        loss_chunk=compute.loss_chunk,
+    )
+
+
+def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(functools.partial(init_state, recipe), jax.random.key(0))
+    scalar = optimizer_shardings(mesh, shapes.step)
+    shardings = TrainState(
+        step=scalar,
+        params=param_shardings(mesh, shapes.params),
+        router=param_shardings(mesh, shapes.router),
+        opt_state=optimizer_shardings(mesh, shapes.opt_state),
+    )
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def prepare_workdir(path: Path, config: RunConfig, architecture: VL2Config) -> None:
+    """Makes the working directory a model directory, and keeps the configuration there."""
+    with tempfile.TemporaryDirectory() as made:
+        files = config.tokenizer or config.init_from
+        if not files and not (path / MODEL_FILE).exists():
+            write_processor_files(Path(made), architecture)
+        dropped = read_model_dir(config.init_from).dropped if config.init_from else ()
+        dtype = config.compute.param_dtype
+        prepare(path, architecture, files or made, dtype=dtype, dropped=dropped)
+    write_json(path / "config.json", dataclasses.asdict(config))
+
+
+def make_data(
+    config: RunConfig, processor: Processor, split: str, on_skip: Callable[[str], None]
+) -> grain.IterDataset | None:
+    """The pipeline of `data.train` (endless, shuffled) or `data.heldout` (in order).
+
+    Returns:
+      None for held-out data that the run does without.
+    """
+    data, batch, training = config.data, config.batch, split == "train"
+    names = data.train if training else data.heldout
+    if not training and not (names and config.eval.every):
+        return None
+
+    def source(name: str) -> Source:
+        if name == "synthetic":
+            return Synthetic(split, seed=config.seed)
+        return open_source(name, images_root=data.images_root or None)
+
+    parts = batch.microbatches
+    return make_pipeline(
+        [(source(name), weight) for name, weight in read_sources(names, f"data.{split}")],
+        processor,
+        BatchShape(parts, batch.rows // parts, batch.length, batch.tiles // parts, batch.segments),
+        mask_prompt=data.supervise == "answers",
+        seed=config.seed,
+        shuffle=training,
+        repeat=training,
+        on_error=data.on_error,
+        on_skip=on_skip,
+        threads=data.threads,
+        workers=data.workers,
+        prefetch=data.prefetch,
+    )
