@@ -1,16 +1,17 @@
-# make demo: a small random model in the original format, converted, answers about a picture.
+# make demo: trains the small model (STEPS=n for a short run), then asks it about two pictures.
 # make test: all tests.
 PYTHON ?= python3
 VENV ?= .venv
+STEPS ?=
 RUN := $(VENV)/bin/python
 
 demo: $(VENV)/.demo
-	rm -rf runs/demo
-	$(RUN) -m convert.random_hf runs/demo/original
-	$(RUN) -m convert.to_jax runs/demo/original runs/demo/model --verify
-	@echo "The weights are random, so the answer below is noise."
-	$(RUN) sample.py --ckpt runs/demo/model --image examples/shapes.png \
-	    --prompt "Which shapes do you see?" --max_new_tokens 48
+	$(RUN) train.py --config=configs/tiny.py $(if $(STEPS),--config.steps=$(STEPS) --workdir=runs/short)
+	$(RUN) sample.py --ckpt $(if $(STEPS),runs/short,runs/tiny) --image examples/question.png \
+	    --prompt "How many shapes do you see?"
+	$(RUN) sample.py --ckpt $(if $(STEPS),runs/short,runs/tiny) --image examples/grounding.png \
+	    --prompt "Locate <|ref|>the green square<|/ref|> in the given image." \
+	    --draw runs/boxes.png
 
 test: $(VENV)/.test
 	$(RUN) -m pytest

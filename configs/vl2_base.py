@@ -2,7 +2,8 @@
 
     python train.py --config=configs/vl2_base.py:align --config.init_from=CKPT \\
         --config.data.train=captions.json
-    python train.py --config=configs/vl2_base.py:pretrain --config.init_from=runs/vl2_base-align \\
+    python train.py --config=configs/vl2_base.py:pretrain \\
+        --config.init_from=runs/vl2_base-align \\
         --config.data.train=pictures.jsonl=0.7,text.jsonl=0.3
     python train.py --config=configs/vl2_base.py:sft --config.init_from=runs/vl2_base-pretrain \\
         --config.data.train=conversations.jsonl

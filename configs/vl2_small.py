@@ -2,7 +2,8 @@
 
     python train.py --config=configs/vl2_small.py:align --config.init_from=CKPT \\
         --config.data.train=captions.json
-    python train.py --config=configs/vl2_small.py:pretrain --config.init_from=runs/vl2_small-align \\
+    python train.py --config=configs/vl2_small.py:pretrain \\
+        --config.init_from=runs/vl2_small-align \\
         --config.data.train=pictures.jsonl=0.7,text.jsonl=0.3
     python train.py --config=configs/vl2_small.py:sft --config.init_from=runs/vl2_small-pretrain \\
         --config.data.train=conversations.jsonl

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/vl2_tiny.py:align --config.init_from=CKPT \\
         --config.data.train=captions.json
-    python train.py --config=configs/vl2_tiny.py:pretrain --config.init_from=runs/vl2_tiny-align \\
+    python train.py --config=configs/vl2_tiny.py:pretrain \\
+        --config.init_from=runs/vl2_tiny-align \\
         --config.data.train=pictures.jsonl=0.7,text.jsonl=0.3
     python train.py --config=configs/vl2_tiny.py:sft --config.init_from=runs/vl2_tiny-pretrain \\
         --config.data.train=conversations.jsonl

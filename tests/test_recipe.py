@@ -82,7 +82,7 @@ def test_tiny_has_every_feature():
         (lambda c: c["optim"].update(learning_rate=1.0), "unknown field optim.learning_rate"),
         (lambda c: c["batch"].update(rows="4"), "batch.rows must be"),
         (lambda c: c["batch"].update(rows=0), "batch.rows must be at least 1"),
-        (lambda c: c["batch"].update(microbatches=5), "must divide batch.rows"),
+        (lambda c: c["batch"].update(microbatches=7), "must divide batch.rows"),
         (
             lambda c: c["data"].update(supervise="all"),
             "data.supervise must be one of answers, text",

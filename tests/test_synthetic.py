@@ -70,8 +70,9 @@ def test_rows_have_these_literal_words():
         return asked.row.messages[0]["content"], asked.answer, asked.kind
 
     assert first("text") == ("Add 9 and 4.", "13", "text")
-    assert first("colour") == ("<image>\n十字形是什么颜色？", "蓝色", "text")
-    assert first("exists") == ("<image>\n图中有紫色的十字形吗？", "否", "text")
+    assert first("colour") == ("<image>\nWhich color does the cross have?", "black", "text")
+    asked = "<image>\n在图中定位<|ref|>红色的菱形<|/ref|>。"
+    assert first("absent") == (asked, "图中没有红色的菱形。", "absent")
     assert first("three_images")[1] == "image_2"
     assert question("count", 1).row.where == "synthetic heldout count 1"
 

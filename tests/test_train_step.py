@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import types
 
 import jax
@@ -138,9 +139,13 @@ def test_same_samples_same_gradients(mini, samples, shape):
     assert got["train/loss"] == pytest.approx(float(want["train/loss"]), rel=1e-6)
     assert got["train/aux_loss"] == pytest.approx(float(want["train/aux_loss"]), rel=1e-6)
     assert got["train/token_acc"] == want["train/token_acc"]
-    for path, gradient in want_grads.items():
-        scale = np.abs(gradient).max()
-        np.testing.assert_allclose(grads[path], gradient, rtol=0, atol=1e-6 * scale, err_msg=path)
+    # 1e-6 of the whole gradient; what is left of each alone is float32's rounding, eps = 1.2e-7.
+    double = {path: np.asarray(gradient, np.float64) for path, gradient in want_grads.items()}
+    whole = np.sqrt(sum(np.sum(gradient**2) for gradient in double.values()))
+    for path, gradient in double.items():
+        distance = np.linalg.norm(np.asarray(grads[path], np.float64) - gradient)
+        assert distance <= 1e-6 * whole, path
+        assert distance <= 3e-6 * np.linalg.norm(gradient), path
 
 
 def test_samples_of_a_row_do_not_see_one_another(mini, samples):
@@ -206,7 +211,7 @@ def test_bias_update(mini, samples):
         rows = slice(first, first + run.count)
         first += run.count
         path = ("decoder", run.name, "mlp", "gate", "e_score_correction_bias")
-        before, got = (functools.reduce(dict.get, path, s.router) for s in (state, after))
+        before, got = (functools.reduce(operator.getitem, path, s.router) for s in (state, after))
         assert (load[rows].sum(axis=1) == tokens).all()
         mean = load[rows].mean(axis=1, keepdims=True)
         want = np.asarray(before, np.float64) + u * np.sign(mean - load[rows])

@@ -104,7 +104,8 @@ class VisionTower(nn.Module):
         x = PatchEmbed(cfg, **kinds, name="patch_embed")(normalize(tiles))
         self.sow("intermediates", "patch_embed_out", x)
         shape = (cfg.grid**2, cfg.width)
-        position = self.param("pos_embed", nn.initializers.normal(0.02), shape, self.param_dtype)
+        init = nn.initializers.normal(cfg.width**-0.5)
+        position = self.param("pos_embed", init, shape, self.param_dtype)
         x += position.astype(self.dtype)[None]
         blocks = nn.scan(
             remat_layer(Block, self.remat),

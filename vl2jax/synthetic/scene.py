@@ -1,6 +1,7 @@
 """What is in a picture: coloured shapes and perhaps a writing, none over another."""
 
 import dataclasses
+import math
 
 import PIL.Image
 import PIL.ImageDraw
@@ -22,10 +23,11 @@ ALLOWED = {
 SIZES = {(76, 76): 60, None: 25, (152, 76): 4, (76, 152): 4, (114, 76): 3, (90, 72): 2, (72, 90): 2}
 SHORTEST, LONGEST = 60, 76
 # Shapes in a picture -> how often, alone and beside a writing.
-COUNTS = {1: 22, 2: 28, 3: 28, 4: 22}
+COUNTS = {1: 30, 2: 28, 3: 24, 4: 18}
 COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
-# Side of a shape over the shorter side of the picture, by the number of shapes.
-SIDES = {1: (0.30, 0.45), 2: (0.24, 0.42), 3: (0.20, 0.36), 4: (0.19, 0.32)}
+# Side of a shape over the shorter side of the picture, by the number of shapes.  Without a writing
+# each shape has a quarter of the picture to itself.
+SIDES = {1: (0.24, 0.42), 2: (0.22, 0.42), 3: (0.22, 0.41), 4: (0.22, 0.40)}
 SIDES_BESIDE = {1: (0.24, 0.36), 2: (0.22, 0.32), 3: (0.20, 0.28)}
 DIGIT_HEIGHT, DIGIT_HEIGHT_BESIDE = (38, 56), (30, 40)
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
@@ -172,11 +174,16 @@ def _place_things(
 ) -> list[Thing]:
     count = dice.weighted(COUNTS_BESIDE if beside else COUNTS)
     low, high = (SIDES_BESIDE if beside else SIDES)[count]
+    quarters = dice.sample([0, 1, 2, 3], 4)
     things = []
-    for colour, shape in _pick_pairs(dice, ALLOWED[split], count):
+    for number, (colour, shape) in enumerate(_pick_pairs(dice, ALLOWED[split], count)):
         side = round(dice.uniform(low, high) * min(size))
         for smaller in (side, round(low * min(size))):
-            box = place(dice, paint.shape_mask(shape, smaller).size, size, taken)
+            ink = paint.shape_mask(shape, smaller).size
+            if beside:
+                box = place(dice, ink, size, taken)
+            else:
+                box = _place_in_quarter(dice, ink, size, quarters[number])
             if box:
                 taken.append(box)
                 shift = tuple(dice.between(-12, 12) for _ in range(3))
@@ -184,6 +191,23 @@ def _place_things(
                 things.append(Thing(colour, shape, rgb, smaller, box))
                 break
     return things
+
+
+def _place_in_quarter(
+    dice: Dice, ink: tuple[int, int], size: tuple[int, int], quarter: int
+) -> Box | None:
+    """A random box of the size of `ink` in a quarter of the picture; None if that is too small."""
+    corner = []
+    for axis, second in enumerate(divmod(quarter, 2)):
+        start, end = size[axis] * _NEAR, size[axis] * (1 - _FAR)
+        middle = (start + end) / 2
+        start, end = (middle, end) if second else (start, middle)
+        low, high = math.ceil(start + GAP / 2), math.floor(end - GAP / 2) - ink[axis]
+        if high < low:
+            return None
+        corner.append(dice.between(low, high))
+    x, y = corner
+    return x, y, x + ink[0], y + ink[1]
 
 
 def _pick_pairs(

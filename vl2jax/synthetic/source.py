@@ -56,8 +56,8 @@ MIXTURE = {
     "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 10, 2),
     "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 4, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
-    "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 4, 3),
-    "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 3, 4),
+    "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 6, 3),
+    "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 8, 4),
     "grounded_caption": Family(
         "all with boxes", families_texts.ask_grounded_caption, "shapes", 3, 4
     ),
@@ -91,7 +91,7 @@ def _scene(writing: str | None = None, alone: float = 0.0):
 _ON_SHAPES = tuple(name for name, family in MIXTURE.items() if family.pictures == "shapes")
 PICTURES = {
     "shapes": Pictures(_scene(), (*_ON_SHAPES, "text"), 42),
-    "digit": Pictures(_scene("digit", alone=0.35), ("digit", *_ON_SHAPES, "text"), 36),
+    "digit": Pictures(_scene("digit", alone=0.8), ("digit", *_ON_SHAPES), 26),
     "number": Pictures(_scene("number", alone=0.8), ("number", "absent", "count"), 4),
     "word": Pictures(_scene("word", alone=0.8), ("word", "absent", "count", "text"), 4),
     "chart": Pictures(families_pictures.make_chart, ("chart",), 4),
