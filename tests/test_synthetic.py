@@ -73,7 +73,7 @@ def test_rows_have_these_literal_words():
     assert first("colour") == ("<image>\nWhich color does the cross have?", "black", "text")
     asked = "<image>\n在图中定位<|ref|>红色的菱形<|/ref|>。"
     assert first("absent") == (asked, "图中没有红色的菱形。", "absent")
-    assert first("three_images")[1] == "image_2"
+    assert first("three_images")[1] == "image_1"
     assert question("count", 1).row.where == "synthetic heldout count 1"
 
 
