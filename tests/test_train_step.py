@@ -191,10 +191,23 @@ def test_frozen_parts_do_not_move(mini, samples):
         np.testing.assert_array_equal(updates[0.1][path], want, err_msg=path)
 
 
+def with_biases(model):
+    """The model with a sigmoid router and random correction biases."""
+    kind = dict(topk_method="noaux_tc", scoring_func="sigmoid", n_group=1, topk_group=1)
+    decoder = dataclasses.replace(model.config.decoder, **kind)
+    rng, router = np.random.default_rng(1), {}
+    for run in decoder.layer_runs:
+        if run.is_moe:
+            bias = rng.normal(0, 0.1, (run.count, decoder.n_routed_experts)).astype(np.float32)
+            router[run.name] = {"mlp": {"gate": {"e_score_correction_bias": bias}}}
+    config = dataclasses.replace(model.config, decoder=decoder)
+    params = {"params": model.params["params"], "router": {"decoder": router}}
+    return dataclasses.replace(model, config=config, params=params)
+
+
 def test_bias_update(mini, samples):
     """The correction bias against NumPy, load summed over microbatches."""
-    model = mini("mini-small")
-    u = 0.25
+    model, u = with_biases(mini("mini-small")), 0.25
     module = VL2(model.config, max_segments=1)
     recipe = recipe_of(model, module=module, bias_update_step=u)
     shape = dict(pools=4, rows=1, tiles=max(len(s.tiles) for s in samples))
