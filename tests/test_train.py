@@ -16,8 +16,9 @@ from conftest import ROOT
 
 from vl2jax.checkpoint import complete_steps, flatten, load_params
 from vl2jax.metrics import read_metrics
+from vl2jax.synthetic import question
 
-KILLS = int(os.environ.get("VL2JAX_KILLS", "4"))
+KILLS = int(os.environ.get("VL2JAX_KILLS", "3"))
 
 
 def command(workdir, *arguments: str, config: str = "tests/smallest.py") -> list[str]:
@@ -108,7 +109,7 @@ def test_what_a_run_leaves(run):
 
 def test_killed_at_any_moment(tmp_path):
     """SIGKILL in mid-step and in mid-save: the same parameters and curve, bit for bit."""
-    steps, dice = "--config.steps=120", random.Random(0)
+    steps, dice = "--config.steps=100", random.Random(0)
     often = ("--config.checkpoint.every=5", "--config.eval.every=0", steps)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert train(whole, *often).returncode == 0
@@ -122,9 +123,9 @@ def test_killed_at_any_moment(tmp_path):
         process.wait()
     done = train(torn, *often)
     assert done.returncode == 0, done.stderr
-    assert KILLS < 3 or in_a_save
+    assert KILLS < 2 or in_a_save
     assert curve(torn) == curve(whole)
-    want, got = final_state(whole, 120), final_state(torn, 120)
+    want, got = final_state(whole, 100), final_state(torn, 100)
     assert want.keys() == got.keys() and len(want) > 50
     for path, value in want.items():
         np.testing.assert_array_equal(got[path], value, err_msg=path)
@@ -210,11 +211,8 @@ def test_dry_run_of_the_released_sizes(tmp_path, size):
         (["--config.optim.warmup_step=1"], "did you mean 'warmup_steps'?"),
         (["--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
         (["--config.mesh.data=7"], "mesh {'data': 7, 'fsdp': 1, 'expert': 1, 'tensor': 1}"),
-        (["--config.batch.microbatches=5"], "microbatches 5 must divide batch.rows 2"),
-        (["--config.compute.remat=some"], "remat is 'some'; choose one of none, full, dots"),
         (["--config.init_from=/nowhere"], "checkpoint /nowhere does not exist"),
         (["--config.data.train=/nowhere.json"], "/nowhere.json"),
-        (["--config.data.train=a.json=much"], "'a.json=much' must be PATH=WEIGHT"),
         (["--config.batch.length=40"], "raise config.batch.length to"),
         (["--wordkir=a"], "Did you mean: workdir"),
         (["something"], "'something' is no flag"),
@@ -230,21 +228,35 @@ def test_mistakes(tmp_path, arguments, message):
     assert not complete_steps(tmp_path / "run")
 
 
+def _llava_row(directory: pathlib.Path, number: int) -> dict:
+    """One short question about a picture of its own, in the form of LLaVA's files."""
+    family = ("colour", "count", "digit", "shape")[number % 4]
+    asked = question(family, number, split="train")
+    asked.row.images[0].save(directory / f"{number}.png")
+    turns = [("human", asked.row.messages[0]["content"]), ("gpt", asked.answer)]
+    return {
+        "id": str(number),
+        "image": f"{number}.png",
+        "conversations": [{"from": who, "value": text} for who, text in turns],
+    }
+
+
 def test_fine_tuning(mini, tmp_path):
     """A converted checkpoint learns 32 conversations by heart, is exported and comes back."""
     from convert import to_hf, to_jax
 
     source = mini("mini-small").source
     to_jax.convert(source, tmp_path / "start")
-    data = [sys.executable, "-m", "vl2jax.synthetic", "--out", str(tmp_path / "data"), "-n", "32"]
-    subprocess.run(data, cwd=ROOT, check=True, env=environment(), capture_output=True)
+    rows = [_llava_row(tmp_path, number) for number in range(32)]
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     settings = {
         "init_from": tmp_path / "start",
-        "data.train": tmp_path / "data" / "data.json",
-        "steps": 120,
-        "batch.rows": 8,
+        "data.train": tmp_path / "data.json",
+        "steps": 100,
+        "batch.rows": 4,
         "batch.length": 1024,
         "batch.tiles": 72,
+        "batch.segments": 32,
         "batch.microbatches": 1,
         "compute.dtype": "float32",
         "compute.remat": "none",
@@ -258,7 +270,7 @@ def test_fine_tuning(mini, tmp_path):
     assert rows[0]["train/token_acc"] < 0.3 and rows[-1]["train/token_acc"] == 1.0
     to_hf.convert(tmp_path / "run", tmp_path / "export")
     to_jax.convert(tmp_path / "export", tmp_path / "again")
-    want = flatten(load_params(tmp_path / "run" / "checkpoints" / "120" / "params"))
+    want = flatten(load_params(tmp_path / "run" / "checkpoints" / "100" / "params"))
     got = flatten(load_params(tmp_path / "again" / "params"))
     assert want.keys() == got.keys()
     for path, value in want.items():
