@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grain
@@ -45,6 +45,8 @@ from vl2jax.run_setup import (
 from vl2jax.sharding import batch_sharding, make_mesh
 from vl2jax.train_step import Recipe, TrainState, eval_step, init_state, new_state, train_step
 from vl2jax.workdir import Workdir
+
+MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/param_norm")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -156,17 +158,21 @@ def train(
     throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
     stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
 
-    def finish(begun: Begun, scores: dict[str, float] | None = None) -> None:
+    def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> None:
         """Waits for a step and writes its metrics; stops the run where they are not finite."""
         metrics = {name: np.asarray(value) for name, value in begun.metrics.items()}
         packed = begun.packed
         flops = per_token * packed.tokens + per_tile * packed.tiles
         speed = throughput.step(packed.tokens, packed.images, flops, begun.data_wait)
-        log.write(begun.step, {**metrics, **speed, **fill_metrics(packed), **(scores or {})})
-        for name in ("train/loss", "train/grad_norm", "train/param_norm"):
-            if not np.isfinite(metrics[name]):
-                kept = keep_batch(workdir.path, begun.step, packed)
-                raise UserError(_not_finite(name, metrics[name], begun, kept, workdir))
+        broken = [name for name in MUST_BE_FINITE if not np.isfinite(metrics[name])]
+        more = {} if broken else scores()
+        log.write(begun.step, {**metrics, **speed, **fill_metrics(packed), **more})
+        if broken:
+            kept = keep_batch(workdir.path, begun.step, packed)
+            raise UserError(_not_finite(broken[0], metrics[broken[0]], begun, kept, workdir))
+
+    def heldout_scores() -> dict[str, float]:
+        return evaluate(eval_fn, state, heldout, config.eval.batches)
 
     begun: Begun | None = None
     for step in range(int(state.step) + 1, config.steps + 1):
@@ -178,12 +184,12 @@ def train(
         if begun is not None:
             finish(begun)
         begun = Begun(step, metrics, packed, data_wait)
-        last = step == config.steps or stop.requested
+        stopping = stop.requested  # read once: a signal that comes later ends the next step
+        last = step == config.steps or bool(stopping)
         evaluating = heldout is not None and (step % config.eval.every == 0 or last)
         saving = step % config.checkpoint.every == 0 or last
         if evaluating or saving:
-            scores = evaluate(eval_fn, state, heldout, config.eval.batches) if evaluating else None
-            finish(begun, scores)
+            finish(begun, heldout_scores if evaluating else dict)
             begun = None
         if saving:
             workdir.save(
@@ -192,11 +198,12 @@ def train(
                 opt_state={"step": state.step, "optimizer": state.opt_state},
                 data_state=data_state,
             )
+        if evaluating or saving:
             throughput.restart()
         workdir.poll()
         profile.after(step)
-        if stop.requested:
-            log.note(f"{stop.requested}: step {step} is saved, the run stops here")
+        if stopping:
+            log.note(f"{stopping}: step {step} is saved, the run stops here")
             break
     workdir.wait()
     return 0 if workdir.latest_step() == int(state.step) else 1

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from vl2jax.checkpoint import complete_steps, flatten, load_params
 from vl2jax.metrics import read_metrics
+from vl2jax.store import ParamStore, read_array
 from vl2jax.synthetic import question
 
 KILLS = int(os.environ.get("VL2JAX_KILLS", "3"))
@@ -60,17 +61,9 @@ def final_state(workdir, step: int) -> dict[str, np.ndarray]:
     directory = workdir / "checkpoints" / str(step)
     found = {}
     for item in ("params", "opt_state"):
-        found |= {f"{item}/{k}": np.asarray(v) for k, v in _leaves(directory / item).items()}
+        store = ParamStore(directory / item)
+        found |= {f"{item}/{path}": read_array(store.open(path)) for path in store.paths}
     return found
-
-
-def _leaves(directory: pathlib.Path) -> dict:
-    if directory.name == "params":
-        return flatten(load_params(directory))
-    from vl2jax.store import ParamStore, read_array
-
-    store = ParamStore(directory)
-    return {path: read_array(store.open(path)) for path in store.paths}
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +138,11 @@ def _wait(workdir, process, life: int, dice: random.Random) -> None:
     raise StopIteration
 
 
-def test_sigterm_saves_and_ends(tmp_path):
-    long = ("--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval.every=0")
-    process = started(tmp_path, *long)
+@pytest.mark.parametrize("evaluation", [("every", 0), ("batches", 100)])
+def test_sigterm_saves_and_ends(tmp_path, evaluation):
+    """Also where the signal comes while the held-out loss is computed, here most of the time."""
+    long = ("--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval.every=2")
+    process = started(tmp_path, *long, "--config.eval.{}={}".format(*evaluation))
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
