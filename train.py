@@ -96,7 +96,7 @@ def first_state(
     """The state to go on from, and that of the data: saved, or taken from `init_from`, or new."""
     if workdir.latest_step() is not None:
         step, variables, rest, data_state = workdir.restore(
-            like_params={"params": shapes.params, "router": shapes.router},
+            like_params=shapes.variables,
             like_opt_state={"step": shapes.step, "optimizer": shapes.opt_state},
         )
         print(f"resumed  from step {step} of {workdir.path}", flush=True)
@@ -108,8 +108,8 @@ def first_state(
         return init(recipe, jax.random.key(config.seed)), None
     variables = init_params(
         config.init_from,
-        {"params": shapes.params, "router": shapes.router},
-        {"params": shardings.params, "router": shardings.router},
+        shapes.variables,
+        shardings.variables,
         DTYPES[config.compute.param_dtype],
         config=architecture,
     )
@@ -194,7 +194,7 @@ def train(
         if saving:
             workdir.save(
                 step,
-                params={"params": state.params, "router": state.router},
+                params=state.variables,
                 opt_state={"step": state.step, "optimizer": state.opt_state},
                 data_state=data_state,
             )

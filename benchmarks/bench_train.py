@@ -27,7 +27,7 @@ import optax
 from vl2jax.attention import MHA, MLA, Context
 from vl2jax.config import VL2Config
 from vl2jax.losses import chunked_next_token_loss
-from vl2jax.model import VL2
+from vl2jax.model import VL2, abstract_params
 from vl2jax.moe import MoE
 from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
 from vl2jax.rope import rope_table
@@ -37,7 +37,7 @@ from vl2jax.train_step import Recipe, TrainState, init_state, train_step
 def make_recipe(config: VL2Config, dtype: str, remat: str = "none") -> Recipe:
     """All parameters trained by AdamW with clipping and weight decay."""
     model = VL2(config, jnp.dtype(dtype), remat=remat)
-    shapes = jax.eval_shape(lambda: medium.random_params(config))["params"]
+    shapes = abstract_params(config)["params"]
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     paths = ("/".join(key.key for key in path) for path, _ in leaves)
     cfg = OptimConfig(lr=1e-4, schedule="constant")

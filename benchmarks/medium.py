@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from vl2jax.batch import TEXT, Batch
@@ -14,7 +13,6 @@ from vl2jax.config import (
     VL2Config,
 )
 from vl2jax.image import image_layout
-from vl2jax.model import VL2
 
 ATTENTIONS = ("mla", "mha")
 
@@ -88,11 +86,3 @@ def training_batch(
         segment_ids=np.ones(shape, np.int32),
         loss_mask=image_index == TEXT,
     )
-
-
-def random_params(config: VL2Config):
-    """Variables with random values, float32."""
-    batch = training_batch(config, 1, 8, with_images=False)
-    side = config.vision.image_size
-    batch = batch.replace(tiles=np.zeros((1, side, side, 3), np.uint8))
-    return jax.jit(VL2(config).init)(jax.random.key(0), batch)

@@ -13,13 +13,9 @@ from pathlib import Path
 
 import jax
 
-from vl2jax.errors import UserError
+from vl2jax.errors import UserError, is_disk_full
+from vl2jax.lock import lock_directory
 from vl2jax.progress import human_bytes
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: two conversions into one place are then not told apart
-    fcntl = None
 
 _THREADS = 2  # each holds a piece of at most mapping.PIECE_BYTES, and copies of it
 
@@ -118,7 +114,7 @@ def parse_bytes(text: str) -> int:
 
 def disk_full(error: Exception, out: Path) -> OSError | None:
     """The plain error for a storage error that means a full disk; None for any other."""
-    if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+    if not is_disk_full(error):
         return None
     return OSError(errno.ENOSPC, f"the disk is full; nothing was left at {out}")
 
@@ -146,13 +142,9 @@ def _check_space(directory: Path, nbytes: int) -> None:
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Takes the directory for this process; the lock ends with the process, however that ends."""
-    if fcntl is None:
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
+    """Takes the directory for this process."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_directory(directory, stack)
     except BlockingIOError as error:
         raise UserError(f"{directory} is being written by another run; wait for its end") from error
 

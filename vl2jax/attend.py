@@ -11,6 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vl2jax.layers import product
+
 # Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
 # be large.
 CPU_SCORES = 1 << 21
@@ -84,7 +86,7 @@ def _attend_forward(q, k, v, visibility, scale):
             highest = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - highest)
             norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
-            y = _product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
+            y = product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
             return y.astype(v.dtype), highest, norm
 
         return _chunked(step, (q, _queries(visibility)), chunk)
@@ -101,12 +103,12 @@ def _attend_backward(scale, residuals, g):
             q, seen, y, highest, norm, g = rows
             scores = _scores(q, k, scale, visibility, seen)
             weights = jnp.exp(scores - highest) * norm  # 0 where the chunk is padded
-            d_weights = _product("BHTV,BHSV->BHTS", g, v)
+            d_weights = product("BHTV,BHSV->BHTS", g, v)
             shift = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
             d_scores = (weights * (d_weights - shift) * scale).astype(q.dtype)
-            d_q = _product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
-            d_k = carry[0] + _product("BHTS,BHTK->BHSK", d_scores, q)
-            d_v = carry[1] + _product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
+            d_q = product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
+            d_k = carry[0] + product("BHTS,BHTK->BHSK", d_scores, q)
+            d_v = carry[1] + product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
             return (d_k, d_v), d_q
 
         zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
@@ -131,17 +133,13 @@ def _queries(visibility: Visibility | None):
 
 def _scores(q, k, scale, visibility, seen) -> jax.Array:
     """float32[B, H, T, S], masked."""
-    scores = _product("BHTK,BHSK->BHTS", q, k) * scale
+    scores = product("BHTK,BHSK->BHTS", q, k) * scale
     if visibility is None:
         return scores
     positions, segments = (a[:, 0, :, 0] for a in seen)
     mask = visibility.replace(q_positions=positions, q_segments=segments).mask()
     # Added, not replaced: the same numbers, and the original's gradients at padding too.
     return scores + jnp.where(mask, 0, jnp.finfo(jnp.float32).min)[:, None]
-
-
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _cpu_chunk(q: jax.Array, k: jax.Array) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vl2jax.layers import matmul
+from vl2jax.layers import matmul, product
 
 MAX_BLOCK = 256
 
@@ -96,7 +96,6 @@ def _ffn(x: jax.Array, w: ExpertWeights) -> jax.Array:
 
 def _ffn_backward(x: jax.Array, w: ExpertWeights, g: jax.Array) -> tuple[jax.Array, ExpertWeights]:
     """Gradients of `_ffn`: of x in its dtype, of the weights in float32; hidden rows are redone."""
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     gate, up = matmul(x, w.gate), matmul(x, w.up)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid

@@ -33,6 +33,11 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, range(like.ndim - vector.ndim))
 
 
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two operands with a float32 result, whatever their dtype."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """Activations times a weight: operands in the dtype of x, result float32, in every pass.
@@ -44,7 +49,7 @@ def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     Args:
       equation: two operands; each of their axes occurs in the other or in the result.
     """
-    return jnp.einsum(equation, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return product(equation, x, w.astype(x.dtype))
 
 
 def _einsum_forward(equation, x, w):
@@ -55,7 +60,6 @@ def _einsum_backward(equation, residuals, g):
     (x, w), g = residuals, g.astype(residuals[0].dtype)
     operands, out = equation.split("->")
     left, right = operands.split(",")
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     d_x = product(f"{out},{right}->{left}", g, w.astype(x.dtype))
     d_w = product(f"{left},{out}->{right}", x, g)
     return d_x.astype(x.dtype), d_w.astype(w.dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from vl2jax.batch import Batch
+from vl2jax.layers import product
 
 
 def shift_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -119,10 +120,10 @@ def _sorted_loss_forward(hidden, kernel, targets, counts, dtype, columns):
         loss, correct, d_logits = block.forward(w)
         d_logits = d_logits.astype(dtype)
         if d_hidden is not None:
-            d_block = _product("BTv,Dv->BTD", d_logits, w)
+            d_block = product("BTv,Dv->BTD", d_logits, w)
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_block, i * columns, axis=1)
         if d_kernel is not None:
-            d_kernel += _product("BTD,BTv->Dv", block.hidden.astype(dtype), d_logits)
+            d_kernel += product("BTD,BTv->Dv", block.hidden.astype(dtype), d_logits)
         return loss_sum + loss, correct_sum + correct, [d_hidden, d_kernel]
 
     zero = jnp.zeros((), jnp.float32)
@@ -165,7 +166,7 @@ class _Block(NamedTuple):
 
     def forward(self, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Loss sum, number of correct tokens, and float32[B, T, vocab] gradient of the logits."""
-        logits = _product("BTD,Dv->BTv", self.hidden.astype(kernel.dtype), kernel)
+        logits = product("BTD,Dv->BTv", self.hidden.astype(kernel.dtype), kernel)
         chosen = jnp.take_along_axis(logits, self.targets[..., None], axis=-1)
         highest = jnp.max(logits, axis=-1, keepdims=True)
         exponentials = jnp.exp(logits - highest)
@@ -184,10 +185,6 @@ class _Block(NamedTuple):
 def _n_blocks(counts: jax.Array, columns: int) -> jax.Array:
     """int32[]: blocks until no row has a supervised token left."""
     return -(-jnp.max(counts) // columns)
-
-
-def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def sequence_balance_loss(

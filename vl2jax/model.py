@@ -4,6 +4,7 @@ Axis legend: B rows, T tokens, I tiles, Q tokens per tile, D width.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -157,18 +158,23 @@ def forward(
     return model.apply(params, batch).logits
 
 
-def abstract_params(config: VL2Config, param_dtype=jnp.float32):
-    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`."""
-    size, pixels = config.vision.image_size, jnp.uint8
-    integers = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
+    """Random parameters, and zero correction biases (`router`) where the model has any."""
+    size = model.config.vision.image_size
+    integers = jnp.ones((1, 1), jnp.int32)
     batch = Batch(
-        tiles=jax.ShapeDtypeStruct((1, size, size, 3), pixels),
+        tiles=jnp.zeros((1, size, size, 3), jnp.uint8),
         tokens=integers,
         image_index=integers,
         positions=integers,
         segment_ids=integers,
-        loss_mask=jax.ShapeDtypeStruct((1, 1), jnp.bool_),
+        loss_mask=jnp.ones((1, 1), bool),
     )
-    model = VL2(config, param_dtype=param_dtype)
-    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    variables = model.init(key, batch)
     return {name: variables[name] for name in ("params", "router") if name in variables}
+
+
+def abstract_params(config: VL2Config, param_dtype=jnp.float32):
+    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`."""
+    model = VL2(config, param_dtype=param_dtype)
+    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))

@@ -1,6 +1,5 @@
 """Trees of arrays in and out of Orbax checkpoints."""
 
-import errno
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from vl2jax.checkpoint import flatten, read_leaf
+from vl2jax.errors import is_disk_full
 from vl2jax.store import ParamStore
 
 _CHUNK_BYTES = 64 * 2**20  # on the disk, at most; smaller arrays are one chunk per shard
@@ -136,7 +136,7 @@ def read_tree(store: ParamStore, like: Any) -> Any:
 def reason(error: Exception) -> str:
     """Why a save failed, in a few words."""
     text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
+    if is_disk_full(error):
         return "the disk is full"
     if "RESOURCE_EXHAUSTED" in text:
         return "the disk is full or a quota is used up"

@@ -9,7 +9,6 @@ import ml_collections
 
 from vl2jax.config import PRESETS
 from vl2jax.errors import UserError
-from vl2jax.optim import SCHEDULES
 
 STAGES = ("align", "pretrain", "sft")
 LENGTH = 4096  # tokens per row, in all stages
@@ -66,7 +65,6 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
     if stage not in STAGES:
         raise UserError(f"{size} has the stages {', '.join(STAGES)}, got {stage!r}")
     row, i = TABLE_2[size], STAGES.index(stage)
-    assert SCHEDULE[i] in SCHEDULES
     rows = row["rows"][i]
     steps = round(row["tokens"][i] / (rows * LENGTH))
     microbatches = math.ceil(rows / MICROBATCH_ROWS[i])

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -28,10 +29,17 @@ def activated_share(config: VL2Config, path: str) -> float:
     return decoder.num_experts_per_tok / decoder.n_routed_experts if "/experts/" in path else 1.0
 
 
+@functools.cache
+def _sizes(config: VL2Config) -> Mapping[str, int]:
+    """Elements of each variable; asked for several times in one report."""
+    shapes = flatten(abstract_params(config))
+    return types.MappingProxyType({path: leaf.size for path, leaf in shapes.items()})
+
+
 def count_activated(config: VL2Config, *, part: str = "") -> int:
     """Activated parameters, of the whole model or of the paths that begin with `part`."""
-    sizes = {path: leaf.size for path, leaf in flatten(abstract_params(config)).items()}
-    chosen = {path: size for path, size in sizes.items() if path.startswith(f"params/{part}")}
+    sizes = _sizes(config).items()
+    chosen = {path: size for path, size in sizes if path.startswith(f"params/{part}")}
     return round(sum(activated_share(config, path) * size for path, size in chosen.items()))
 
 

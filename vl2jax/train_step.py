@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vl2jax.balance import balance_metrics, update_biases
 from vl2jax.batch import Batch
 from vl2jax.losses import chunked_next_token_loss
-from vl2jax.model import VL2, abstract_params
+from vl2jax.model import VL2, init_variables
 
 Flat = Mapping[str, jax.Array]
 
@@ -36,6 +36,11 @@ class TrainState:
     params: Any
     router: Any
     opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied to, and what is saved as the model."""
+        return {"params": self.params, "router": self.router}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,25 +83,7 @@ def new_state(recipe: Recipe, variables: Mapping[str, Any]) -> TrainState:
 
 def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
     """The state of a model with random weights."""
-    shapes = abstract_params(recipe.model.config, recipe.model.param_dtype)
-    return new_state(recipe, init_variables(recipe.model, key, with_router="router" in shapes))
-
-
-def init_variables(model: VL2, key: jax.Array, *, with_router: bool) -> dict[str, Any]:
-    """Random parameters, and zero correction biases where there are any."""
-    size = model.config.vision.image_size
-    integers = jnp.ones((1, 1), jnp.int32)
-    batch = Batch(
-        tiles=jnp.zeros((1, size, size, 3), jnp.uint8),
-        tokens=integers,
-        image_index=integers,
-        positions=integers,
-        segment_ids=integers,
-        loss_mask=jnp.ones((1, 1), bool),
-    )
-    variables = model.init(key, batch)
-    names = ("params", "router") if with_router else ("params",)
-    return {name: variables[name] for name in names}
+    return new_state(recipe, init_variables(recipe.model, key))
 
 
 def train_step(

@@ -21,6 +21,7 @@ from vl2jax import checkpoint
 from vl2jax.checkpoint import CHECKPOINTS, complete_steps, flatten
 from vl2jax.errors import UserError
 from vl2jax.lineage import listed
+from vl2jax.lock import lock_directory
 from vl2jax.orbax_io import (
     close_manager,
     differences,
@@ -30,11 +31,6 @@ from vl2jax.orbax_io import (
     save_args,
 )
 from vl2jax.store import CheckpointError, ParamStore
-
-try:
-    import fcntl
-except ImportError:  # not a Unix: two runs in one workdir are then not told apart
-    fcntl = None
 
 OPT_STATE, DATA = "opt_state", "data"
 _TORN = ".orbax-checkpoint-tmp"  # in the name of what is being written, or was when it ended
@@ -234,13 +230,9 @@ class Workdir:
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Takes the workdir for this process; the lock ends with the process, however that ends."""
-    if fcntl is None:
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    stack.callback(os.close, descriptor)
+    """Takes the workdir for this process."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_directory(directory, stack)
     except BlockingIOError as error:
         raise UserError(
             f"another run is training in {directory.parent}; wait for its end or choose another"

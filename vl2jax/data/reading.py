@@ -18,9 +18,6 @@ from vl2jax.data.samples import read_sample
 from vl2jax.errors import UserError
 from vl2jax.processor import Processor
 
-# A source with as many rows has no end and is not shuffled: its rows are random as they come.
-ENDLESS = 2**31
-
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
@@ -91,7 +88,7 @@ def mixed_order(
     parts = []
     for number, source in enumerate(sources):
         part = grain.MapDataset.range(len(source))
-        if shuffle and len(source) < ENDLESS:
+        if shuffle:
             own_seed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
             part = part.shuffle(seed=int(own_seed))
         if repeat:
