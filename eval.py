@@ -12,17 +12,15 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jax
+from typing import Any
 
 from vl2jax.answer_output import json_line
 from vl2jax.checkpoint import read_model_dir, write_json
+from vl2jax.cli import Parser, run_cli, whole
 from vl2jax.collate import Sample
 from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.contact_sheet import Card, draw_sheet
@@ -260,40 +258,22 @@ def make_card(one: Outcome, ask: Ask) -> Card:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
-        return value
-
-    return whole_number
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     """Flags; UserError for a wrong one."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("eval.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser("eval.py", __doc__)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="converted checkpoint or training workdir")
     add("--data", required=True, metavar="NAME", help=f"what is asked: {', '.join(DATASETS)}")
     add("--split", metavar="NAME", help="of the data (heldout)")
     add("--families", type=_names, metavar="A,B", help="kinds of questions (all)")
-    add("--questions", type=_at_least(1), default=100, help="of each family (100)")
-    add("--seed", type=_at_least(0), default=0, help="other questions (0)")
-    add("--batch_size", type=_at_least(1), default=64, help="questions answered together (64)")
-    add("--max_new_tokens", type=_at_least(1), default=192, help="of an answer (192)")
+    add("--questions", type=whole(1), default=100, help="of each family (100)")
+    add("--seed", type=whole(0), default=0, help="other questions (0)")
+    add("--batch_size", type=whole(1), default=64, help="questions answered together (64)")
+    add("--max_new_tokens", type=whole(1), default=192, help="of an answer (192)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
     add("--json", action="store_true", help="scores as one JSON object instead of a table")
@@ -303,22 +283,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    try:
-        run(parse_flags(argv))
-        return 0
-    except BrokenPipeError:  # whoever read the table has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("error: not enough memory on the device; try a smaller --batch_size", file=sys.stderr)
-    return 1
+    return run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size")
 
 
 if __name__ == "__main__":

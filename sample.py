@@ -13,15 +13,13 @@ message at its end is continued.  Each line of --batch is such an object, or has
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-
-import jax
 
 from vl2jax.answer_file import answer_file
 from vl2jax.answer_output import Output, draw_answer, ground, image_number
 from vl2jax.chat import Chat
+from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.errors import UserError
 from vl2jax.request import from_prompt, read_request
@@ -73,25 +71,11 @@ def answer_one(session: Session, output: Output, args: argparse.Namespace) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    try:
-        return run(parse_flags(argv, __doc__))
-    except BrokenPipeError:  # whoever read the answer has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            "error: not enough memory on the device; try --dtype bfloat16, --chunk_size 512, a"
-            " smaller --max_new_tokens or --batch_size, or fewer images",
-            file=sys.stderr,
-        )
-    return 1
+    return run_cli(
+        lambda: run(parse_flags(argv, __doc__)),
+        out_of_memory="--dtype bfloat16, --chunk_size 512, a smaller --max_new_tokens or"
+        " --batch_size, or fewer images",
+    )
 
 
 if __name__ == "__main__":

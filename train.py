@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from vl2jax.api import DTYPES
+from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.config import VL2Config
 from vl2jax.data.pipeline import PackedBatch, fill_metrics
@@ -230,20 +231,12 @@ def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Work
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line entry; the exit code: 0, or 1 after an error."""
-    try:
-        return run(argv)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            "error: not enough memory on the device; try --config.compute.remat=full, more"
-            " --config.batch.microbatches, or a smaller --config.batch.rows",
-            file=sys.stderr,
-        )
-    return 1
+    """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    return run_cli(
+        lambda: run(argv),
+        out_of_memory="--config.compute.remat=full, more --config.batch.microbatches, or a smaller"
+        " --config.batch.rows",
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from convert.random_source import write_weights
-from convert.staging import run_cli, staged_directory
+from convert.staging import run_on_cpu, staged_directory
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.synthetic.tokens import train_bpe, write_processor_files
 
@@ -100,4 +100,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_cli(_main))
+    raise SystemExit(run_on_cpu(_main))

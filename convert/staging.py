@@ -7,12 +7,12 @@ import errno
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 
+from vl2jax.cli import run_cli
 from vl2jax.errors import UserError, is_disk_full
 from vl2jax.lock import lock_directory
 from vl2jax.progress import human_bytes
@@ -56,27 +56,16 @@ def staged_directory(
             raise
 
 
-def run_cli(main: Callable[[], None]) -> int:
-    """Runs a command line; a user's mistake is one message, never a traceback.
+def run_on_cpu(main: Callable[[], None]) -> int:
+    """Runs the command line of a conversion; the exit code, as `run_cli` gives it.
 
     Conversion needs no accelerator, and must not take one that a training run may hold: JAX, which
     is imported by now and no longer reads the environment, is told to use the CPU unless the user
     chose a platform.
-
-    Returns:
-      The exit code: 0, 1 after an error, 130 after Ctrl-C.
     """
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was left behind; run it again", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_cli(main, interrupted="interrupted: nothing was left behind; run it again")
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:

@@ -21,7 +21,7 @@ from convert import mapping
 from convert.pieces import pieces
 from convert.shards import TensorSpec, plan_shards, write_shards
 from convert.source import NUMPY_DTYPES, SHORT_NAMES, some
-from convert.staging import disk_full, map_ahead, parse_bytes, run_cli, staged_directory
+from convert.staging import disk_full, map_ahead, parse_bytes, run_on_cpu, staged_directory
 from vl2jax import checkpoint
 from vl2jax.errors import UserError
 from vl2jax.progress import Progress
@@ -169,7 +169,7 @@ def _main() -> None:
 
 def main() -> int:
     """Command line entry; returns the exit code."""
-    return run_cli(_main)
+    return run_on_cpu(_main)
 
 
 if __name__ == "__main__":

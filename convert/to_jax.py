@@ -18,7 +18,7 @@ from convert import mapping
 from convert.pieces import Piece, chunk_shape, pieces
 from convert.plan import Plan, describe, make_plan
 from convert.source import LONG_NAMES, ConversionError
-from convert.staging import disk_full, map_ahead, run_cli, staged_directory
+from convert.staging import disk_full, map_ahead, run_on_cpu, staged_directory
 from convert.writer import StreamedArray, save_streamed
 from vl2jax import checkpoint
 from vl2jax.progress import Progress
@@ -190,7 +190,7 @@ def _main() -> None:
 
 def main() -> int:
     """Command line entry; returns the exit code."""
-    return run_cli(_main)
+    return run_on_cpu(_main)
 
 
 if __name__ == "__main__":

@@ -246,8 +246,14 @@ def test_a_training_workdir(evaluate, ckpt, tmp_path):
         (("--data", "synthetic", "--split", "val"), "no split 'val'; there are heldout, "),
         (("--data", "synthetic", "--families", "color"), "no family 'color'; there are colour, "),
         (("--data", "synthetic", "--families", ","), "no family is named"),
-        (("--data", "synthetic", "--questions", "0"), "argument --questions: 0 is less than 1"),
-        (("--data", "synthetic", "--batch_size", "x"), "argument --batch_size: invalid "),
+        (
+            ("--data", "synthetic", "--questions", "0"),
+            "argument --questions: expected a whole number from 1, got '0'",
+        ),
+        (
+            ("--data", "synthetic", "--batch_size", "x"),
+            "argument --batch_size: expected a whole number from 1, got 'x'",
+        ),
         (("--data", "synthetic", "--nonsense"), "unrecognized arguments: --nonsense"),
         ((), "the following arguments are required: --data"),
     ],

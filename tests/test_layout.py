@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "vl2jax"
 
 ORDER = [
-    *("errors", "schema", "config_checks", "config", "batch"),
+    *("errors", "lock", "schema", "config_checks", "config", "batch"),
     *("image", "tokenizer", "prompt", "grounding", "processor_config", "collate", "processor"),
     *("data", "data.row", "data.pictures", "data.boxes", "data.formats", "data.files"),
     *("data.samples", "synthetic.dice", "synthetic.words", "synthetic.phrases"),
@@ -21,7 +21,7 @@ ORDER = [
     *("store", "checkpoint", "sharding", "api"),
     *("orbax_io", "lineage", "workdir", "report", "tensorboard", "curves", "metrics"),
     *("run_flags", "run_setup", "run_events"),
-    *("request", "session", "answer_output", "answer_file", "chat", "sample_flags"),
+    *("request", "session", "answer_output", "answer_file", "chat", "cli", "sample_flags"),
     *("scoring", "contact_sheet", "compilation_cache", "__init__"),
 ]
 

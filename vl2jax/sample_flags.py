@@ -2,47 +2,18 @@
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from vl2jax.answer_output import check_drawing, check_folder
+from vl2jax.cli import Parser, whole
 from vl2jax.errors import UserError
 from vl2jax.sampling import SamplingParams
-
-_INT32 = 2**31 - 1
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def _whole(low: int, high: int = _INT32) -> Callable[[str], int]:
-    """A flag's type: whole numbers from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low}, got {text!r}")
-        return value
-
-    return parse
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """All flags."""
-    parser = _Parser(
-        prog="sample.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("sample.py", description)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="checkpoint made by convert.to_jax")
     add("--prompt", metavar="TEXT", help="one question; <image> stands for an image, in order")
@@ -51,21 +22,21 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--messages", type=Path, metavar="FILE.json", help="answer a whole conversation")
     add("--batch", type=Path, metavar="IN.jsonl", help="answer each line; needs --out")
     add("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; replaced if it exists")
-    add("--batch_size", type=_whole(1), default=8, help="rows answered together (8)")
-    add("--max_new_tokens", type=_whole(1), default=512, help="at most so many tokens (512)")
+    add("--batch_size", type=whole(1), default=8, help="rows answered together (8)")
+    add("--max_new_tokens", type=whole(1), default=512, help="at most so many tokens (512)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token (0)")
     add("--top_p", type=float, default=1.0, help="draw from this much probability (1: all)")
-    add("--top_k", type=_whole(0), default=0, help="draw from the k likeliest (0: all)")
+    add("--top_k", type=whole(0), default=0, help="draw from the k likeliest (0: all)")
     add("--repetition_penalty", type=float, default=1.0, help="1: none")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
-    add("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the draws (0)")
-    add("--chunk_size", type=_whole(0), default=0, help="prompt tokens at a time (0: all)")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the draws (0)")
+    add("--chunk_size", type=whole(0), default=0, help="prompt tokens at a time (0: all)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")
     add("--nostream", dest="stream", action="store_false", help="show the answer when it is whole")
     add("--json", action="store_true", help="one JSON object per answer, on one line")
     add("--draw", type=Path, metavar="OUT.png", help="draw the answer's boxes on an image")
-    add("--draw_on", type=_whole(1), metavar="N", help="which image, from 1 (the last)")
+    add("--draw_on", type=whole(1), metavar="N", help="which image, from 1 (the last)")
     add("--raw_orientation", action="store_true", help="ignore EXIF orientation, as the original")
     add("--nocrop", action="store_true", help="no tiles: each image is seen as a whole only")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
