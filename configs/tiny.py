@@ -95,7 +95,7 @@ def get_config() -> ml_collections.ConfigDict:
         param_dtype="float32",
         remat="none",
         moe_implementation="blocked",
-        loss_chunk=1024,
+        loss_chunk=256,
     )
     config.mesh = dict(data=-1, fsdp=1, expert=1, tensor=1)
     config.checkpoint = dict(every=500, keep=2, keep_every=0)

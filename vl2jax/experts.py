@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vl2jax.layers import matmul, product
 
-MAX_BLOCK = 256
+MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
 
 
 class ExpertWeights(NamedTuple):
@@ -83,32 +83,59 @@ IMPLEMENTATIONS = {"dense": dense, "blocked": blocked}
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:
-    """A power of two near the mean number of tokens per expert."""
+    """A power of two near half the mean number of tokens per expert; of few tokens, near all.
+
+    Half of an expert's last block is padding on average, which smaller blocks make less of.
+    """
     mean = -(-pairs // n_experts)
-    return min(MAX_BLOCK, 1 << (mean - 1).bit_length())
+    rows = max(-(-mean // 2), min(mean, SMALL_BLOCK))
+    return min(MAX_BLOCK, 1 << (rows - 1).bit_length())
 
 
-def _ffn(x: jax.Array, w: ExpertWeights) -> jax.Array:
-    """One expert: `down(silu(gate(x)) * up(x))`, accumulated in float32."""
-    hidden = jax.nn.silu(matmul(x, w.gate)) * matmul(x, w.up)
-    return matmul(hidden.astype(x.dtype), w.down).astype(x.dtype)
+class _Used(NamedTuple):
+    """One expert's weights in the compute dtype.
+
+    Attributes:
+      gate_up: gate and up [D, F] each, or one beside the other [D, 2F]: a copy, which pays where
+        many rows use it.
+      down: [F, D].
+    """
+
+    gate_up: tuple[jax.Array, ...]
+    down: jax.Array
+
+    @classmethod
+    def of(cls, w: ExpertWeights, expert: jax.Array, dtype: jnp.dtype, joined: bool) -> "_Used":
+        gate, up, down = (
+            jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False).astype(dtype) for stack in w
+        )
+        return cls((jnp.concatenate([gate, up], axis=-1),) if joined else (gate, up), down)
 
 
-def _ffn_backward(x: jax.Array, w: ExpertWeights, g: jax.Array) -> tuple[jax.Array, ExpertWeights]:
-    """Gradients of `_ffn`: of x in its dtype, of the weights in float32; hidden rows are redone."""
-    gate, up = matmul(x, w.gate), matmul(x, w.up)
+def _ffn(x: jax.Array, w: _Used) -> tuple[jax.Array, jax.Array]:
+    """One expert: `down(silu(gate(x)) * up(x))`, accumulated in float32; also gate(x) and up(x)."""
+    gate_up = jnp.concatenate([matmul(x, part) for part in w.gate_up], axis=-1)
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+    return matmul(hidden, w.down).astype(x.dtype), gate_up.astype(x.dtype)
+
+
+def _ffn_backward(
+    x: jax.Array, gate_up: jax.Array, w: _Used, g: jax.Array
+) -> tuple[jax.Array, _Used]:
+    """Gradients of `_ffn` with joined weights: of x in its dtype, of the weights in float32."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_hidden = product("MD,FD->MF", g, w.down)
-    d_gate = (d_hidden * up * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
-    d_up = (d_hidden * silu).astype(x.dtype)
-    dx = product("MF,DF->MD", d_gate, w.gate) + product("MF,DF->MD", d_up, w.up)
-    dw = ExpertWeights(
-        gate=product("MD,MF->DF", x, d_gate),
-        up=product("MD,MF->DF", x, d_up),
+    d_gate = d_hidden * up * (sigmoid + silu * (1 - sigmoid))
+    d_gate_up = jnp.concatenate([d_gate, d_hidden * silu], axis=-1).astype(x.dtype)
+    dx = product("MF,DF->MD", d_gate_up, w.gate_up[0]).astype(x.dtype)
+    dw = _Used(
+        gate_up=(product("MD,MF->DF", x, d_gate_up),),
         down=product("MF,MD->FD", (silu * up).astype(x.dtype), g),
     )
-    return dx.astype(x.dtype), dw
+    return dx, dw
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -172,16 +199,19 @@ def _put(x_PD: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(x_PD, rows, start, axis=0)
 
 
-def _pick(w: ExpertWeights, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
-    def pick(stack: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False).astype(dtype)
-
-    return jax.tree.map(pick, w)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _grouped_ffn(x_PD, w, group_sizes, first, block):
-    """Expert e on its `group_sizes[e]` consecutive rows, a block at a time.
+    """Expert e on its `group_sizes[e]` consecutive rows, a block at a time."""
+    return _blocks_forward(x_PD, w, group_sizes, first, block, keep=False)[0]
+
+
+def _grouped_ffn_forward(x_PD, w, group_sizes, first, block):
+    y_PD, gate_up = _blocks_forward(x_PD, w, group_sizes, first, block, keep=True)
+    return y_PD, (x_PD, gate_up, w, group_sizes, first)
+
+
+def _blocks_forward(x_PD, w, group_sizes, first, block, keep):
+    """The result, and where it is to be kept gate(x) and up(x) side by side, [P + block, 2F].
 
     The last block of an expert may reach into the rows of the next; these are overwritten by
     their own expert, which comes later, and rows past the end fall into padding.
@@ -189,46 +219,49 @@ def _grouped_ffn(x_PD, w, group_sizes, first, block):
     pairs, groups = x_PD.shape[0], _Groups.of(group_sizes)
     x_PD = jnp.pad(x_PD, ((0, block), (0, 0)))
 
-    def one_expert(a, y_PD):
+    def one_expert(a, carry):
         expert = groups.active[a]
-        weights = _pick(w, first + expert, x_PD.dtype)
+        weights = _Used.of(w, first + expert, x_PD.dtype, joined=block >= JOINED_BLOCK)
 
-        def one_block(i, y_PD):
+        def one_block(i, carry):
             start = groups.start[expert] + i * block
-            return _put(y_PD, _ffn(_rows(x_PD, start, block), weights), start)
+            out = _ffn(_rows(x_PD, start, block), weights)
+            return tuple(_put(kept, rows, start) for kept, rows in zip(carry, out, strict=False))
 
-        return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, y_PD)
+        return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, carry)
 
-    return jax.lax.fori_loop(0, groups.n_active, one_expert, jnp.zeros_like(x_PD))[:pairs]
-
-
-def _grouped_ffn_forward(x_PD, w, group_sizes, first, block):
-    return _grouped_ffn(x_PD, w, group_sizes, first, block), (x_PD, w, group_sizes, first)
+    carry = (jnp.zeros_like(x_PD),)
+    if keep:
+        carry += (jnp.zeros((x_PD.shape[0], 2 * w.gate.shape[-1]), x_PD.dtype),)
+    y_PD, *gate_up = jax.lax.fori_loop(0, groups.n_active, one_expert, carry)
+    return y_PD[:pairs], *gate_up
 
 
 def _grouped_ffn_backward(block, residuals, g_PD):
-    """Each block recomputes its hidden rows; an expert's gradients are written once."""
-    x_PD, w, group_sizes, first = residuals
-    pairs, groups = x_PD.shape[0], _Groups.of(group_sizes)
+    """The same loop; an expert's gradients are written once."""
+    x_PD, gate_up_PF, w, group_sizes, first = residuals
+    pairs, groups, ffn = x_PD.shape[0], _Groups.of(group_sizes), w.gate.shape[-1]
     x_PD, g_PD = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_PD, g_PD))
 
     def one_expert(a, carry):
         dx_PD, dw = carry
         expert = groups.active[a]
-        weights = _pick(w, first + expert, x_PD.dtype)
+        weights = _Used.of(w, first + expert, x_PD.dtype, joined=True)
 
         def one_block(i, carry):
             dx_PD, dw_expert = carry
             start = groups.start[expert] + i * block
             own = (i * block + jnp.arange(block) < groups.size[expert])[:, None]
             g = jnp.where(own, _rows(g_PD, start, block), 0)
-            dx, dw_block = _ffn_backward(_rows(x_PD, start, block), weights, g)
+            x, gate_up = _rows(x_PD, start, block), _rows(gate_up_PF, start, block)
+            dx, dw_block = _ffn_backward(x, gate_up, weights, g)
             return _put(dx_PD, dx, start), jax.tree.map(jnp.add, dw_expert, dw_block)
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
         blocks = groups.blocks(expert, block)
-        dx_PD, dw_expert = jax.lax.fori_loop(0, blocks, one_block, (dx_PD, zeros))
-        dw = jax.tree.map(lambda d, e: d.at[first + expert].set(e.astype(d.dtype)), dw, dw_expert)
+        dx_PD, ((gate_up,), down) = jax.lax.fori_loop(0, blocks, one_block, (dx_PD, zeros))
+        parts = ExpertWeights(gate_up[:, :ffn], gate_up[:, ffn:], down)
+        dw = jax.tree.map(lambda d, e: d.at[first + expert].set(e.astype(d.dtype)), dw, parts)
         return dx_PD, dw
 
     initial = (jnp.zeros_like(x_PD), jax.tree.map(jnp.zeros_like, w))

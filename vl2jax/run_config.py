@@ -102,7 +102,7 @@ class ComputeConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     moe_implementation: str = "blocked"
-    loss_chunk: int = 1024
+    loss_chunk: int = 256
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):

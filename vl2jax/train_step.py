@@ -61,7 +61,7 @@ class Recipe:
     schedule: optax.Schedule
     trained: tuple[str, ...]
     bias_update_step: float = 0.0
-    loss_chunk: int = 1024
+    loss_chunk: int = 256
 
 
 class _Sums(NamedTuple):
