@@ -10,8 +10,9 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from vl2jax.layers import product
+from vl2jax.layers import PRODUCT, product
 
 # Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
 # be large.
@@ -91,7 +92,8 @@ def _attend_forward(q, k, v, visibility, scale):
 
         return _chunked(step, (q, _queries(visibility)), chunk)
 
-    y, highest, norm = _on_each_platform(run, q, k, v, visibility)
+    out = _on_each_platform(run, q, k, v, visibility)
+    y, highest, norm = (checkpoint_name(a, PRODUCT) for a in out)
     return y, (q, k, v, visibility, y, highest, norm)
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from vl2jax.layers import matmul, product
+from vl2jax.layers import PRODUCT, matmul, product
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
 
@@ -206,7 +207,8 @@ def _grouped_ffn(x_PD, w, group_sizes, first, block):
 
 
 def _grouped_ffn_forward(x_PD, w, group_sizes, first, block):
-    y_PD, gate_up = _blocks_forward(x_PD, w, group_sizes, first, block, keep=True)
+    out = _blocks_forward(x_PD, w, group_sizes, first, block, keep=True)
+    y_PD, gate_up = (checkpoint_name(a, PRODUCT) for a in out)
     return y_PD, (x_PD, gate_up, w, group_sizes, first)
 
 

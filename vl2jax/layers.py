@@ -8,11 +8,16 @@ import jax
 import jax.numpy as jnp
 
 # What the forward pass of a layer keeps for the backward pass, which computes the rest again:
-# everything; the layer's input alone; also results of products with weights.
+# everything; the layer's input alone; what products give, also those within attention and experts
+# (which name it `PRODUCT`), so that norms, activations and gathers alone are computed twice.
+PRODUCT = "product"
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
 }
 
 
