@@ -25,6 +25,7 @@ import numpy as np
 from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
+from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
 from vl2jax.data.pipeline import PackedBatch, fill_metrics
 from vl2jax.data.preview import preview
@@ -150,6 +151,7 @@ def train(
         in_shardings=(shardings, split),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=compiler_options(recipe.model.dtype),
     )
     eval_fn = jax.jit(
         functools.partial(eval_step, recipe),

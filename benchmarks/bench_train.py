@@ -1,7 +1,7 @@
 """One training step of the medium models: forward, backward, AdamW on all parameters.
 
     python benchmarks/bench_train.py [--attention mla mha] [--dtype float32 bfloat16]
-        [--remat none] [--repeats 5]
+        [--remat dots] [--repeats 5]
     python benchmarks/bench_train.py --parts      # where the time goes
     python benchmarks/bench_train.py --growth     # with the tokens, and with the experts
 
@@ -12,6 +12,7 @@ program's memory; the largest resident set of this process so far.
 
 import argparse
 import dataclasses
+import functools
 import json
 import resource
 import statistics
@@ -25,6 +26,7 @@ import medium
 import optax
 
 from vl2jax.attention import MHA, MLA, Context
+from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
 from vl2jax.losses import chunked_next_token_loss
 from vl2jax.model import VL2, abstract_params
@@ -54,7 +56,11 @@ def time_step(config: VL2Config, dtype: str, remat: str, batch, repeats: int) ->
     recipe = make_recipe(config, dtype, remat)
     state = jax.jit(lambda key: init_state(recipe, key))(jax.random.key(0))
     batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)  # one pool
-    step = jax.jit(lambda state, batch: train_step(recipe, state, batch), donate_argnums=0)
+    step = jax.jit(
+        functools.partial(train_step, recipe),
+        donate_argnums=0,
+        compiler_options=compiler_options(recipe.model.dtype),
+    )
     start = time.perf_counter()
     program = step.lower(state, batch).compile()
     compiled = time.perf_counter() - start
@@ -109,7 +115,7 @@ def time_parts(config: VL2Config, dtype: str, batch, repeats: int) -> dict:
     }
     result = {}
     for name, (count, function, inputs) in parts.items():
-        program = jax.jit(function)
+        program = jax.jit(function, compiler_options=compiler_options(model.dtype))
         jax.block_until_ready(program(*inputs))
         seconds = _times(lambda p=program, a=inputs: p(*a), None, repeats)
         result[name] = {key: round(count * s, 4) for key, s in _summary(seconds, 6).items()}
@@ -167,7 +173,7 @@ def main() -> None:
     choices = ["float32", "bfloat16"]
     parser.add_argument("--attention", nargs="+", choices=medium.ATTENTIONS, default=["mla", "mha"])
     parser.add_argument("--dtype", nargs="+", choices=choices, default=choices)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="dots")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--growth", action="store_true")

@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.compute = dict(
         dtype="bfloat16",
         param_dtype="float32",
-        remat="full",
+        remat="dots",
         moe_implementation="blocked",
         loss_chunk=256,
     )

@@ -93,7 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.compute = dict(
         dtype="float32",
         param_dtype="float32",
-        remat="none",
+        remat="dots",
         moe_implementation="blocked",
         loss_chunk=256,
     )

@@ -14,7 +14,7 @@ ORDER = [
     *("synthetic.families_texts", "synthetic.families_pictures", "synthetic.source", "synthetic"),
     *("synthetic.tokens", "synthetic.__main__"),
     *("data.packing", "data.reading", "data.malformed", "data.pipeline", "data.preview"),
-    *("progress", "layers", "attend", "rope"),
+    *("progress", "compiler_options", "layers", "attend", "rope"),
     *("vision", "adaptor", "attention", "losses", "experts", "moe", "decoder", "model"),
     *("optim", "recipe", "run_config", "balance", "train_step"),
     *("sampling", "answer", "decode", "generate"),

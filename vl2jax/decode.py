@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vl2jax.batch import TEXT, Batch
+from vl2jax.compiler_options import compiler_options
 from vl2jax.config import DecoderConfig, VL2Config
 from vl2jax.decoder import Caches, init_caches
 from vl2jax.model import VL2
@@ -75,11 +76,7 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
     def decode(params, x, positions, caches):
         return model.apply(expert_stacks(params), x, positions, caches, method=VL2.decode)
 
-    options = None
-    if backend == "cpu" and dtype == jnp.bfloat16:
-        # XLA's CPU compiler would convert all stacked bfloat16 weights to float32 ahead of the
-        # loop over layers: several times slower, and the whole model once more in memory.
-        options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    options = compiler_options(dtype, backend)
     jit = functools.partial(jax.jit, compiler_options=options)
 
     @jit

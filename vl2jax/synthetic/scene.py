@@ -20,16 +20,18 @@ ALLOWED = {
     COMBINATIONS: HELD_OUT,
 }
 # Width and height in pixels -> how often; None is any size up to a tile with a shorter side.
-SIZES = {(76, 76): 60, None: 25, (152, 76): 4, (76, 152): 4, (114, 76): 3, (90, 72): 2, (72, 90): 2}
+SIZES = {(76, 76): 80, None: 5, (152, 76): 4, (76, 152): 4, (114, 76): 3, (90, 72): 2, (72, 90): 2}
 SHORTEST, LONGEST = 60, 76
 # Shapes in a picture -> how often, alone and beside a writing.
 COUNTS = {1: 30, 2: 28, 3: 24, 4: 18}
 COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
-# Side of a shape over the shorter side of the picture, by the number of shapes.  Without a writing
-# each shape has a quarter of the picture to itself.
-SIDES = {1: (0.24, 0.42), 2: (0.22, 0.42), 3: (0.22, 0.41), 4: (0.22, 0.40)}
-SIDES_BESIDE = {1: (0.24, 0.36), 2: (0.22, 0.32), 3: (0.20, 0.28)}
-DIGIT_HEIGHT, DIGIT_HEIGHT_BESIDE = (38, 56), (30, 40)
+# Sides of shapes over the shorter side of the picture.  Without a writing each shape has a quarter
+# of the picture to itself.
+SIDES, SIDES_BESIDE = (0.24, 0.29, 0.37), (0.20, 0.26)
+DIGIT_HEIGHTS, DIGIT_HEIGHTS_BESIDE = (40, 50), (30, 36)
+# Things lie on a grid of so many pixels, half a patch of the small model, where there is room: a
+# young vision tower then meets the same patches often, and learns them from few pictures.
+GRID = 5
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
 GAP = 2  # pixels between two things
 # Clear strips at the edges, over the side.  Patches of 14 leave 6 of 76 pixels at the right and
@@ -159,7 +161,7 @@ def place(
     if high[0] < low[0] or high[1] < low[1]:
         return None
     for _ in range(tries):
-        x, y = dice.between(low[0], high[0]), dice.between(low[1], high[1])
+        x, y = (_on_grid(dice, *ends) for ends in zip(low, high, strict=True))
         right, bottom = x + ink[0], y + ink[1]
         for x0, y0, x1, y1 in taken:
             if x < x1 + GAP and x0 < right + GAP and y < y1 + GAP and y0 < bottom + GAP:
@@ -169,16 +171,21 @@ def place(
     return None
 
 
+def _on_grid(dice: Dice, low: int, high: int) -> int:
+    """A number from low to high, on the grid if one is."""
+    first, last = -(-low // GRID), high // GRID
+    return GRID * dice.between(first, last) if first <= last else dice.between(low, high)
+
+
 def _place_things(
     dice: Dice, split: str, size: tuple[int, int], taken: list[Box], *, beside: bool
 ) -> list[Thing]:
     count = dice.weighted(COUNTS_BESIDE if beside else COUNTS)
-    low, high = (SIDES_BESIDE if beside else SIDES)[count]
+    sides = SIDES_BESIDE if beside else SIDES
     quarters = dice.sample([0, 1, 2, 3], 4)
     things = []
     for number, (colour, shape) in enumerate(_pick_pairs(dice, ALLOWED[split], count)):
-        side = round(dice.uniform(low, high) * min(size))
-        for smaller in (side, round(low * min(size))):
+        for smaller in (round(side * min(size)) for side in (dice.pick(sides), sides[0])):
             ink = paint.shape_mask(shape, smaller).size
             if beside:
                 box = place(dice, ink, size, taken)
@@ -205,7 +212,7 @@ def _place_in_quarter(
         low, high = math.ceil(start + GAP / 2), math.floor(end - GAP / 2) - ink[axis]
         if high < low:
             return None
-        corner.append(dice.between(low, high))
+        corner.append(_on_grid(dice, low, high))
     x, y = corner
     return x, y, x + ink[0], y + ink[1]
 
@@ -227,8 +234,8 @@ def _pick_pairs(
 def _write(dice: Dice, size: tuple[int, int], kind: str, alone: bool) -> Writing:
     width, height = (int(side * (1 - _NEAR - _FAR)) - 1 for side in size)
     if kind == "digit":
-        low, high = DIGIT_HEIGHT if alone else DIGIT_HEIGHT_BESIDE
-        text, room = str(dice.below(10)), (min(dice.between(low, high), height), width)
+        heights = DIGIT_HEIGHTS if alone else DIGIT_HEIGHTS_BESIDE
+        text, room = str(dice.below(10)), (min(dice.pick(heights), height), width)
     elif kind == "number":
         text = str(dice.between(10, 999) if dice.chance(0.5) else dice.between(10, 99))
         room = (min(height, 60), min(width, 80))

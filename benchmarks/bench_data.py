@@ -1,0 +1,70 @@
+"""The input pipeline alone: how fast packed batches of a configuration come, and are used up.
+
+    python benchmarks/bench_data.py [--config configs/tiny.py] [--batches 100] [--workdir runs/tiny]
+
+Prints one JSON line: batches, samples and tokens a second, and, of a run in `--workdir` with the
+same configuration, how many times more batches come than its steps use.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from vl2jax.metrics import read_metrics
+from vl2jax.processor import Processor
+from vl2jax.run_config import read_run_config
+from vl2jax.run_setup import choose_architecture, make_data
+from vl2jax.synthetic.tokens import write_processor_files
+
+WARM_UP = 10  # batches; some are ready before the first is asked for
+
+
+def read_config(path: str):
+    """The run that a configuration file describes."""
+    spec = importlib.util.spec_from_file_location("config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return read_run_config(module.get_config().to_dict())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/tiny.py")
+    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--workdir", type=Path, help="a run, to compare with")
+    args = parser.parse_args()
+    config = read_config(args.config)
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = choose_architecture(config)
+        write_processor_files(Path(folder), architecture)
+        data = make_data(config, Processor.from_dir(folder, architecture), "train", print)
+        with contextlib.closing(iter(data)) as batches:
+            for _ in range(WARM_UP):
+                next(batches)
+            start = time.perf_counter()
+            packed = [next(batches) for _ in range(args.batches)]
+            seconds = time.perf_counter() - start
+    result = {
+        "config": config.name,
+        "threads": config.data.threads,
+        "batches_per_s": round(args.batches / seconds, 2),
+        "samples_per_s": round(sum(one.samples for one in packed) / seconds, 1),
+        "tokens_per_s": round(sum(one.tokens for one in packed) / seconds),
+    }
+    if args.workdir:
+        rows = read_metrics(args.workdir / "metrics.jsonl")
+        step = statistics.median(row["perf/step_time"] for row in rows if "perf/step_time" in row)
+        faster = args.batches / seconds * step
+        result |= {"step_s": round(step, 3), "times_faster": round(faster, 1)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
