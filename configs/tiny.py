@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.tokenizer = ""
     config.seed = 0
-    config.steps = 2000
+    config.steps = 2600
     config.profile = ""
     config.dry_run = False
     config.batch = dict(rows=10, length=320, tiles=64, segments=8, microbatches=1)
