@@ -85,11 +85,14 @@ def test_training_equals_one_device(mesh_name, attention, routing):
     for (metrics, kept), (want_metrics, want_kept) in zip(got, want, strict=True):
         for name, value in want_metrics.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        whole = np.sqrt(sum(np.sum(g**2) for g in want_kept["gradient"].values()))
         found = jax.tree.leaves_with_path(kept)
         for (path, value), expected in zip(found, jax.tree.leaves(want_kept), strict=True):
-            # Of the array as a whole: single elements may cancel to nothing.
+            name = jax.tree_util.keystr(path)
             error, size = np.linalg.norm(value - expected), np.linalg.norm(expected)
-            assert error <= 1e-5 * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
+            # Small gradients are sums of large terms that cancel: they are held to the whole one.
+            size = whole if "gradient" in name else size
+            assert error <= 1e-5 * size, f"{name}: {error} of {size}"
     if routing == "extreme":
         first = want[0][0]
         assert (first["moe/dead_experts"] == 4).all() and (first["moe/max_violation"] == 3).all()
@@ -97,7 +100,7 @@ def test_training_equals_one_device(mesh_name, attention, routing):
 
 def test_step_exchanges_rows_and_not_weights():
     """What the compiled step gathers: rows over `expert`, never the weights of experts."""
-    *_, program, _ = compiled(*CASES[-1] if ALL else ("expert=8", "mha"))
+    *_, program, _ = compiled("expert=8", "mha")
     text = program.as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     shapes = [tuple(map(int, shape.split(","))) for shape in gathered if shape]
