@@ -108,6 +108,11 @@ def _near(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | Non
     return found | {"data": left}
 
 
+def written_mesh(mesh: Mesh) -> str:
+    """A mesh as `--mesh` takes it, without axes of one device."""
+    return _written(dict(mesh.shape))
+
+
 def _written(sizes: Mapping[str, int]) -> str:
     """Sizes as they are given on a command line, without ones."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
