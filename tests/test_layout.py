@@ -21,7 +21,7 @@ ORDER = [
     *("sampling", "answer", "decode", "generate"),
     *("store", "checkpoint", "api"),
     *("orbax_io", "lineage", "workdir", "report", "tensorboard", "curves", "metrics"),
-    *("feed", "run_flags", "run_setup", "run_events"),
+    *("multihost", "feed", "run_flags", "run_setup", "run_events"),
     *("request", "session", "answer_output", "answer_file", "chat", "cli", "sample_flags"),
     *("scoring", "contact_sheet", "compilation_cache", "__init__"),
 ]
