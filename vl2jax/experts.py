@@ -58,7 +58,7 @@ def blocked(
     Args:
       x_TD: tokens.
       weights_TK: float32, weight of each chosen expert.
-      experts_TK: int32, the chosen experts.
+      experts_TK: int32, the chosen experts; E: none (its weight must be 0).
       w: weights; those of a used expert are cast to the dtype of x.
       block: rows of a block; None: fitted to the tokens per expert.
       first: where expert 0 lies in w, which may hold the experts of many layers.
@@ -80,6 +80,8 @@ def blocked(
     return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
 
 
+# Each takes tokens, weights, experts and their weights; an expert number E stands for none, with
+# weight 0, and adds nothing (experts that live on other devices, see `expert_parallel`).
 IMPLEMENTATIONS = {"dense": dense, "blocked": blocked}
 
 
