@@ -11,6 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vl2jax.attend_tpu import serves, splash
+from vl2jax.kernels import on_tpu
 from vl2jax.layers import product
 
 # Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
@@ -59,6 +61,8 @@ def attend(
       [B, T, H, V] in the dtype of v.
     """
     rows, length, heads, _ = q.shape
+    if on_tpu() and serves(q, k):
+        return splash(q, k, v, scale, None if visibility is None else visibility.q_segments)
     if k.shape[2] == 1 < heads:  # heads that share keys and values are more queries of one head
         q = q.reshape(rows, length * heads, 1, -1)
         if visibility is not None:

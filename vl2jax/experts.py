@@ -1,4 +1,4 @@
-"""Routed experts, two exact implementations: `dense` (the oracle) and `blocked`.
+"""Routed experts, exact implementations: `dense` (the oracle), `blocked`, and `gmm` for TPU.
 
 Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert, E experts, D width,
 F expert width, M rows of a block.
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vl2jax.experts_gmm import grouped_ffn
+from vl2jax.kernels import on_tpu, per_device, spec, split_rows
 from vl2jax.layers import matmul, product
 
 MAX_BLOCK = 256
@@ -66,20 +68,63 @@ def blocked(
     Returns:
       The weighted sum [T, D] in the dtype of x, summed in float32.
     """
-    n_experts, top_k = n_experts or w.gate.shape[0], experts_TK.shape[-1]
-    flat_P = experts_TK.reshape(-1)
+    n_experts = n_experts or w.gate.shape[0]
+    block = block or _block_rows(experts_TK.size, n_experts)
+
+    def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
+
+    return _sorted(run, x_TD, weights_TK, experts_TK, n_experts)
+
+
+def gmm(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    w: ExpertWeights,
+    first: jax.Array | int = 0,
+    n_experts: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Tokens sorted by expert, then the grouped products of `experts_gmm`: exact, for TPU.
+
+    Args as of `blocked`. Under a mesh each device works on its own tokens with all experts.
+    """
+    n_experts, n_weights = n_experts or w.gate.shape[0], w.gate.shape[0]
+
+    def run(x_TD, weights_TK, experts_TK, w, first):
+        def ffn(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
+            if n_weights > n_experts:
+                none = jnp.zeros(n_weights, group_sizes.dtype)
+                group_sizes = jax.lax.dynamic_update_slice(none, group_sizes, (first,))
+            return grouped_ffn(x_PD, w, group_sizes, interpret)
+
+        return _sorted(ffn, x_TD, weights_TK, experts_TK, n_experts)
+
+    w = jax.tree.map(lambda a: a.astype(x_TD.dtype), w)
+    token = spec(split_rows(x_TD.shape[0]), None)
+    mapped = per_device(run, in_specs=(token, token, token, spec(), spec()), out_specs=token)
+    return mapped(x_TD, weights_TK, experts_TK, w, jnp.asarray(first))
+
+
+def automatic(*arguments, **options) -> jax.Array:
+    """`gmm` in a program for TPU, `blocked` elsewhere."""
+    return (gmm if on_tpu() else blocked)(*arguments, **options)
+
+
+IMPLEMENTATIONS = {"dense": dense, "blocked": blocked, "gmm": gmm, "auto": automatic}
+
+
+def _sorted(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
+    """`grouped` (rows by expert, group sizes -> rows) between sorting and the weighted sum."""
+    flat_P, top_k = experts_TK.reshape(-1), experts_TK.shape[-1]
     order_P = jnp.argsort(flat_P, stable=True)
     inverse_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(flat_P.size))
     group_sizes = jnp.bincount(flat_P, length=n_experts)
-    x_PD = _spread(x_TD, order_P, inverse_P, top_k)
-    block = block or _block_rows(flat_P.size, n_experts)
-    y_PD = _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
+    y_PD = grouped(_spread(x_TD, order_P, inverse_P, top_k), group_sizes)
     y_TKD = _permute(y_PD, inverse_P, order_P).reshape(*experts_TK.shape, -1)
     weights_TK = weights_TK.astype(jnp.float32)
     return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
-
-
-IMPLEMENTATIONS = {"dense": dense, "blocked": blocked}
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.config import DecoderConfig
-from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, blocked
+from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, automatic
 from vl2jax.layers import GatedMLP
 from vl2jax.losses import batch_balance_loss, expert_load, sequence_balance_loss
 
@@ -133,7 +133,7 @@ class Experts(nn.Module):
             names = ("gate_proj", "up_proj", "down_proj")
             stacks = (self.get_variable(EXPERT_STACKS, name) for name in names)
             weights = ExpertWeights(*(w.reshape(-1, *w.shape[2:]) for w in stacks))
-            y = blocked(*inputs, weights, first=layer * experts, n_experts=experts)
+            y = automatic(*inputs, weights, first=layer * experts, n_experts=experts)
             return y.reshape(x.shape)
         init = nn.initializers.normal(cfg.initializer_range)
 
