@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
         dtype="bfloat16",
         param_dtype="float32",
         remat="full",
-        moe_implementation="blocked",
+        moe_implementation="auto",
         loss_chunk=1024,
     )
     config.mesh = dict(data=1, fsdp=-1, expert=1, tensor=1)

@@ -9,6 +9,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from vl2jax.sharding import BATCH_AXES
 
+# By default XLA splits some products with sharded weights into steps, one for each part of the
+# weight as it arrives; with our sizes that writes the activations again and again (2.8 times the
+# traffic in the vision tower) and compiles for long.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+
 # Part of the cache keys of jit, so a program traced for one platform is not taken for another.
 _platform = jax.make_user_context(None)
 

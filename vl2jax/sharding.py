@@ -6,7 +6,7 @@ Mesh axes: `data` (copies), `fsdp` (every large parameter split), `expert` (expe
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -53,16 +53,18 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], chosen: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices.
 
     Args:
       sizes: devices along each of `AXES`; one may be -1 and takes what is left.
+      chosen: devices; None: all there are.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices, sizes = jax.device_count(), {axis: sizes[axis] for axis in AXES}
+    devices = jax.device_count() if chosen is None else len(chosen)
+    sizes = {axis: sizes[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     bad = [axis for axis, size in sizes.items() if size < 1 and size != -1]
@@ -72,7 +74,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             f" may be -1; for instance data={devices} and 1 for the others"
         )
     shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, devices=chosen, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
