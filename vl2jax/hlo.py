@@ -369,8 +369,8 @@ class _Counter:
             moved = sum(a.nbytes for a in results)
             memory = [a.in_memory for a in (operands[0].arrays[0], results[0])]
             return moved * sum(memory)
-        if opcode == "dynamic-update-slice":
-            return 2 * operands[1].nbytes
+        if opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * operands[1 if opcode == "dynamic-update-slice" else -1].nbytes
         arrays = [a for o in operands for a in o.arrays] + list(results)
         return sum(a.nbytes for a in arrays if a.in_memory)
 
@@ -382,7 +382,7 @@ class _Counter:
                 continue
             if user.opcode in ("dynamic-slice", "slice", "gather"):
                 total += user.nbytes if user.operands[0] == parameter.name else 0.0
-            elif user.opcode == "dynamic-update-slice":
+            elif user.opcode in ("dynamic-update-slice", "scatter"):
                 total += parameter.nbytes if user.operands[0] != parameter.name else 0.0
             elif user.opcode in ("bitcast", "get-tuple-element"):
                 total += self._read(inner, user)
@@ -399,8 +399,9 @@ class _Counter:
         """Bytes that a fusion writes for one of its results."""
         if result.opcode == "parameter" or result.opcode == "custom-call" or result.kind:
             return 0.0
-        if result.opcode == "dynamic-update-slice":
-            return inner[result.operands[1]].nbytes if result.operands[1] in inner else 0.0
+        if result.opcode in ("dynamic-update-slice", "scatter"):  # in place
+            put = 1 if result.opcode == "dynamic-update-slice" else -1
+            return inner[result.operands[put]].nbytes
         if result.opcode == "bitcast" and result.operands[0] in inner:
             return self._written(inner, inner[result.operands[0]])
         if result.opcode == "fusion":

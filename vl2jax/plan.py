@@ -18,6 +18,7 @@ from absl import flags
 from vl2jax.chips import Chip, collective_seconds, find_chip
 from vl2jax.cli import run_cli
 from vl2jax.config import VL2Config
+from vl2jax.decode import BURST
 from vl2jax.errors import UserError
 from vl2jax.hlo import Cost, analyse
 from vl2jax.kernel_costs import kernel_cost
@@ -72,13 +73,14 @@ def plan(
     for axis in BATCH_AXES:
         shards *= mesh.shape[axis]
     tokens, flops = work(config, architecture, what, request)
-    parts = config.batch.microbatches if what == "train" else 1
+    # A step has several microbatches, a burst several tokens of a row: what is on the way at once.
+    parts = {"train": config.batch.microbatches, "decode": BURST}.get(what, 1)
     decoder = architecture.decoder
     cost = analyse(
         built.text,
         open_trips=lambda origin: _open_trips(config, what, origin),
         kernel_cost=kernel_cost(
-            tokens * decoder.num_experts_per_tok / min(shards, max(tokens, 1)) / parts,
+            tokens / parts * decoder.num_experts_per_tok / shards,
             decoder.n_routed_experts // mesh.shape["expert"],
         ),
     )
@@ -108,16 +110,16 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Request
         batch = config.batch
         tokens = batch.rows * batch.length
         return tokens, per_token * tokens + per_tile * batch.tiles
-    tokens = request.rows * (request.prompt if what == "prefill" else 1)
+    tokens = request.rows * (request.prompt if what == "prefill" else BURST)
     head = 2.0 * architecture.decoder.hidden_size * architecture.decoder.vocab_size
     return tokens, tokens * (per_token / 3 - (head if what == "prefill" else 0))
 
 
 def _open_trips(config: RunConfig, what: str, origin: str) -> int | None:
-    """Loops whose length depends on the data: a decoding burst adds one token; the loss goes over
-    blocks until no row has a supervised token left, here over all."""
+    """Loops whose length depends on the data: a burst of decoding counts as whole; the loss goes
+    over blocks until no row has a supervised token left, here over all."""
     if what == "decode":
-        return 1
+        return BURST
     if "jvp()" in origin:
         batch, chunk = config.batch, config.compute.loss_chunk
         columns = min(max(chunk // (batch.rows // batch.microbatches), 1), batch.length)
