@@ -7,24 +7,21 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from golden import padded_batch
 
 import vl2jax
 from vl2jax import config as configs
 from vl2jax.errors import UserError
-from vl2jax.model import VL2, abstract_params
-from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
+from vl2jax.model import abstract_params
+from vl2jax.optim import OptimConfig, make_optimizer
 from vl2jax.sharding import (
     AXES,
     PARAM_RULES,
-    batch_sharding,
     make_mesh,
     optimizer_shardings,
     param_shardings,
     param_spec,
 )
-from vl2jax.train_step import Recipe, TrainState, new_state, train_step
 
 
 def _mesh(**axes):
@@ -122,43 +119,3 @@ def test_optimizer_state_lies_with_its_parameters(all_paths):
         else:
             assert sharding.spec == jax.sharding.PartitionSpec()
     assert seen == dict.fromkeys(flat, 2)  # two moments each
-
-
-def test_one_step_on_a_mesh(mini):
-    """Loss and updated parameters of a sharded step are those of one device."""
-    model = mini("mini-small", "train_nopad")
-    batch = padded_batch(model.config, model.arrays("train_nopad"))
-    tiles = len(batch.tiles)
-    rows = jax.tree.map(lambda x: np.repeat(x, 8, axis=0)[None], batch.replace(tiles=None))
-    pad = -tiles % 8
-    batch = rows.replace(tiles=np.pad(batch.tiles, ((0, pad), *((0, 0),) * 3))[None])
-    cfg = OptimConfig(lr=0.1, schedule="constant", eps=1e-3)
-    paths = flatten_dict(model.params["params"], sep="/")
-    recipe = Recipe(
-        model=VL2(model.config),
-        optimizer=make_optimizer(cfg, 10),
-        schedule=learning_rate(cfg, 10),
-        trained=trained_paths(cfg, paths),
-    )
-    state = new_state(recipe, model.params)
-    want, want_metrics = jax.jit(train_step, static_argnums=0)(recipe, state, batch)
-    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2, "tensor": 1})
-    shardings = TrainState(
-        step=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-        params=param_shardings(mesh, state.params),
-        router=param_shardings(mesh, state.router),
-        opt_state=optimizer_shardings(mesh, state.opt_state),
-    )
-    sharded = jax.jit(
-        train_step,
-        static_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-    )
-    got, metrics = sharded(recipe, jax.device_put(state, shardings), batch)
-    assert metrics["train/loss"] == pytest.approx(float(want_metrics["train/loss"]), rel=1e-5)
-    experts = got.params["decoder"]["moe_1"]["mlp"]["experts"]["gate_proj"]
-    assert experts.addressable_shards[0].data.size == experts.size // 4  # fsdp and expert
-    for path, value in flatten_dict(want.params, sep="/").items():
-        found = np.asarray(flatten_dict(got.params, sep="/")[path])
-        np.testing.assert_allclose(found, value, rtol=0, atol=1e-4, err_msg=path)

@@ -5,8 +5,10 @@ Axis legend: B rows, T tokens, H heads, K query width, V value width.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from vl2jax.kernels import per_device, spec, split, split_rows
+from vl2jax.ambient import BATCH_AXES
+from vl2jax.kernels import per_device, split
 
 LANES = 128  # lengths and blocks are multiples of this
 MAX_BLOCK = 512
@@ -54,9 +56,9 @@ def splash(
     def run(q, k, v, segments):
         return _kernel(*q.shape[1:3], causal, interpret)(q, k, v, segments)
 
-    row, head = split_rows(rows), split(heads, "tensor")
-    each = spec(row, head, None, None)
-    y = per_device(run, in_specs=(each, each, each, spec(row, None)), out_specs=each)
+    row, head = split(rows, *BATCH_AXES), split(heads, "tensor")
+    each = PartitionSpec(row, head)
+    y = per_device(run, in_specs=(each, each, each, PartitionSpec(row)), out_specs=each)
     return y(q, k, v, segments)[:, :, :length].swapaxes(1, 2)
 
 

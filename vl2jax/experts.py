@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.experts_gmm import grouped_ffn
-from vl2jax.kernels import on_tpu, per_device, spec, split_rows
+from vl2jax.kernels import on_tpu
 from vl2jax.layers import matmul, product
 
 MAX_BLOCK = 256
@@ -59,7 +59,7 @@ def blocked(
     Args:
       x_TD: tokens.
       weights_TK: float32, weight of each chosen expert.
-      experts_TK: int32, the chosen experts.
+      experts_TK: int32, the chosen experts; E: none (its weight must be 0).
       w: weights; those of a used expert are cast to the dtype of x.
       block: rows of a block; None: fitted to the tokens per expert.
       first: where expert 0 lies in w, which may hold the experts of many layers.
@@ -88,23 +88,18 @@ def gmm(
 ) -> jax.Array:
     """Tokens sorted by expert, then the grouped products of `experts_gmm`: exact, for TPU.
 
-    Args as of `blocked`. Under a mesh each device works on its own tokens with all experts.
+    Args as of `blocked`.
     """
-    n_experts, n_weights = n_experts or w.gate.shape[0], w.gate.shape[0]
+    n_weights = w.gate.shape[0]
+    n_experts = n_experts or n_weights
 
-    def run(x_TD, weights_TK, experts_TK, w, first):
-        def ffn(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
-            if n_weights > n_experts:
-                none = jnp.zeros(n_weights, group_sizes.dtype)
-                group_sizes = jax.lax.dynamic_update_slice(none, group_sizes, (first,))
-            return grouped_ffn(x_PD, w, group_sizes, interpret)
+    def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        if n_weights > n_experts:
+            none = jnp.zeros(n_weights, group_sizes.dtype)
+            group_sizes = jax.lax.dynamic_update_slice(none, group_sizes, (first,))
+        return grouped_ffn(x_PD, w, group_sizes, interpret)
 
-        return _sorted(ffn, x_TD, weights_TK, experts_TK, n_experts)
-
-    w = jax.tree.map(lambda a: a.astype(x_TD.dtype), w)
-    token = spec(split_rows(x_TD.shape[0]), None)
-    mapped = per_device(run, in_specs=(token, token, token, spec(), spec()), out_specs=token)
-    return mapped(x_TD, weights_TK, experts_TK, w, jnp.asarray(first))
+    return _sorted(run, x_TD, weights_TK, experts_TK, n_experts)
 
 
 def automatic(*arguments, **options) -> jax.Array:
@@ -112,6 +107,8 @@ def automatic(*arguments, **options) -> jax.Array:
     return (gmm if on_tpu() else blocked)(*arguments, **options)
 
 
+# Each takes tokens, weights, experts and their weights; an expert number E stands for none, with
+# weight 0, and adds nothing (experts that live on other devices, see `expert_parallel`).
 IMPLEMENTATIONS = {"dense": dense, "blocked": blocked, "gmm": gmm, "auto": automatic}
 
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
-from vl2jax.sharding import BATCH_AXES
+from vl2jax.ambient import current_mesh
 
 # By default XLA splits some products with sharded weights into steps, one for each part of the
 # weight as it arrives; with our sizes that writes the activations again and again (2.8 times the
@@ -31,26 +31,17 @@ def on_tpu() -> bool:
 def per_device(run: Callable, in_specs, out_specs) -> Callable:
     """`run` on each device's part, for the compiler cannot split a kernel by itself.
 
-    Without a mesh (`jax.set_mesh`), or inside a `shard_map` over all of its axes, `run` itself.
+    Without a mesh, or inside a `shard_map` over all of its axes, `run` itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
+    mesh = current_mesh()
+    if mesh is None or all(kind == AxisType.Manual for kind in mesh.axis_types):
         return run
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def split(size: int, *axes: str) -> tuple[str, ...] | None:
     """The mesh axes, of those given, over which an axis of this size is split; None: not at all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in axes if axis in mesh.axis_names)
-    return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
-
-
-def split_rows(size: int) -> tuple[str, ...] | None:
-    """`split` of rows or tokens over every axis that batches are split over."""
-    return split(size, *BATCH_AXES)
-
-
-def spec(*axes) -> PartitionSpec:
-    """Shorthand for the specs of `per_device`."""
-    return PartitionSpec(*axes)
+    mesh = current_mesh()
+    present = tuple(axis for axis in axes if mesh is not None and axis in mesh.axis_names)
+    divides = present and size % math.prod(mesh.shape[axis] for axis in present) == 0
+    return present if divides else None

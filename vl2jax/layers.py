@@ -7,12 +7,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+EXCHANGED = "exchanged"  # name of the rows that an exchange among experts has brought
+
+_policies = jax.checkpoint_policies
+
 # What the forward pass of a layer keeps for the backward pass, which computes the rest again:
-# everything; the layer's input alone; also results of products with weights.
+# everything; the layer's input alone; also results of products with weights, and what an exchange
+# among experts has brought, so that it is not repeated; the latter alone.
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(EXCHANGED)
+    ),
+    "exchange": _policies.save_only_these_names(EXCHANGED),
 }
 
 

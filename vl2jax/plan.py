@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
+from vl2jax.ambient import batch_shards
 from vl2jax.chips import Chip, collective_seconds, find_chip
 from vl2jax.cli import run_cli
 from vl2jax.config import VL2Config
@@ -34,7 +35,7 @@ from vl2jax.report import model_flops
 from vl2jax.run_config import RunConfig, read_run_config
 from vl2jax.run_flags import FLAGS, define_flags, read_flags
 from vl2jax.run_setup import choose_architecture
-from vl2jax.sharding import BATCH_AXES, make_mesh
+from vl2jax.sharding import make_mesh
 
 WHAT = ("train", "prefill", "decode")
 # How hard the compiler tries: -1 takes half as long and gives nearly the same program.
@@ -69,9 +70,6 @@ def plan(
     else:
         build = {"prefill": build_prefill, "decode": build_decode}[what]
         built = build(config, architecture, mesh, request)
-    shards = 1
-    for axis in BATCH_AXES:
-        shards *= mesh.shape[axis]
     tokens, flops = work(config, architecture, what, request)
     # A step has several microbatches, a burst several tokens of a row: what is on the way at once.
     parts = {"train": config.batch.microbatches, "decode": BURST}.get(what, 1)
@@ -80,7 +78,7 @@ def plan(
         built.text,
         open_trips=lambda origin: _open_trips(config, what, origin),
         kernel_cost=kernel_cost(
-            tokens / parts * decoder.num_experts_per_tok / shards,
+            tokens / parts * decoder.num_experts_per_tok / batch_shards(mesh),
             decoder.n_routed_experts // mesh.shape["expert"],
         ),
     )

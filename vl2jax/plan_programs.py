@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vl2jax.ambient import BATCH_AXES, batch_shards
 from vl2jax.api import DTYPES
 from vl2jax.batch import Batch
 from vl2jax.chips import find_chip
@@ -26,7 +27,7 @@ from vl2jax.model import abstract_params
 from vl2jax.run_config import RunConfig
 from vl2jax.run_setup import make_recipe, state_shapes
 from vl2jax.sampling import SamplingParams
-from vl2jax.sharding import BATCH_AXES, batch_sharding, param_shardings
+from vl2jax.sharding import CACHE_RULES, batch_sharding, check_batch, param_shardings
 from vl2jax.train_step import train_step
 
 
@@ -85,6 +86,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built:
     """The step that `train.py` runs."""
+    sizes = {name: getattr(config.batch, name) for name in ("rows", "tiles", "microbatches")}
+    check_batch(mesh, **sizes)
     recipe = make_recipe(config, architecture)
     state, split, batch = state_shapes(recipe, mesh), batch_sharding(mesh), config.batch
     parts, side = batch.microbatches, architecture.vision.image_size
@@ -166,26 +169,25 @@ def _params(config: RunConfig, architecture: VL2Config, mesh: Mesh):
     return dtype, variables
 
 
-def _placed(mesh: Mesh, shape: tuple[int, ...], dtype, *rest) -> jax.ShapeDtypeStruct:
+def _placed(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     """Rows over the axes that batches are split over, where they divide."""
-    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    rows = BATCH_AXES if shape[0] % shards == 0 else None
-    return jax.ShapeDtypeStruct(
-        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(rows, *rest))
-    )
+    rows = BATCH_AXES if shape[0] % batch_shards(mesh) == 0 else None
+    sharding = NamedSharding(mesh, PartitionSpec(rows))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _caches(mesh: Mesh, architecture: VL2Config, rows: int, slots: int, dtype):
+    """Caches, split as `init_caches` splits them."""
     shapes = jax.eval_shape(lambda: init_caches(architecture.decoder, rows, slots, dtype))
+    divides = rows % batch_shards(mesh) == 0
 
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        heads = (None, "tensor") if leaf.ndim == 5 else ()  # n B S H K or n B S C
-        spec = _placed(mesh, leaf.shape[1:], leaf.dtype, *heads).sharding.spec
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(None, *spec))
-        )
+    def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = CACHE_RULES[path[-1].name]
+        spec = [None if axes == BATCH_AXES and not divides else axes for axes in spec]
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(place, shapes)
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Built:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grain
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vl2jax.api import DTYPES
 from vl2jax.checkpoint import MODEL_FILE, flatten, read_model_dir, write_json
@@ -22,10 +23,10 @@ from vl2jax.model import VL2, abstract_params
 from vl2jax.optim import learning_rate, make_optimizer, trained_paths
 from vl2jax.processor import Processor
 from vl2jax.run_config import RunConfig, read_architecture, read_sources, with_balance
-from vl2jax.sharding import optimizer_shardings, param_shardings
+from vl2jax.sharding import batch_sharding, optimizer_shardings, param_shardings
 from vl2jax.synthetic import Synthetic
 from vl2jax.synthetic.tokens import write_processor_files
-from vl2jax.train_step import Recipe, TrainState, init_state
+from vl2jax.train_step import Recipe, TrainState, init_state, train_step
 
 
 def choose_architecture(config: RunConfig) -> VL2Config:
@@ -80,6 +81,22 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
         shardings,
+    )
+
+
+def jit_train_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
+    """`train_step` as one program of a mesh: (state (donated), batch) -> (state, metrics).
+
+    Args:
+      recipe: what a step does.
+      mesh: must be in force (`jax.set_mesh`) when the step is called.
+      shardings: of the state.
+    """
+    return jax.jit(
+        functools.partial(train_step, recipe),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
     )
 
 

@@ -1,0 +1,108 @@
+"""Training and answering on meshes of eight devices gives what one device gives.
+
+VL2JAX_MESHES=all runs the whole list of meshes with both kinds of attention.
+"""
+
+import functools
+import os
+import re
+
+import jax
+import mesh_case
+import numpy as np
+import pytest
+
+from vl2jax.ambient import AXES, batch_shards
+from vl2jax.run_setup import jit_train_step, state_shapes
+from vl2jax.sharding import make_mesh
+from vl2jax.train_step import train_step
+
+MESHES = {
+    "data=8": (8, 1, 1, 1),
+    "fsdp=8": (1, 8, 1, 1),
+    "expert=8": (1, 1, 8, 1),
+    "data=2,tensor=4": (2, 1, 1, 4),
+    "data=2,fsdp=2,expert=2": (2, 2, 2, 1),
+    "expert=4,tensor=2": (1, 1, 4, 2),
+    "fsdp=2,expert=2,tensor=2": (1, 2, 2, 2),
+}
+ALL = os.environ.get("VL2JAX_MESHES") == "all"
+CASES = [
+    (mesh, attention)
+    for mesh in MESHES
+    for attention in ("mla", "mha")
+    if ALL or (mesh, attention) in [("fsdp=2,expert=2,tensor=2", "mla"), ("expert=8", "mha")]
+]
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    return make_mesh(dict(zip(AXES, MESHES[name], strict=True)))
+
+
+def run(step, state, batches):
+    """Metrics of every step, gradients and parameters after it, by path."""
+    history = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        kept = {"gradient": state.opt_state[0], "param": state.params, "router": state.router}
+        history.append(jax.device_get((metrics, kept)))
+    return history
+
+
+@functools.cache
+def on_one_device(attention: str):
+    """What all meshes are held to: five steps, and two under extreme routing."""
+    recipe = mesh_case.recipe(mesh_case.architecture(attention))
+    step, batches = jax.jit(functools.partial(train_step, recipe)), mesh_case.batches(1)
+    return {
+        "free": run(step, mesh_case.start(recipe), batches),
+        "extreme": run(step, mesh_case.start(recipe, "extreme"), batches[:2]),
+    }
+
+
+@functools.cache
+def compiled(mesh_name: str, attention: str):
+    """The step of a mesh: compiled once for all tests."""
+    mesh = mesh_of(mesh_name)
+    pools = batch_shards(mesh)
+    recipe = mesh_case.recipe(mesh_case.architecture(attention), pools)
+    with jax.set_mesh(mesh):
+        shapes = state_shapes(recipe, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        step = jit_train_step(recipe, mesh, shardings)
+        program = step.lower(shapes, mesh_case.batches(pools)[0]).compile()
+    return mesh, recipe, shardings, program, pools
+
+
+@pytest.mark.parametrize(("mesh_name", "attention"), CASES)
+@pytest.mark.parametrize("routing", ["free", "extreme"])
+def test_training_equals_one_device(mesh_name, attention, routing):
+    mesh, recipe, shardings, program, pools = compiled(mesh_name, attention)
+    want = on_one_device(attention)[routing]
+    state = jax.device_put(mesh_case.start(recipe, routing), shardings)
+    with jax.set_mesh(mesh):
+        got = run(program, state, mesh_case.batches(pools)[: len(want)])
+    for (metrics, kept), (want_metrics, want_kept) in zip(got, want, strict=True):
+        for name, value in want_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        found = jax.tree.leaves_with_path(kept)
+        for (path, value), expected in zip(found, jax.tree.leaves(want_kept), strict=True):
+            # Of the array as a whole: single elements may cancel to nothing.
+            error, size = np.linalg.norm(value - expected), np.linalg.norm(expected)
+            assert error <= 1e-5 * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
+    if routing == "extreme":
+        first = want[0][0]
+        assert (first["moe/dead_experts"] == 4).all() and (first["moe/max_violation"] == 3).all()
+
+
+def test_step_exchanges_rows_and_not_weights():
+    """What the compiled step gathers: rows over `expert`, never the weights of experts."""
+    *_, program, _ = compiled(*CASES[-1] if ALL else ("expert=8", "mha"))
+    text = program.as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    shapes = [tuple(map(int, shape.split(","))) for shape in gathered if shape]
+    rows = mesh_case.POOLS * mesh_case.LENGTH
+    assert (rows, 32) in shapes
+    assert "reduce-scatter(" in text
+    for shape in shapes:
+        assert sorted(shape)[-3:] != [8, 16, 32], shapes
