@@ -176,8 +176,8 @@ def _whole_lines(text: str):
     """Lines of the text; those of an attribute that is written over several lines joined."""
     held = ""
     for line in text.splitlines():
-        begins = line.startswith(("%", "ENTRY", "}", "HloModule")) or _INSTRUCTION.match(line)
-        if begins:
+        begins = line == "}" or line.startswith(("%", "ENTRY", "HloModule"))
+        if begins or _INSTRUCTION.match(line):
             yield held
             held = line
         else:

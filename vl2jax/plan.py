@@ -87,6 +87,10 @@ def plan(
     rates = dataclasses.replace(
         chip, hbm=chip.hbm / cores, flops=chip.flops / cores, bandwidth=chip.bandwidth / cores
     )
+    if built.peak > rates.hbm:
+        raise UserError(
+            f"does not fit: {built.peak / 2**30:.1f} of {rates.hbm / 2**30:.0f} GiB on each chip"
+        )
     return {
         "what": what,
         "config": config.name,
