@@ -119,7 +119,9 @@ def test_small_run_compiles_for_tpu_with_its_kernels():
         assert not program["open_loops"] and not program["unknown_kernels"]
         assert 0 < program["bytes"]["peak"] < program["hbm"]
         assert program["roofline"]["step"] > 0
-    assert {"all-gather", "reduce-scatter"} <= set(train["collectives"])
+    exchange = [name for name in train["collectives"] if name.endswith(" over expert")]
+    assert any(name.startswith("all-gather") for name in exchange)
+    assert any("data" in name for name in train["collectives"])
     assert train["flops"] > train["model_flops"]
 
 

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from vl2jax.ambient import batch_shards
 from vl2jax.chips import Chip, collective_seconds, find_chip
@@ -82,7 +84,6 @@ def plan(
             decoder.n_routed_experts // mesh.shape["expert"],
         ),
     )
-    where = [device.coords for device in mesh.devices.flat]
     cores = len(devices) // len({tuple(device.coords) for device in devices})
     rates = dataclasses.replace(
         chip, hbm=chip.hbm / cores, flops=chip.flops / cores, bandwidth=chip.bandwidth / cores
@@ -97,7 +98,7 @@ def plan(
         "topology": topology,
         "devices": len(devices),
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
-        **_report(rates, where, built, cost, flops / len(devices)),
+        **_report(rates, mesh, built, cost, flops / len(devices)),
         "tokens": tokens,
     }
 
@@ -129,8 +130,9 @@ def _open_trips(config: RunConfig, what: str, origin: str) -> int | None:
     return None
 
 
-def _report(chip: Chip, where, built: Built, cost: Cost, model: float) -> dict:
+def _report(chip: Chip, mesh: Mesh, built: Built, cost: Cost, model: float) -> dict:
     """Memory, work, collectives and the roofline of one device."""
+    where = [device.coords for device in mesh.devices.flat]
     kinds: dict[str, dict[str, float]] = {}
     links = 0.0
     for collective in cost.collectives:
@@ -138,7 +140,8 @@ def _report(chip: Chip, where, built: Built, cost: Cost, model: float) -> dict:
             continue
         seconds = collective.count * collective_seconds(chip, where, collective)
         links += seconds
-        kind = kinds.setdefault(collective.kind, {"count": 0, "bytes": 0, "seconds": 0.0})
+        name = f"{collective.kind} over {_axes(mesh, collective.group)}"
+        kind = kinds.setdefault(name, {"count": 0, "bytes": 0, "seconds": 0.0})
         kind["count"] += round(collective.count)
         kind["bytes"] += round(collective.count * collective.sent)
         kind["seconds"] += seconds
@@ -163,6 +166,13 @@ def _report(chip: Chip, where, built: Built, cost: Cost, model: float) -> dict:
     }
 
 
+def _axes(mesh: Mesh, group: tuple[int, ...]) -> str:
+    """The axes along which the devices of a group differ."""
+    places = np.unravel_index(group, mesh.devices.shape)
+    differ = [len(set(place.tolist())) > 1 for place in places]
+    return "+".join(name for name, does in zip(mesh.axis_names, differ, strict=True) if does)
+
+
 def describe(found: dict) -> str:
     """What `plan` found, for people."""
     gib = 2.0**30
@@ -182,7 +192,7 @@ def describe(found: dict) -> str:
         f" ({memory} GiB)",
         "work": f"{found['flops']:.3g} flops on a device, {ratio:.2f} times what the model asks for"
         f" ({found['model_flops']:.3g}); {found['traffic'] / 1e9:.3g} GB to and from memory",
-        "links": moved or "no collectives",
+        "sent": moved or "nothing",
         "step": f"at least {bound['step']:.3g} s, bound by {bound['binding']} ({times} s);"
         f" {found['tokens'] / bound['step']:,.0f} tokens/s, MFU at most"
         f" {100 * found['mfu_bound']:.0f}%",
