@@ -15,8 +15,11 @@ from vl2jax.experts_gmm import grouped_ffn, tile_columns, tile_rows
 from vl2jax.kernels import compiling_for, on_tpu
 
 
-@pytest.mark.parametrize("routing", ["random", "empty", "one"])
-def test_gmm_equals_dense(routing):
+@pytest.mark.parametrize(
+    ("routing", "chunk"), [("random", None), ("empty", None), ("one", 48), ("random", 32)]
+)
+def test_gmm_equals_dense(routing, chunk):
+    """Whole, and in chunks of pairs of which the last is partly empty."""
     x, weights, chosen, w = _case(routing)
 
     def loss(implementation):
@@ -26,7 +29,9 @@ def test_gmm_equals_dense(routing):
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
-    (_, y), gradients = loss(functools.partial(experts.gmm, interpret=True))(x, weights, w)
+    (_, y), gradients = loss(functools.partial(experts.gmm, chunk=chunk, interpret=True))(
+        x, weights, w
+    )
     (_, y_dense), gradients_dense = loss(experts.dense)(x, weights, w)
     np.testing.assert_allclose(y, y_dense, atol=2e-5)
     jax.tree.map(
@@ -47,6 +52,22 @@ def test_rows_behind_the_last_group_are_zero():
     (_, y), dx = jax.jit(jax.value_and_grad(total, has_aux=True))(x)
     assert np.isfinite(y).all() and np.isfinite(dx).all()
     assert np.abs(y[:29]).min(axis=1).all() and not np.any(y[29:])
+
+
+def test_chunks_leave_out_what_belongs_to_no_expert():
+    """As where most of a buffer is empty: such pairs add nothing and get no gradient."""
+    x, weights, chosen, w = _case("random")
+    chosen = jnp.where(jnp.arange(len(x))[:, None] % 3 == 0, chosen, E)
+
+    def total(x, weights, w, **options):
+        return jnp.sum(jnp.sin(experts.gmm(x, weights, chosen, w, interpret=True, **options)))
+
+    def gradients(**options):
+        return jax.jit(jax.value_and_grad(functools.partial(total, **options), (0, 1, 2)))
+
+    whole, chunks = gradients()(x, weights, w), gradients(chunk=16)(x, weights, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole, chunks)
+    assert not np.any(chunks[1][0][1::3])
 
 
 def test_gmm_within_a_larger_stack():

@@ -10,11 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vl2jax.experts_gmm import grouped_ffn
+from vl2jax.ambient import axis_size, current_mesh
+from vl2jax.experts_chunked import CHUNKS, chunked_sum
+from vl2jax.experts_gmm import MAX_ROWS, grouped_ffn
 from vl2jax.kernels import on_tpu
 from vl2jax.layers import matmul, product
 
 MAX_BLOCK = 256
+MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
 
 
 class ExpertWeights(NamedTuple):
@@ -84,22 +87,38 @@ def gmm(
     w: ExpertWeights,
     first: jax.Array | int = 0,
     n_experts: int | None = None,
+    chunk: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Tokens sorted by expert, then the grouped products of `experts_gmm`: exact, for TPU.
+
+    Where experts lie on several devices, `experts_chunked` works off the pairs that are here.
 
     Args as of `blocked`.
     """
     n_weights = w.gate.shape[0]
     n_experts = n_experts or n_weights
+    mesh = current_mesh()
+    places = 1 if mesh is None else axis_size(mesh, "expert")
 
-    def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        if n_weights > n_experts:
-            none = jnp.zeros(n_weights, group_sizes.dtype)
-            group_sizes = jax.lax.dynamic_update_slice(none, group_sizes, (first,))
-        return grouped_ffn(x_PD, w, group_sizes, interpret)
+    def place(group_sizes: jax.Array) -> jax.Array:
+        """Within the weights of many layers."""
+        if n_weights == n_experts:
+            return group_sizes
+        none = jnp.zeros(n_weights, group_sizes.dtype)
+        return jax.lax.dynamic_update_slice(none, group_sizes, (first,))
 
-    return _sorted(run, x_TD, weights_TK, experts_TK, n_experts)
+    if chunk is None and places > 1 and experts_TK.size // places >= MIN_SPLIT:
+        chunk = -(-experts_TK.size // (places * CHUNKS * MAX_ROWS)) * MAX_ROWS
+    if chunk is not None:
+        flat_P = experts_TK.reshape(-1)
+        sizes = place(jnp.bincount(flat_P, length=n_experts))
+        order_P = jnp.argsort(flat_P, stable=True)
+        return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, interpret)
+    return _sorted(
+        lambda x_PD, group_sizes: grouped_ffn(x_PD, w, place(group_sizes), interpret),
+        *(x_TD, weights_TK, experts_TK, n_experts),
+    )
 
 
 def automatic(*arguments, **options) -> jax.Array:

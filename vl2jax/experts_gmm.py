@@ -32,16 +32,16 @@ def grouped_ffn(x_PD: jax.Array, w, group_sizes_G: jax.Array, interpret: bool = 
 
 
 def _forward(x_PD, w, group_sizes, interpret):
-    product = _Products(x_PD, group_sizes, interpret)
+    product = Products(x_PD.dtype, len(x_PD), group_sizes, interpret)
     gate, up = (product.rows(x_PD, weight) for weight in (w.gate, w.up))
-    y_PD = product.rows(_hidden(gate, up), w.down)
+    y_PD = product.rows(hidden_rows(gate, up), w.down)
     return product.filled(y_PD), (x_PD, w, group_sizes, gate, up)
 
 
 def _backward(interpret, residuals, g_PD):
     x_PD, w, group_sizes, gate, up = residuals
-    product = _Products(x_PD, group_sizes, interpret)
-    hidden, hidden_vjp = jax.vjp(_hidden, gate, up)
+    product = Products(x_PD.dtype, len(x_PD), group_sizes, interpret)
+    hidden, hidden_vjp = jax.vjp(hidden_rows, gate, up)
     d_gate, d_up = hidden_vjp(product.rows(g_PD, w.down, transpose=True))
     dx_PD = sum(
         product.rows(d, weight, transpose=True).astype(jnp.float32)
@@ -58,18 +58,19 @@ def _backward(interpret, residuals, g_PD):
 grouped_ffn.defvjp(_forward, _backward)
 
 
-def _hidden(gate: jax.Array, up: jax.Array) -> jax.Array:
+def hidden_rows(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`, in float32 inside."""
     hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return hidden.astype(gate.dtype)
 
 
-class _Products:
+class Products:
     """The products over groups of rows; `P` is padded to whole tiles on the way."""
 
-    def __init__(self, x_PD: jax.Array, group_sizes: jax.Array, interpret: bool):
-        self.dtype, self.size, self.interpret = x_PD.dtype, len(x_PD), interpret
+    def __init__(self, dtype: jnp.dtype, rows: int, group_sizes: jax.Array, interpret: bool):
+        self.dtype, self.size, self.interpret = dtype, rows, interpret
         self.group_sizes = group_sizes.astype(jnp.int32)
-        self.tile = tile_rows(len(x_PD), len(group_sizes))
+        self.tile = tile_rows(rows, len(group_sizes))
 
     def rows(self, x: jax.Array, weight: jax.Array, transpose: bool = False) -> jax.Array:
         """[P, K] and [G, K, N] (or, transposed, [G, N, K]) -> [P, N] in the dtype of x."""

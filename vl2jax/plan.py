@@ -23,6 +23,7 @@ from vl2jax.cli import run_cli
 from vl2jax.config import VL2Config
 from vl2jax.decode import BURST
 from vl2jax.errors import UserError
+from vl2jax.experts_chunked import CHUNKS, SCOPE
 from vl2jax.hlo import Cost, analyse
 from vl2jax.kernel_costs import kernel_cost
 from vl2jax.plan_programs import (
@@ -120,7 +121,9 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Request
 
 def _open_trips(config: RunConfig, what: str, origin: str) -> int | None:
     """Loops whose length depends on the data: a burst of decoding counts as whole; the loss goes
-    over blocks until no row has a supervised token left, here over all."""
+    over blocks until no row has a supervised token left, here over all; experts are balanced."""
+    if SCOPE in origin:
+        return CHUNKS
     if what == "decode":
         return BURST
     if "jvp()" in origin:
