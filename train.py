@@ -29,6 +29,7 @@ from vl2jax.config import VL2Config
 from vl2jax.data.pipeline import PackedBatch, fill_metrics
 from vl2jax.data.preview import preview
 from vl2jax.errors import UserError
+from vl2jax.kernels import COMPILER_OPTIONS
 from vl2jax.lineage import init_params
 from vl2jax.metrics import MetricsLog, Throughput
 from vl2jax.processor import Processor
@@ -150,6 +151,7 @@ def train(
         in_shardings=(shardings, split),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=COMPILER_OPTIONS.get(jax.default_backend()),
     )
     eval_fn = jax.jit(
         functools.partial(eval_step, recipe),
