@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from vl2jax.ambient import current_mesh
 from vl2jax.config import DecoderConfig
 from vl2jax.expert_parallel import expert_parallel
-from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, blocked
+from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, automatic
 from vl2jax.layers import GatedMLP
 from vl2jax.losses import batch_balance_loss, expert_load, sequence_balance_loss
 
@@ -137,9 +137,9 @@ class Experts(nn.Module):
             stacks = ExpertWeights(*(self.get_variable(EXPERT_STACKS, name) for name in names))
             if mesh is not None:
                 routed = (x, routing.weights, routing.experts)
-                return expert_parallel(mesh, *routed, stacks, blocked, layer=layer)
+                return expert_parallel(mesh, *routed, stacks, automatic, layer=layer)
             weights = ExpertWeights(*(w.reshape(-1, *w.shape[2:]) for w in stacks))
-            y = blocked(*inputs, weights, first=layer * experts, n_experts=experts)
+            y = automatic(*inputs, weights, first=layer * experts, n_experts=experts)
             return y.reshape(x.shape)
         init = nn.initializers.normal(cfg.initializer_range)
 
