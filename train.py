@@ -21,13 +21,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vl2jax.ambient import batch_shards
 from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
 from vl2jax.errors import UserError
-from vl2jax.feed import Fed, Feed, FeedIterator, choose_shards, fill_metrics
+from vl2jax.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.lineage import init_params
 from vl2jax.metrics import MetricsLog, NoLog, Throughput
 from vl2jax.multihost import agree, is_first, joined, leave, must_block, wait_for_all
@@ -80,8 +81,8 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
     skipped = Skipped(path / "skipped.txt")
     make = functools.partial(make_data, config, mesh, processor)
     if config.data.preview:
-        shown = make("train", skipped).pipelines[0]
-        preview(iter(shown), processor, path, config.data.preview)
+        shown = make("train", skipped, batch_shards(mesh)).pipelines
+        preview(iter(shown[0]), processor, path, config.data.preview)
         return 0
     keep = config.checkpoint
     with contextlib.ExitStack() as stack:
@@ -89,8 +90,9 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
             Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
         )
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
-        shards = choose_shards(mesh, config.data.shards, data_state)
-        batches = iter(make("train", skipped, shards))
+        pools, shards = choose_pools(mesh, config.batch, config.data.shards, data_state)
+        recipe = dataclasses.replace(recipe, model=recipe.model.clone(tile_pools=pools))
+        batches = iter(make("train", skipped, pools, shards))
         stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
@@ -99,7 +101,7 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
             log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
         stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
-        heldout = make("heldout", skipped)
+        heldout = make("heldout", skipped, pools)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
 
 
