@@ -25,6 +25,7 @@ from vl2jax.errors import UserError
 from vl2jax.request import from_prompt, read_request
 from vl2jax.sample_flags import parse_flags
 from vl2jax.session import Session
+from vl2jax.sharding import read_mesh
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     session = Session(
         args.ckpt,
         dtype=args.dtype,
+        mesh=read_mesh(args.mesh),
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
         **{name: getattr(args, name) for name in names.split()},

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 
@@ -26,10 +25,9 @@ from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.config import VL2Config
-from vl2jax.data.pipeline import PackedBatch, fill_metrics
 from vl2jax.data.preview import preview
 from vl2jax.errors import UserError
-from vl2jax.kernels import COMPILER_OPTIONS
+from vl2jax.feed import Fed, Feed, FeedIterator, choose_shards, fill_metrics
 from vl2jax.lineage import init_params
 from vl2jax.metrics import MetricsLog, Throughput
 from vl2jax.processor import Processor
@@ -39,13 +37,15 @@ from vl2jax.run_events import Profile, Skipped, StopSignal, keep_batch
 from vl2jax.run_flags import FLAGS, define_flags, read_flags
 from vl2jax.run_setup import (
     choose_architecture,
+    jit_eval_step,
+    jit_train_step,
     make_data,
     make_recipe,
     prepare_workdir,
     state_shapes,
 )
-from vl2jax.sharding import batch_sharding, make_mesh
-from vl2jax.train_step import Recipe, TrainState, eval_step, init_state, new_state, train_step
+from vl2jax.sharding import make_mesh
+from vl2jax.train_step import Recipe, TrainState, init_state, new_state
 from vl2jax.workdir import Workdir
 
 MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/param_norm")
@@ -56,8 +56,14 @@ def run(argv: Sequence[str]) -> int:
     config = read_run_config(read_flags(argv))
     path = Path(FLAGS.workdir or Path("runs", config.name))
     mesh = make_mesh(dataclasses.asdict(config.mesh))
+    with jax.set_mesh(mesh):
+        return run_on_mesh(config, path, mesh)
+
+
+def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
+    """The run, its mesh in force; the exit code."""
     architecture = choose_architecture(config)
-    recipe = make_recipe(config, architecture)
+    recipe = make_recipe(config, architecture, mesh)
     shapes = state_shapes(recipe, mesh)
     print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
     if config.dry_run:
@@ -67,10 +73,10 @@ def run(argv: Sequence[str]) -> int:
     prepare_workdir(path, config, architecture)
     processor = Processor.from_dir(path, architecture)
     skipped = Skipped(path / "skipped.txt")
-    data = make_data(config, processor, "train", skipped)
-    heldout = make_data(config, processor, "heldout", skipped)
+    make = functools.partial(make_data, config, mesh, processor)
     if config.data.preview:
-        preview(iter(data), processor, path, config.data.preview)
+        shown = make("train", skipped).pipelines[0]
+        preview(iter(shown), processor, path, config.data.preview)
         return 0
     keep = config.checkpoint
     with contextlib.ExitStack() as stack:
@@ -78,13 +84,16 @@ def run(argv: Sequence[str]) -> int:
             Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
         )
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
-        batches = stack.enter_context(contextlib.closing(iter(data)))
+        shards = choose_shards(mesh, config.data.shards, data_state)
+        batches = iter(make("train", skipped, shards))
+        stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
         log = stack.enter_context(
             MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
         )
         workdir.on_error = skipped.note = log.note
+        heldout = make("heldout", skipped)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
 
 
@@ -125,7 +134,7 @@ class Begun:
 
     step: int
     metrics: dict[str, jax.Array]
-    packed: PackedBatch
+    fed: Fed
     data_wait: float  # seconds
 
 
@@ -135,8 +144,8 @@ def train(
     recipe: Recipe,
     mesh: jax.sharding.Mesh,
     state: TrainState,
-    batches: grain.DatasetIterator,
-    heldout: grain.IterDataset | None,
+    batches: FeedIterator,
+    heldout: Feed | None,
     workdir: Workdir,
     log: MetricsLog,
 ) -> int:
@@ -145,18 +154,8 @@ def train(
     A step is waited for after the next one is under way, or before anything is saved.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    split = batch_sharding(mesh)
-    step_fn = jax.jit(
-        functools.partial(train_step, recipe),
-        in_shardings=(shardings, split),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-        compiler_options=COMPILER_OPTIONS.get(jax.default_backend()),
-    )
-    eval_fn = jax.jit(
-        functools.partial(eval_step, recipe),
-        in_shardings=(shardings.params, shardings.router, split),
-    )
+    step_fn = jit_train_step(recipe, mesh, shardings)
+    eval_fn = jit_eval_step(recipe, mesh, shardings)
     per_token, per_tile = model_flops(architecture)
     throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
     stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
@@ -164,14 +163,14 @@ def train(
     def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> None:
         """Waits for a step and writes its metrics; stops the run where they are not finite."""
         metrics = {name: np.asarray(value) for name, value in begun.metrics.items()}
-        packed = begun.packed
-        flops = per_token * packed.tokens + per_tile * packed.tiles
-        speed = throughput.step(packed.tokens, packed.images, flops, begun.data_wait)
+        totals = {name: float(value) for name, value in begun.fed.totals.items()}
+        flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
+        speed = throughput.step(totals["tokens"], totals["images"], flops, begun.data_wait)
         broken = [name for name in MUST_BE_FINITE if not np.isfinite(metrics[name])]
         more = {} if broken else scores()
-        log.write(begun.step, {**metrics, **speed, **fill_metrics(packed), **more})
+        log.write(begun.step, {**metrics, **speed, **fill_metrics(begun.fed), **more})
         if broken:
-            kept = keep_batch(workdir.path, begun.step, packed)
+            kept = keep_batch(workdir.path, begun.step, begun.fed)
             raise UserError(_not_finite(broken[0], metrics[broken[0]], begun, kept, workdir))
 
     def heldout_scores() -> dict[str, float]:
@@ -181,12 +180,12 @@ def train(
     for step in range(int(state.step) + 1, config.steps + 1):
         profile.before(step)
         started = time.perf_counter()
-        packed = next(batches)
-        data_wait, data_state = time.perf_counter() - started, batches.get_state()
-        state, metrics = step_fn(state, packed.batch)
+        fed = next(batches)
+        data_wait = time.perf_counter() - started
+        state, metrics = step_fn(state, fed.batch)
         if begun is not None:
             finish(begun)
-        begun = Begun(step, metrics, packed, data_wait)
+        begun = Begun(step, metrics, fed, data_wait)
         stopping = stop.requested  # read once: a signal that comes later ends the next step
         last = step == config.steps or bool(stopping)
         evaluating = heldout is not None and (step % config.eval.every == 0 or last)
@@ -199,7 +198,7 @@ def train(
                 step,
                 params=state.variables,
                 opt_state={"step": state.step, "optimizer": state.opt_state},
-                data_state=data_state,
+                data_state=batches.get_state(),
             )
         if evaluating or saving:
             throughput.restart()
@@ -212,19 +211,18 @@ def train(
     return 0 if workdir.latest_step() == int(state.step) else 1
 
 
-def evaluate(
-    eval_fn, state: TrainState, heldout: grain.IterDataset, count: int
-) -> dict[str, float]:
+def evaluate(eval_fn, state: TrainState, heldout: Feed, count: int) -> dict[str, float]:
     """Mean loss and token accuracy over the first batches of the held-out data."""
     totals = np.zeros(3)
     with contextlib.closing(iter(heldout)) as batches:
-        for _, packed in zip(range(count), batches, strict=False):
-            totals += jax.device_get(eval_fn(state.params, state.router, packed.batch))
+        for _, fed in zip(range(count), batches, strict=False):
+            totals += jax.device_get(eval_fn(state.params, state.router, fed.batch))
     return {"heldout/loss": totals[0] / totals[2], "heldout/token_acc": totals[1] / totals[2]}
 
 
 def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Workdir) -> str:
-    newest, rows = workdir.latest_step(), ", ".join(begun.packed.names[:3])
+    newest, (packed, *_) = workdir.latest_step(), begun.fed.packed.values()
+    rows = ", ".join(packed.names[:3])
     return (
         f"{name} is {value} at step {begun.step}, so the run stops; its batch ({rows}, ...) is in"
         f" {kept}, the newest checkpoint is {'none' if newest is None else f'of step {newest}'};"

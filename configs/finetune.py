@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         threads=4,
         workers=0,
         prefetch=2,
+        shards=0,
         preview=0,
     )
     config.optim = dict(

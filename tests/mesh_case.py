@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from vl2jax.batch import FIRST_TILE_ROW, Batch
-from vl2jax.collate import Sample
+from vl2jax.collate import Sample, collate
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.data.packing import BatchShape, Packer, assemble
 from vl2jax.model import VL2, abstract_params, init_variables
@@ -140,3 +140,10 @@ def batches(pools: int) -> list[Batch]:
         )
 
     return [join(batch) for batch in pooled_batches()]
+
+
+def prompts(rows: int) -> Batch:
+    """Questions of different lengths, some with tiles."""
+    rng = np.random.default_rng(2)
+    samples = [_sample(rng) for _ in range(rows)]
+    return collate(samples, pad_id=0, tile_side=8, tokens_per_tile=1)

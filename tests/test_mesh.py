@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from vl2jax.ambient import AXES, batch_shards
+from vl2jax.generate import generate
 from vl2jax.run_setup import jit_train_step, state_shapes
-from vl2jax.sharding import make_mesh
+from vl2jax.sharding import make_mesh, param_shardings
 from vl2jax.train_step import train_step
 
 MESHES = {
@@ -85,11 +86,14 @@ def test_training_equals_one_device(mesh_name, attention, routing):
     for (metrics, kept), (want_metrics, want_kept) in zip(got, want, strict=True):
         for name, value in want_metrics.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        whole = np.sqrt(sum(np.sum(g**2) for g in want_kept["gradient"].values()))
         found = jax.tree.leaves_with_path(kept)
         for (path, value), expected in zip(found, jax.tree.leaves(want_kept), strict=True):
-            # Of the array as a whole: single elements may cancel to nothing.
+            name = jax.tree_util.keystr(path)
             error, size = np.linalg.norm(value - expected), np.linalg.norm(expected)
-            assert error <= 1e-5 * size, f"{jax.tree_util.keystr(path)}: {error} of {size}"
+            # Small gradients are sums of large terms that cancel: they are held to the whole one.
+            size = whole if "gradient" in name else size
+            assert error <= 1e-5 * size, f"{name}: {error} of {size}"
     if routing == "extreme":
         first = want[0][0]
         assert (first["moe/dead_experts"] == 4).all() and (first["moe/max_violation"] == 3).all()
@@ -97,7 +101,7 @@ def test_training_equals_one_device(mesh_name, attention, routing):
 
 def test_step_exchanges_rows_and_not_weights():
     """What the compiled step gathers: rows over `expert`, never the weights of experts."""
-    *_, program, _ = compiled(*CASES[-1] if ALL else ("expert=8", "mha"))
+    *_, program, _ = compiled("expert=8", "mha")
     text = program.as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     shapes = [tuple(map(int, shape.split(","))) for shape in gathered if shape]
@@ -106,3 +110,34 @@ def test_step_exchanges_rows_and_not_weights():
     assert "reduce-scatter(" in text
     for shape in shapes:
         assert sorted(shape)[-3:] != [8, 16, 32], shapes
+
+
+@functools.cache
+def answers(attention: str, mesh_name: str | None, rows: int):
+    """Greedy and random answers to prompts with and without pictures, as tokens."""
+    config = mesh_case.architecture(attention)
+    state = mesh_case.start(mesh_case.recipe(config))
+    params = {"params": state.params, "router": state.router}
+    if mesh_name is not None:
+        params = jax.device_put(params, param_shardings(mesh_of(mesh_name), params))
+    batch = mesh_case.prompts(rows)
+    options = dict(max_new_tokens=12, eos_token_id=1)
+    found = generate(config, params, batch, **options)
+    found += generate(config, params, batch, **options, temperature=1.0, seed=3)
+    return [row.tokens for row in found]
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "attention", "rows"),
+    [
+        (mesh, attention, rows)
+        for mesh, attention in CASES
+        for rows in (1, 8)
+        if ALL or (attention, rows) == ("mla", 1)
+    ],
+)
+def test_same_answers(mesh_name, attention, rows):
+    """One row, which no batch axis divides, and as many as there are devices."""
+    got = answers(attention, mesh_name, rows)
+    assert got == answers(attention, None, rows)
+    assert len({tuple(tokens) for tokens in got}) > 1

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vl2jax.ambient import batch_shards, constrain, current_mesh
 from vl2jax.batch import TEXT, Batch
 from vl2jax.config import DecoderConfig, VL2Config
 from vl2jax.decoder import Caches, init_caches
@@ -95,7 +96,7 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
     def choose(params, sampling, hidden, seen, keys, positions):
         logits = model.apply(params, hidden, method=VL2.logits)
         draws = jax.vmap(jax.random.fold_in)(keys, positions)
-        token = next_token(sampling, logits, seen, draws)
+        token = constrain(next_token(sampling, logits, seen, draws))  # whole, for every host
         return token, seen.at[jnp.arange(seen.shape[0]), token].set(True)
 
     @functools.partial(jit, donate_argnums=2)
@@ -116,9 +117,12 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
 
         out = jnp.zeros((state.tokens.shape[0], BURST), jnp.int32)
         _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
-        return state, out
+        return state, constrain(out)
 
     return Programs(embed, prefill, choose, burst)
+
+
+_empty_caches = jax.jit(init_caches, static_argnums=(0, 1, 2, 3))  # made where they belong
 
 
 def prefill_prompts(
@@ -148,15 +152,15 @@ def prefill_prompts(
     chunk_size = min(chunk_size, _round_up(longest, _BUCKET))
     length = _round_up(longest, chunk_size or _BUCKET)
     x = steps.embed(params, **_padded(batch, length))
-    dtype = cache_dtype or x.dtype
+    dtype = jnp.dtype(cache_dtype or x.dtype)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     if not chunk_size:
-        caches = init_caches(cfg, rows, length, dtype)
+        caches = _empty_caches(cfg, rows, length, dtype)
         hidden, caches = steps.prefill(params, x, positions, caches)
         grow = max(0, slots - length)
         caches = jax.tree.map(lambda a: jnp.pad(a, _after_axis_2(a.ndim, grow)), caches)
         return hidden[np.arange(rows), lengths - 1], caches
-    caches = init_caches(cfg, rows, max(slots, length), dtype)
+    caches = _empty_caches(cfg, rows, max(slots, length), dtype)
     last = jnp.zeros((rows, x.shape[-1]), x.dtype)
     for start in range(0, length, chunk_size):
         chunk = slice(start, start + chunk_size)
@@ -175,8 +179,9 @@ def _padded(batch: Batch, length: int) -> dict[str, np.ndarray]:
         x = np.asarray(x)[:, :length]
         return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value)
 
-    tiles = np.asarray(batch.tiles)
+    tiles, mesh = np.asarray(batch.tiles), current_mesh()
     slots = next((n for n in _TILE_BUCKETS if n >= len(tiles)), _round_up(len(tiles), 16))
+    slots = slots if mesh is None else _round_up(slots, batch_shards(mesh))
     return {
         "tiles": np.pad(tiles, ((0, slots - len(tiles)), *((0, 0),) * 3)),
         "tokens": fit(batch.tokens, 0),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vl2jax.ambient import mesh_of
 from vl2jax.answer import Answer
 from vl2jax.batch import Batch
 from vl2jax.config import VL2Config
@@ -47,7 +48,7 @@ def generate(config: VL2Config, params, batch: Batch, **options) -> list[Generat
 
     Args:
       config: architecture.
-      params: variables of the model, as `vl2jax.load` gives.
+      params: variables of the model, as `vl2jax.load` gives; the mesh that they lie on is used.
       batch: prompts, one sequence per row, padded on the right (`processor(..., inference=True)`).
       **options: see `stream`.
 
@@ -117,24 +118,27 @@ def stream(
     steps = programs(config, jnp.dtype(dtype), jax.default_backend())
     keys = _keys(seed, len(rows))
 
-    hidden, caches = prefill_prompts(
-        *(steps, params, config.decoder, batch, lengths),
-        new_tokens=int(budgets.max()),
-        chunk_size=chunk_size,
-        cache_dtype=cache_dtype,
-    )
-    positions = jnp.asarray(lengths, jnp.int32)
-    seen = _seen(config.decoder.vocab_size, batch)
-    tokens, seen = steps.choose(params, sampling, hidden, seen, keys, positions)
-    state = DecodeState(caches, tokens, positions, seen, jnp.zeros(len(rows), bool), keys)
+    with mesh_of(params):
+        hidden, caches = prefill_prompts(
+            *(steps, params, config.decoder, batch, lengths),
+            new_tokens=int(budgets.max()),
+            chunk_size=chunk_size,
+            cache_dtype=cache_dtype,
+        )
+        positions = jnp.asarray(lengths, jnp.int32)
+        seen = _seen(config.decoder.vocab_size, batch)
+        tokens, seen = steps.choose(params, sampling, hidden, seen, keys, positions)
+        state = DecodeState(caches, tokens, positions, seen, jnp.zeros(len(rows), bool), keys)
     fresh = np.asarray(tokens)[:, None].tolist()
     yield rows, [row.push(new) for row, new in zip(rows, fresh, strict=True)]
 
     eos_array = jnp.asarray(eos or [-1], jnp.int32)
     while not all(row.done for row in rows):
         count = min(BURST, max(row.room for row in rows if not row.done))
-        done = jnp.asarray([row.done for row in rows])
-        state, tokens = steps.burst(params, sampling, state.replace(done=done), eos_array, count)
+        done = np.asarray([row.done for row in rows])
+        with mesh_of(params):
+            state = state.replace(done=done)
+            state, tokens = steps.burst(params, sampling, state, eos_array, count)
         fresh = np.asarray(tokens)[:, :count].tolist()
         yield rows, [row.push(new) for row, new in zip(rows, fresh, strict=True)]
 

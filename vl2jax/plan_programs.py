@@ -25,10 +25,9 @@ from vl2jax.errors import UserError
 from vl2jax.kernels import COMPILER_OPTIONS, compiling_for
 from vl2jax.model import abstract_params
 from vl2jax.run_config import RunConfig
-from vl2jax.run_setup import make_recipe, state_shapes
+from vl2jax.run_setup import jit_train_step, make_recipe, state_shapes
 from vl2jax.sampling import SamplingParams
-from vl2jax.sharding import CACHE_RULES, batch_sharding, check_batch, param_shardings
-from vl2jax.train_step import train_step
+from vl2jax.sharding import CACHE_RULES, batch_sharding, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +86,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built:
     """The step that `train.py` runs."""
-    sizes = {name: getattr(config.batch, name) for name in ("rows", "tiles", "microbatches")}
-    check_batch(mesh, **sizes)
-    recipe = make_recipe(config, architecture)
+    recipe = make_recipe(config, architecture, mesh)
     state, split, batch = state_shapes(recipe, mesh), batch_sharding(mesh), config.batch
     parts, side = batch.microbatches, architecture.vision.image_size
 
@@ -106,12 +103,7 @@ def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built
         loss_mask=shape(jnp.bool_, batch.rows // parts, batch.length),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(
-        functools.partial(train_step, recipe),
-        in_shardings=(shardings, split),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
+    step = jit_train_step(recipe, mesh, shardings)
     kept = {"parameters": (state.params, state.router), "optimizer": state.opt_state}
     return _compile(mesh, step, (state, data), kept)
 

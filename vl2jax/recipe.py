@@ -93,6 +93,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
         threads=16,
         workers=0,
         prefetch=2,
+        shards=0,
         preview=0,
     )
     config.optim = dict(

@@ -32,6 +32,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the draws (0)")
     add("--chunk_size", type=whole(0), default=0, help="prompt tokens at a time (0: all)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")
     add("--nostream", dest="stream", action="store_false", help="show the answer when it is whole")
     add("--json", action="store_true", help="one JSON object per answer, on one line")

@@ -21,6 +21,7 @@ from vl2jax.processor import Processor
 from vl2jax.progress import Progress, human_bytes
 from vl2jax.prompt import read_conversation
 from vl2jax.request import Request
+from vl2jax.sharding import written_mesh
 
 
 class Session:
@@ -35,6 +36,7 @@ class Session:
         path: str | os.PathLike,
         *,
         dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         crop: bool | None = None,
         exif: bool = True,
         **options: Any,
@@ -44,6 +46,7 @@ class Session:
         Args:
           path: what `read_model_dir` takes.
           dtype: "bfloat16" or "float32"; None: as stored.
+          mesh: that the parameters are split over; None: the default device has them all.
           crop, exif: see `Processor.sample`.
           **options: see `vl2jax.stream`.
 
@@ -52,7 +55,7 @@ class Session:
         """
         self._directory = read_model_dir(path)
         self._dtype = dtype or self._directory.dtype
-        self._crop, self.exif = crop, exif
+        self._mesh, self._crop, self.exif = mesh, crop, exif
         self._model: Model | None = None
         self.processor = Processor.from_dir(self._directory.path, self._directory.config)
         self._limit = self._directory.config.decoder.max_position_embeddings
@@ -92,7 +95,10 @@ class Session:
             total = self._describe()
             with Progress("loading", total) as progress:
                 self._model = load(
-                    self._directory.address, self._dtype, on_leaf=lambda _, n: progress.update(n)
+                    self._directory.address,
+                    self._dtype,
+                    self._mesh,
+                    on_leaf=lambda _, n: progress.update(n),
                 )
         return self._model
 
@@ -104,12 +110,15 @@ class Session:
             size * (4 if name.startswith("router/") else dtype.itemsize)
             for name, size in sizes.items()
         )
-        device = jax.devices()[0]
+        device, mesh = jax.devices()[0], self._mesh
+        where = f"{device.platform} ({device.device_kind})"
+        if mesh is not None:
+            where = f"{mesh.size} x {where}, mesh {written_mesh(mesh)}"
         caches = jax.eval_shape(lambda: init_caches(config.decoder, 1, self._limit, dtype))
         cache = sum(math.prod(leaf.shape) * dtype.itemsize for leaf in jax.tree.leaves(caches))
         print(
             f"{self._directory.address}: {sum(sizes.values()):,} parameters, {dtype.name},"
-            f" {human_bytes(nbytes)} on {device.platform} ({device.device_kind}); cache"
+            f" {human_bytes(nbytes)} on {where}; cache"
             f" {human_bytes(cache / self._limit)} a token, up to {self._limit} tokens a row",
             file=sys.stderr,
         )
