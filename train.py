@@ -21,20 +21,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vl2jax.ambient import batch_shards
 from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
 from vl2jax.errors import UserError
-from vl2jax.feed import Fed, Feed, FeedIterator, choose_shards, fill_metrics
+from vl2jax.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.lineage import init_params
-from vl2jax.metrics import MetricsLog, Throughput
+from vl2jax.metrics import MetricsLog, NoLog, Throughput
+from vl2jax.multihost import agree, is_first, joined, leave, must_block, wait_for_all
 from vl2jax.processor import Processor
 from vl2jax.report import describe_run, model_flops
 from vl2jax.run_config import RunConfig, read_run_config, read_sources
 from vl2jax.run_events import Profile, Skipped, StopSignal, keep_batch
-from vl2jax.run_flags import FLAGS, define_flags, read_flags
+from vl2jax.run_flags import FLAGS, define_flags, read_flags, read_joining
 from vl2jax.run_setup import (
     choose_architecture,
     jit_eval_step,
@@ -55,9 +57,11 @@ def run(argv: Sequence[str]) -> int:
     """One run; the exit code."""
     config = read_run_config(read_flags(argv))
     path = Path(FLAGS.workdir or Path("runs", config.name))
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-    with jax.set_mesh(mesh):
-        return run_on_mesh(config, path, mesh)
+    with joined(read_joining()):
+        agree(dataclasses.asdict(config) | {"workdir": str(path)})
+        mesh = make_mesh(dataclasses.asdict(config.mesh))
+        with jax.set_mesh(mesh):
+            return run_on_mesh(config, path, mesh)
 
 
 def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
@@ -65,18 +69,20 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
     architecture = choose_architecture(config)
     recipe = make_recipe(config, architecture, mesh)
     shapes = state_shapes(recipe, mesh)
-    print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
+    if is_first():
+        print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
     if config.dry_run:
         return 0
     read_sources(config.data.train, "data.train")  # before anything is written
     set_compilation_cache(FLAGS.compilation_cache)
     prepare_workdir(path, config, architecture)
+    wait_for_all("workdir")
     processor = Processor.from_dir(path, architecture)
     skipped = Skipped(path / "skipped.txt")
     make = functools.partial(make_data, config, mesh, processor)
     if config.data.preview:
-        shown = make("train", skipped).pipelines[0]
-        preview(iter(shown), processor, path, config.data.preview)
+        shown = make("train", skipped, batch_shards(mesh)).pipelines
+        preview(iter(shown[0]), processor, path, config.data.preview)
         return 0
     keep = config.checkpoint
     with contextlib.ExitStack() as stack:
@@ -84,16 +90,18 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
             Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
         )
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
-        shards = choose_shards(mesh, config.data.shards, data_state)
-        batches = iter(make("train", skipped, shards))
+        pools, shards = choose_pools(mesh, config.batch, config.data.shards, data_state)
+        recipe = dataclasses.replace(recipe, model=recipe.model.clone(tile_pools=pools))
+        batches = iter(make("train", skipped, pools, shards))
         stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
-        log = stack.enter_context(
-            MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
-        )
+        log = NoLog()
+        if is_first():
+            log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
+        stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
-        heldout = make("heldout", skipped)
+        heldout = make("heldout", skipped, pools)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
 
 
@@ -110,7 +118,8 @@ def first_state(
             like_params=shapes.variables,
             like_opt_state={"step": shapes.step, "optimizer": shapes.opt_state},
         )
-        print(f"resumed  from step {step} of {workdir.path}", flush=True)
+        if is_first():
+            print(f"resumed  from step {step} of {workdir.path}", flush=True)
         params, router = variables["params"], variables["router"]
         return TrainState(rest["step"], params, router, rest["optimizer"]), data_state
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
@@ -151,7 +160,9 @@ def train(
 ) -> int:
     """The loop; the exit code.
 
-    A step is waited for after the next one is under way, or before anything is saved.
+    A step is waited for after the next one is under way, or before anything is saved. Of several
+    processes any can be asked to stop; its next batch tells the others, so that all stop after the
+    same step.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jit_train_step(recipe, mesh, shardings)
@@ -160,8 +171,10 @@ def train(
     throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
     stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
 
-    def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> None:
-        """Waits for a step and writes its metrics; stops the run where they are not finite."""
+    def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> bool:
+        """Waits for a step and writes its metrics; stops the run where they are not finite.
+
+        Returns whether a process has asked, with the step's batch, that the run stop."""
         metrics = {name: np.asarray(value) for name, value in begun.metrics.items()}
         totals = {name: float(value) for name, value in begun.fed.totals.items()}
         flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
@@ -173,20 +186,26 @@ def train(
             kept = keep_batch(workdir.path, begun.step, begun.fed)
             raise UserError(_not_finite(broken[0], metrics[broken[0]], begun, kept, workdir))
 
+        return totals["stop"] > 0
+
     def heldout_scores() -> dict[str, float]:
         return evaluate(eval_fn, state, heldout, config.eval.batches)
 
     begun: Begun | None = None
+    alone, in_step = jax.process_count() == 1, must_block()
     for step in range(int(state.step) + 1, config.steps + 1):
         profile.before(step)
         started = time.perf_counter()
+        batches.stopping = bool(stop.requested)
         fed = next(batches)
         data_wait = time.perf_counter() - started
         state, metrics = step_fn(state, fed.batch)
-        if begun is not None:
-            finish(begun)
+        asked = begun is not None and finish(begun)
         begun = Begun(step, metrics, fed, data_wait)
-        stopping = stop.requested  # read once: a signal that comes later ends the next step
+        if in_step:
+            jax.block_until_ready((metrics, fed.totals))
+        # Read once: a signal that comes later ends the next step.
+        stopping = stop.requested if alone else asked and (stop.requested or "another process")
         last = step == config.steps or bool(stopping)
         evaluating = heldout is not None and (step % config.eval.every == 0 or last)
         saving = step % config.checkpoint.every == 0 or last
@@ -208,6 +227,7 @@ def train(
             log.note(f"{stopping}: step {step} is saved, the run stops here")
             break
     workdir.wait()
+    wait_for_all("end")
     return 0 if workdir.latest_step() == int(state.step) else 1
 
 
@@ -232,11 +252,12 @@ def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Work
 
 def main(argv: Sequence[str]) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return run_cli(
+    code = run_cli(
         lambda: run(argv),
         out_of_memory="--config.compute.remat=full, more --config.batch.microbatches, or a smaller"
         " --config.batch.rows",
     )
+    return leave(code)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ORDER = [
     *("sampling", "answer", "decode", "generate"),
     *("store", "checkpoint", "api"),
     *("orbax_io", "lineage", "workdir", "report", "tensorboard", "curves", "metrics"),
-    *("feed", "run_flags", "run_setup", "run_events"),
+    *("multihost", "feed", "run_flags", "run_setup", "run_events"),
     *("hlo", "chips", "kernel_costs", "plan_programs"),
     *("request", "session", "answer_output", "answer_file", "chat", "cli", "sample_flags"),
     "plan",

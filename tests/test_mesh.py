@@ -99,6 +99,20 @@ def test_training_equals_one_device(mesh_name, attention, routing):
         assert (first["moe/dead_experts"] == 4).all() and (first["moe/max_violation"] == 3).all()
 
 
+def test_experts_are_placed():
+    """Of parameters and moments of experts each device has an eighth, after a step too."""
+    mesh, recipe, shardings, program, pools = compiled("expert=8", "mha")
+    with jax.set_mesh(mesh):
+        state = jax.device_put(mesh_case.start(recipe), shardings)
+        state, _ = program(state, mesh_case.batches(pools)[0])
+    found = [leaf for path, leaf in jax.tree.leaves_with_path(state) if "/experts/" in str(path)]
+    found += jax.tree.leaves(state.params["decoder"]["moe_1"]["mlp"]["experts"])
+    assert len(found) == 3 * 4  # parameters, gradients, two moments
+    for leaf in found:
+        assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
+        assert len({shard.device for shard in leaf.addressable_shards}) == 8
+
+
 def test_step_exchanges_rows_and_not_weights():
     """What the compiled step gathers: rows over `expert`, never the weights of experts."""
     *_, program, _ = compiled("expert=8", "mha")

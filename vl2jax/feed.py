@@ -1,15 +1,17 @@
 """From packed batches to arrays on a mesh: which process reads what, and where its rows go.
 
-The batch has a part for each of the mesh's batch shards, with tile slots of its own. The data is
-divided into data shards; each is read and packed by itself and fills equally many parts, over which
-its packer balances the tiles. A process reads the data shards that its devices need, so what a step
-gets depends on the number of data shards and not on that of processes.
+The mesh splits a batch into equal parts, and each part is one or more pools: rows with tile slots
+of their own. The data is divided into data shards; each is read and packed by itself and fills
+equally many pools, over which its packer balances the tiles. A process reads the data shards that
+its devices need, so what a step gets depends on the numbers of data shards and pools, which a
+checkpoint keeps, and not on processes, nor on the mesh as long as its parts divide the pools.
 
-Axis legend: P microbatches, G parts of the batch, B rows of a part.
+Axis legend: P microbatches, G pools, B rows of a pool.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +28,10 @@ from vl2jax.ambient import batch_shards
 from vl2jax.batch import Batch
 from vl2jax.data.pipeline import PackedBatch
 from vl2jax.errors import UserError
+from vl2jax.run_config import BatchConfig
 from vl2jax.sharding import batch_sharding
 
-# What is counted of each part of the batch, and summed over all processes with the step.
+# What is counted of each pool, and summed over all processes with the step.
 COUNTED = ("tokens", "images", "tiles", "supervised", "stop")
 
 
@@ -54,21 +57,21 @@ class Feed:
     def __init__(
         self,
         mesh: Mesh,
-        microbatches: int,
+        pools: int,
         shards: int,
         pipeline: Callable[[int], grain.IterDataset],
     ):
         """
         Args:
           mesh: that the batch is split over.
-          microbatches: P.
-          shards: data shards; must divide the parts of the batch (`check_shards`).
-          pipeline: of a data shard, from its number; batches of P * G / shards pools.
+          pools: G, a multiple of the parts of the batch and of the data shards.
+          shards: data shards.
+          pipeline: of a data shard, from its number; its batches have G / shards pools for each
+            microbatch.
         """
-        self.mesh, self.microbatches, self.shards = mesh, microbatches, shards
-        self.parts = batch_shards(mesh)
-        self.mine = _own_parts(mesh)
-        wanted = sorted({part // (self.parts // shards) for part in self.mine})
+        self.mesh, self.pools, self.shards = mesh, pools, shards
+        self.mine = _own_pools(mesh, pools)
+        wanted = sorted({pool // (pools // shards) for pool in self.mine})
         self.pipelines = {number: pipeline(number) for number in wanted}
 
     def __iter__(self) -> "FeedIterator":
@@ -83,37 +86,41 @@ class FeedIterator(Iterator[Fed]):
         self._iterators = {number: iter(data) for number, data in feed.pipelines.items()}
         self._sharding = batch_sharding(feed.mesh)
         self._total = jax.jit(
-            _total, out_shardings=NamedSharding(feed.mesh, PartitionSpec())
-        )  # one program for the whole run
+            functools.partial(_total, batch_shards(feed.mesh)),
+            out_shardings=NamedSharding(feed.mesh, PartitionSpec()),
+        )
         self.stopping = False  # asks, with the next batch, that all processes stop
 
     def __next__(self) -> Fed:
         packed = {number: next(iterator) for number, iterator in self._iterators.items()}
-        parts = self._feed.parts // self._feed.shards  # of a data shard
+        each = self._feed.pools // self._feed.shards  # pools of a data shard
         local: dict[int, Batch] = {}
         counts: dict[int, np.ndarray] = {}
         for number, one in packed.items():
-            split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), one.batch)
-            counted = one.pool_counts.reshape(-1, parts, one.pool_counts.shape[-1])
-            for i in range(parts):
-                part = number * parts + i
-                if part in self._feed.mine:
-                    local[part] = jax.tree.map(lambda x, i=i: x[:, i], split)
+            split = jax.tree.map(lambda x: x.reshape(-1, each, *x.shape[1:]), one.batch)
+            counted = one.pool_counts.reshape(-1, each, one.pool_counts.shape[-1])
+            for i in range(each):
+                pool = number * each + i
+                if pool in self._feed.mine:
+                    local[pool] = jax.tree.map(lambda x, i=i: x[:, i], split)
                     stop = np.full((len(counted), 1), self.stopping)
-                    counts[part] = np.concatenate([counted[:, i], stop], axis=1)[:, None]
+                    counts[pool] = np.concatenate([counted[:, i], stop], axis=1)[:, None]
         batch = jax.tree.map(
-            lambda *parts: self._place(dict(zip(local, parts, strict=True))), *local.values()
+            lambda *pools: self._place(dict(zip(local, pools, strict=True))), *local.values()
         )
         return Fed(batch, packed, self._total(self._place(counts)))
 
-    def _place(self, parts: dict[int, np.ndarray]) -> jax.Array:
-        """An array on the mesh from this process's parts, [P, B, ...] each."""
-        one = next(iter(parts.values()))
+    def _place(self, pools: dict[int, np.ndarray]) -> jax.Array:
+        """An array on the mesh from this process's pools, [P, B, ...] each."""
+        one = next(iter(pools.values()))
         rows = one.shape[1]
-        shape = (one.shape[0], rows * self._feed.parts, *one.shape[2:])
+        shape = (one.shape[0], rows * self._feed.pools, *one.shape[2:])
 
         def of(index: tuple[slice, ...]) -> np.ndarray:
-            return parts[(index[1].start or 0) // rows] if rows else one
+            if not rows:
+                return one
+            first, last, _ = index[1].indices(shape[1])
+            return np.concatenate([pools[i] for i in range(first // rows, last // rows)], axis=1)
 
         return jax.make_array_from_callback(shape, self._sharding, of)
 
@@ -122,7 +129,7 @@ class FeedIterator(Iterator[Fed]):
         own = {number: it.get_state() for number, it in self._iterators.items()}
         if jax.process_count() > 1 and self._feed.shards > 1:
             own = _of_all_processes(own)
-        return {"shards": [own[number] for number in sorted(own)]}
+        return {"pools": self._feed.pools, "shards": [own[number] for number in sorted(own)]}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on after the batch that the state was taken after."""
@@ -147,43 +154,49 @@ def fill_metrics(fed: Fed) -> dict[str, float]:
     }
 
 
-def choose_shards(mesh: Mesh, wanted: int, saved: Mapping[str, Any] | None) -> int:
-    """How many data shards a run has.
+def choose_pools(
+    mesh: Mesh, batch: BatchConfig, wanted: int, saved: Mapping[str, Any] | None
+) -> tuple[int, int]:
+    """How many pools a batch has, and how many shards the data.
 
     Args:
       mesh: that the batch is split over.
-      wanted: 0: as a saved state has, or one per process as far as the parts of the batch allow.
-      saved: state of the data to go on from, or None.
+      batch: its shape.
+      wanted: data shards; 0: as a saved state has, or one per process as far as the mesh allows.
+      saved: state of the data to go on from, or None. Its pools are kept where they can be, and
+        with them the very batches.
 
     Raises:
-      UserError: they do not divide the parts of the batch, or the saved state has another number.
+      UserError: the batch does not divide, or the saved state has other data shards.
     """
-    parts = batch_shards(mesh)
-    found = len(saved["shards"]) if saved else wanted or math.gcd(parts, jax.process_count())
-    if wanted and wanted != found:
+    parts, per = batch_shards(mesh), batch.microbatches
+    shards = len(saved["shards"]) if saved else wanted or math.gcd(parts, jax.process_count())
+    if wanted and wanted != shards:
         raise UserError(
-            f"data.shards is {wanted}, but the checkpoint's data is in {found} shards; leave it 0"
+            f"data.shards is {wanted}, but the checkpoint's data is in {shards} shards; leave it 0"
             " or begin in a new workdir with init_from"
         )
-    if parts % found:
-        raise UserError(
-            f"the data is in {found} shards, which must divide the {parts} parts of the batch"
-            f" (mesh data x fsdp x expert); choose a mesh with a multiple of {found} parts"
-        )
-    return found
+    least = math.lcm(parts, shards)
+    for pools in (math.lcm(least, saved["pools"] if saved else 1), least):
+        if batch.rows % (per * pools) == 0 and batch.tiles % (per * pools) == 0:
+            return pools, shards
+    raise UserError(
+        f"{shards} data shards on {parts} parts of the batch (mesh data x fsdp x expert) need"
+        f" batch.rows and batch.tiles that are multiples of {per * least} ({per} microbatches), got"
+        f" {batch.rows} and {batch.tiles}"
+    )
 
 
-def _own_parts(mesh: Mesh) -> frozenset[int]:
-    """The parts of the batch that devices of this process hold."""
-    parts = batch_shards(mesh)
-    places = batch_sharding(mesh).addressable_devices_indices_map((1, parts))
-    return frozenset(index[1].start or 0 for index in places.values())
+def _own_pools(mesh: Mesh, pools: int) -> frozenset[int]:
+    """The pools that devices of this process hold."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((1, pools))
+    return frozenset(i for index in places.values() for i in range(*index[1].indices(pools)))
 
 
-def _total(counts: jax.Array) -> dict[str, jax.Array]:
-    """Sums of int[P, G, `COUNTED`], and the imbalance of the tiles."""
+def _total(parts: int, counts: jax.Array) -> dict[str, jax.Array]:
+    """Sums of int[P, G, `COUNTED`], and the imbalance of the tiles between parts of the batch."""
     counts = counts.astype(jnp.float32)
-    tiles = counts[..., COUNTED.index("tiles")]
+    tiles = counts[..., COUNTED.index("tiles")].reshape(len(counts), parts, -1).sum(axis=-1)
     mean = jnp.maximum(tiles.mean(axis=1).sum(), 1e-9)
     sums = dict(zip(COUNTED, counts.sum(axis=(0, 1)), strict=True))
     return sums | {"tile_imbalance": jnp.maximum(tiles.max(axis=1).sum() / mean - 1, 0)}

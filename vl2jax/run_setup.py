@@ -144,12 +144,13 @@ def make_data(
     processor: Processor,
     split: str,
     on_skip: Callable[[str], None],
+    pools: int,
     shards: int = 1,
 ) -> Feed | None:
     """`data.train` (endless, shuffled) or `data.heldout` (in order).
 
     Args:
-      shards: data shards, see `feed`. Held-out data are one, so that their end is everywhere the
+      pools, shards: see `feed`. Held-out data are one shard, so that their end is everywhere the
         same.
 
     Returns:
@@ -166,9 +167,9 @@ def make_data(
         return open_source(name, images_root=data.images_root or None)
 
     sources = [(source(name), weight) for name, weight in read_sources(names, f"data.{split}")]
-    pools = batch.microbatches * batch_shards(mesh)
+    count = batch.microbatches * pools
     shape = BatchShape(
-        pools // shards, batch.rows // pools, batch.length, batch.tiles // pools, batch.segments
+        count // shards, batch.rows // count, batch.length, batch.tiles // count, batch.segments
     )
 
     def pipeline(shard: int) -> grain.IterDataset:
@@ -189,4 +190,4 @@ def make_data(
             process_count=shards,
         )
 
-    return Feed(mesh, batch.microbatches, shards, pipeline)
+    return Feed(mesh, pools, shards, pipeline)
