@@ -151,7 +151,11 @@ def sample_table(entries: list[dict]) -> str:
     rows = [
         ["model", "slice (chips)", "mesh", "GiB on a chip", "prefill, s", "decoding, ms per token"]
     ]
-    for prefill, decode in zip(entries[::2], entries[1::2], strict=False):
+    both = {(e["config"], e["topology"], e["what"]): e for e in entries}
+    for (name, slice_, what), decode in both.items():
+        prefill = both.get((name, slice_, "prefill"))
+        if what != "decode" or prefill is None:
+            continue
         peak = max(prefill["bytes"]["peak"], decode["bytes"]["peak"]) / 2**30
         per_token = 8e3 * _per_token(decode)
         rows.append(

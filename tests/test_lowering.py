@@ -14,6 +14,7 @@ from vl2jax.model import abstract_params
 from vl2jax.run_config import read_run_config
 from vl2jax.run_setup import choose_architecture, make_recipe
 from vl2jax.sampling import SamplingParams
+from vl2jax.sharding import make_mesh
 from vl2jax.train_step import init_state, train_step
 
 ROWS, SLOTS = 2, 64
@@ -34,7 +35,8 @@ def architecture(config):
 
 
 def test_train_step_lowers_for_cuda(config, architecture):
-    recipe = make_recipe(config, architecture)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, jax.devices()[:1])
+    recipe = make_recipe(config, architecture, mesh)
     state = jax.eval_shape(functools.partial(init_state, recipe), jax.random.key(0))
     batch, side = config.batch, architecture.vision.image_size
     shape = functools.partial(jax.ShapeDtypeStruct, (1, batch.rows, batch.length))

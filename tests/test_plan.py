@@ -83,6 +83,10 @@ def test_cost_of_splash_is_half_where_causal():
     causal, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [q, q, v, numbers], (v,))
     assert whole == 2 * 2 * 4 * 4096**2 * (192 + 128)
     assert causal / whole == pytest.approx(9 / 16)
+    q, v = (Array("bf16", a.shape[1:], True) for a in (q, v))  # a single row has no axis
+    blocks = Array("s8", (1, 8, 8), True)
+    single, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [blocks, q, q, v], (v,))
+    assert single == whole / 2
 
 
 def _plan(*flags: str) -> subprocess.CompletedProcess:

@@ -53,15 +53,16 @@ def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, 
 
 def _splash(name, operands, results) -> tuple[float, float]:
     """Of a causal mask the blocks on and below the diagonal."""
-    q, k, v = [a for a in operands if len(a.shape) == 4][:3]
-    length = q.shape[2]
+    # [B, H, T, .], or without the axis of rows where there is one row.
+    q, k, v = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")][:3]
+    length = q.shape[-2]
     block = next(b for b in range(MAX_BLOCK, 0, -128) if length % b == 0)
     blocks = length // block
     # The kernel of a causal mask gets the numbers of the queries as one more operand.
     causal = any(a.shape == (length, 128) for a in operands)
     share = (blocks + 1) / (2 * blocks) if causal else 1.0
-    scores = math.prod(q.shape[:3]) * k.shape[2] * share
-    keys, values = q.shape[3], v.shape[3]
+    scores = math.prod(q.shape[:-1]) * k.shape[-2] * share
+    keys, values = q.shape[-1], v.shape[-1]
     products = keys + values
     if "_dq" in name:
         products = 2 * keys + values

@@ -27,7 +27,7 @@ from vl2jax.model import abstract_params
 from vl2jax.run_config import RunConfig
 from vl2jax.run_setup import jit_train_step, make_recipe, state_shapes
 from vl2jax.sampling import SamplingParams
-from vl2jax.sharding import CACHE_RULES, batch_sharding, check_batch, param_shardings
+from vl2jax.sharding import CACHE_RULES, batch_sharding, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +86,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built:
     """The step that `train.py` runs."""
-    sizes = {name: getattr(config.batch, name) for name in ("rows", "tiles", "microbatches")}
-    check_batch(mesh, **sizes)
-    recipe = make_recipe(config, architecture)
+    recipe = make_recipe(config, architecture, mesh)
     state, split, batch = state_shapes(recipe, mesh), batch_sharding(mesh), config.batch
     parts, side = batch.microbatches, architecture.vision.image_size
 

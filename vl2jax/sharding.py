@@ -86,7 +86,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     types = (AxisType.Auto,) * len(AXES)
     across = next((i for i in (0, 1) if shape[i] % slices == 0), None)
     if slices == 1 or across is None:
-        return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=types)
+        # An axis of 8 on a torus of 4x4x4 takes one of its axes and half of another.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     between = [slices if i == across else 1 for i in range(len(shape))]
     within = [size // parts for size, parts in zip(shape, between, strict=True)]
     grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
