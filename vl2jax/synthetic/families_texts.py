@@ -4,8 +4,8 @@ import itertools
 
 from vl2jax.synthetic.dice import Dice
 from vl2jax.synthetic.families_shapes import unique_pairs
-from vl2jax.synthetic.phrases import box_list, phrase
-from vl2jax.synthetic.scene import Scene, Thing, to_thousandths
+from vl2jax.synthetic.phrases import NOTHING, QUARTERS, box_list, phrase
+from vl2jax.synthetic.scene import Scene, Thing, quarter_of, to_thousandths
 from vl2jax.synthetic.turns import BOX, Situation, Turn
 from vl2jax.synthetic.words import OPPOSITES, WORDS, pair_name, with_article
 
@@ -48,6 +48,21 @@ def ask_caption(situation: Situation, dice: Dice, language: str) -> Turn | None:
         return None
     names = [pair_name(*thing.pair, language) for thing in things]
     return Turn(*phrase(dice, "caption", language, caption=_list(names, language)), about="all")
+
+
+def ask_layout(situation: Situation, dice: Dice, language: str) -> Turn | None:
+    """What lies in each quarter: much to be said of every picture, always in the same order."""
+    scene = situation.scene
+    there = {quarter_of(thing, scene.size): thing for thing in scene.things}
+    if scene.writing or len(there) < len(scene.things):
+        return None
+    parts = [
+        (name, pair_name(*there[i].pair, language) if i in there else NOTHING[language])
+        for i, name in enumerate(QUARTERS[language])
+    ]
+    mark, comma = {"en": (": ", ", "), "zh": ("：", "，")}[language]
+    layout = comma.join(f"{name}{mark}{what}" for name, what in parts)
+    return Turn(*phrase(dice, "layout", language, layout=layout), about="all")
 
 
 def ask_grounded_caption(situation: Situation, dice: Dice, language: str) -> Turn | None:

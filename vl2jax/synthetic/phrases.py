@@ -168,6 +168,15 @@ PHRASES = {
         ("Describe the image.", "What do you see from left to right?", "What is in this picture?"),
         ("请描述这张图。", "从左到右有什么？", "这张图里有什么？"),
     ),
+    "layout": (
+        "{layout}",
+        (
+            "What is in each quarter of the image?",
+            "Go through the four quarters of the image.",
+            "Name what lies in each corner.",
+        ),
+        ("图的四个角各有什么？", "请依次说出四个区域里的内容。", "四个区域里分别是什么？"),
+    ),
     "grounded_caption": (
         "{caption}",
         (
@@ -289,6 +298,13 @@ def phrase(dice: Dice, key: str, language: str, **fields: object) -> tuple[str, 
     answer, *questions = PHRASES[key]
     question = dice.pick(questions[LANGUAGES.index(language)])
     return question.format(**fields), answer.format(**fields)
+
+
+QUARTERS = {
+    "en": ("top left", "top right", "bottom left", "bottom right"),
+    "zh": ("左上", "右上", "左下", "右下"),
+}
+NOTHING = {"en": "nothing", "zh": "无"}
 
 
 def question_only(dice: Dice, key: str, language: str, **fields: object) -> str:

@@ -206,8 +206,7 @@ def _place_in_quarter(
     """A random box of the size of `ink` in a quarter of the picture; None if that is too small."""
     corner = []
     for axis, second in enumerate(divmod(quarter, 2)):
-        start, end = size[axis] * _NEAR, size[axis] * (1 - _FAR)
-        middle = (start + end) / 2
+        start, middle, end = size[axis] * _NEAR, _middle(size[axis]), size[axis] * (1 - _FAR)
         start, end = (middle, end) if second else (start, middle)
         low, high = math.ceil(start + GAP / 2), math.floor(end - GAP / 2) - ink[axis]
         if high < low:
@@ -215,6 +214,16 @@ def _place_in_quarter(
         corner.append(_on_grid(dice, low, high))
     x, y = corner
     return x, y, x + ink[0], y + ink[1]
+
+
+def quarter_of(thing: Thing, size: tuple[int, int]) -> int:
+    """The quarter of what the model sees that a thing lies in, row by row from the top left."""
+    right, below = (thing.centre(axis) > _middle(size[axis]) for axis in (0, 1))
+    return right + 2 * below
+
+
+def _middle(side: int) -> float:
+    return side * (_NEAR + 1 - _FAR) / 2
 
 
 def _pick_pairs(

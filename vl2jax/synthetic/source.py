@@ -15,12 +15,12 @@ Ask = Callable[[Situation, Dice, str], Turn | None]
 
 LENGTH = 2**31 - 1  # there is no end; iterators of the pipeline want a number
 CHINESE = 0.2  # share of rows
-SINGLE = 0.2  # share of rows with one question
-TURNS = (3, 8)  # in the others, where there is so much to ask
+SINGLE = 0.4  # share of rows with one question
+TURNS = (2, 6)  # in the others, where there is so much to ask
 MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a short sequence
 # A question names what later ones ask for ("the red circle"), so most rows begin with those that
-# give little away; the rest are shuffled.
-SORTED = 0.7
+# give little away; the rest are shuffled, but for what tells all (`LAST`).
+SORTED, LAST = 0.7, 5
 
 IMAGE = "<image>"
 
@@ -57,6 +57,7 @@ MIXTURE = {
     "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 4, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
     "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 6, 3),
+    "layout": Family("each quarter", families_texts.ask_layout, "shapes", 70, 5),
     "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 8, 4),
     "grounded_caption": Family(
         "all with boxes", families_texts.ask_grounded_caption, "shapes", 3, 4
@@ -179,6 +180,7 @@ class Synthetic:
         order = list(found)
         if dice.chance(SORTED):
             order.sort(key=lambda key: MIXTURE[key[0]].reveals)
+        order.sort(key=lambda key: MIXTURE[key[0]].reveals == LAST)
         return [found[key] for key in order]
 
 
