@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from vl2jax.batch import FIRST_TILE_ROW
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.errors import UserError
@@ -67,18 +68,16 @@ def test_the_same_batches_on_any_mesh(processor):
 def test_every_pool_reads_its_own_tiles_and_they_are_balanced(processor):
     fed = feed(processor, pools=8, shards=1, data=8)
     batches, metrics, _ = take(fed, 4)
-    imbalance = []
+    per_tile, imbalance = processor.config.tokens_per_tile, []
     for batch in batches:
-        pools = batch.image_index.reshape(2, 8, -1)
-        used = (pools.max(axis=-1) - 2) // 4 + 1  # slots are filled in order
+        highest = batch.image_index.reshape(2, 8, -1).max(axis=-1)
+        # Slots of a pool are filled in order, so its highest index tells how many it has used.
+        used = np.maximum((highest - FIRST_TILE_ROW) // per_tile + 1, 0)
         assert used.max() <= 8
-        used = np.maximum(used, 0)
         imbalance.append(used.max(axis=1).sum() / used.mean(axis=1).sum() - 1)
     got = [one["data/tile_imbalance"] for one in metrics]
+    np.testing.assert_allclose(got, imbalance, rtol=1e-5, atol=1e-6)
     assert all(0 <= value < 1 for value in got)
-    per_tile = processor.config.tokens_per_tile
-    if per_tile == 4:
-        np.testing.assert_allclose(got, imbalance, rtol=1e-5, atol=1e-6)
 
 
 def test_pools_and_shards_are_chosen():
