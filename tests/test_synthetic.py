@@ -21,7 +21,7 @@ from vl2jax.synthetic.phrases import PHRASES
 from vl2jax.synthetic.scene import SIZES, Scene
 from vl2jax.synthetic.words import COLOURS, OPPOSITES, SHAPES, SHORT_WORDS, WORDS
 
-ROWS = 2250
+ROWS = 2500
 BOXED = {"grounding": "box", "grounded_caption": "box", "in_context": "box", "absent": "absent"}
 SINGULAR = {"crosses": "cross", **{f"{name}s": name for name in (*SHAPES, "shape", "digit", "bar")}}
 
