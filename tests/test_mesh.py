@@ -155,3 +155,16 @@ def test_same_answers(mesh_name, attention, rows):
     got = answers(attention, mesh_name, rows)
     assert got == answers(attention, None, rows)
     assert len({tuple(tokens) for tokens in got}) > 1
+
+
+def test_remat_does_not_repeat_the_exchange():
+    """The policies that keep what an exchange has brought gather rows once, the others twice."""
+    found = {}
+    for remat in ("none", "full", "exchange"):
+        mesh = mesh_of("expert=8")
+        recipe = mesh_case.recipe(mesh_case.architecture("mha"), 8, remat=remat)
+        with jax.set_mesh(mesh):
+            step = jax.jit(functools.partial(train_step, recipe))
+            text = step.lower(state_shapes(recipe, mesh), mesh_case.batches(8)[0]).as_text()
+        found[remat] = len(re.findall(r"stablehlo\.all_gather\"?\(", text))
+    assert found["exchange"] == found["none"] < found["full"]
