@@ -224,9 +224,14 @@ def write(results: dict[str, dict]) -> None:
     put(ROOT / "README.md", "train", train_table(found["train"], best_only=True))
     put(ROOT / "README.md", "sample", sample_table(found["sample"]))
     put(scaling, "train", train_table(found["train"], best_only=False))
-    put(scaling, "width", width_table(found["width"]))
-    put(scaling, "chips", chips_table(found["chips"]))
-    plan_plot.draw(found["width"], found["chips"], ROOT / "docs" / "scaling.png")
+    for name, table in (("width", width_table), ("chips", chips_table)):
+        missing = f"Not compiled yet: `python benchmarks/plan_table.py --only {name}`."
+        put(scaling, name, table(found[name]) if found[name] else missing)
+    picture = ROOT / "docs" / "scaling.png"
+    drawn = found["width"] and found["chips"]
+    if drawn:
+        plan_plot.draw(found["width"], found["chips"], picture)
+    put(scaling, "plot", "![bytes sent and memory held](scaling.png)" if drawn else "")
 
 
 def main() -> None:
