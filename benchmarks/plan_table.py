@@ -153,10 +153,14 @@ def sample_table(entries: list[dict]) -> str:
     ]
     both = {(e["config"], e["topology"], e["what"]): e for e in entries}
     for (name, slice_, what), decode in both.items():
-        prefill = both.get((name, slice_, "prefill"))
-        if what != "decode" or prefill is None:
+        if what != "decode":
             continue
-        peak = max(prefill["bytes"]["peak"], decode["bytes"]["peak"]) / 2**30
+        prefill = both.get((name, slice_, "prefill"))
+        first = "not compiled yet"
+        if prefill is not None:
+            bound = prefill["roofline"]
+            first = f"{bound['step']:.3f} ({bound['binding']})"
+        peak = max(e["bytes"]["peak"] for e in (prefill, decode) if e is not None) / 2**30
         per_token = 8e3 * _per_token(decode)
         rows.append(
             [
@@ -164,7 +168,7 @@ def sample_table(entries: list[dict]) -> str:
                 f"{decode['topology']} ({decode['devices']})",
                 _mesh(decode),
                 f"{peak:.1f} of {decode['hbm'] / 2**30:.0f}",
-                f"{prefill['roofline']['step']:.3f} ({prefill['roofline']['binding']})",
+                first,
                 f"{per_token:.1f} ({decode['roofline']['binding']})",
             ]
         )
