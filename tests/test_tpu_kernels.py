@@ -46,7 +46,7 @@ def test_rows_behind_the_last_group_are_zero():
     sizes = jnp.array([3, 0, 20, 5, 0, 1], jnp.int32)
 
     def total(x):
-        y = grouped_ffn(x.at[29:].set(jnp.nan), w, sizes, True)
+        y = grouped_ffn(x.at[29:].set(jnp.nan), w, sizes, E, True)
         return jnp.sum(y), y
 
     (_, y), dx = jax.jit(jax.value_and_grad(total, has_aux=True))(x)

@@ -115,9 +115,9 @@ def gmm(
         flat_P = experts_TK.reshape(-1)
         sizes = place(jnp.bincount(flat_P, length=n_experts))
         order_P = jnp.argsort(flat_P, stable=True)
-        return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, interpret)
+        return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, n_experts, interpret)
     return _sorted(
-        lambda x_PD, group_sizes: grouped_ffn(x_PD, w, place(group_sizes), interpret),
+        lambda x_PD, group_sizes: grouped_ffn(x_PD, w, place(group_sizes), n_experts, interpret),
         *(x_TD, weights_TK, experts_TK, n_experts),
     )
 

@@ -19,8 +19,8 @@ CHUNKS = 2  # that balanced experts take
 SCOPE = "expert_chunks"  # in the names of the loops
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk: int, interpret: bool):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk: int, used: int, interpret: bool):
     """Weighted sum [T, D] of the experts of each token.
 
     Args:
@@ -30,13 +30,14 @@ def chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk: int, interpret: bo
       sizes_G: int32, pairs of each expert; their sum may be less than P.
       w: `ExpertWeights`.
       chunk: C.
+      used: how many of the experts may have pairs (the weights may be those of many layers).
       interpret: runs the kernels without a TPU, slowly.
     """
     loop = _Loop(order_P, sizes_G, weights_TK, chunk)
 
     def one(i, y_TD):
         part = loop.part(i)
-        product = Products(x_TD.dtype, chunk, part.sizes, interpret)
+        product = Products(x_TD.dtype, chunk, part.sizes, used, interpret)
         x_CD = x_TD[part.tokens]
         hidden = hidden_rows(product.rows(x_CD, w.gate), product.rows(x_CD, w.up))
         y_CD = product.filled(product.rows(hidden, w.down)).astype(jnp.float32)
@@ -45,12 +46,12 @@ def chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk: int, interpret: bo
     return loop.run(one, jnp.zeros(x_TD.shape, jnp.float32)).astype(x_TD.dtype)
 
 
-def _forward(x_TD, weights_TK, order_P, sizes_G, w, chunk, interpret):
-    y_TD = chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk, interpret)
+def _forward(x_TD, weights_TK, order_P, sizes_G, w, chunk, used, interpret):
+    y_TD = chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk, used, interpret)
     return y_TD, (x_TD, weights_TK, order_P, sizes_G, w)
 
 
-def _backward(chunk, interpret, residuals, g_TD):
+def _backward(chunk, used, interpret, residuals, g_TD):
     """Hidden rows are computed again; the result of the down product is not needed."""
     x_TD, weights_TK, order_P, sizes_G, w = residuals
     loop = _Loop(order_P, sizes_G, weights_TK, chunk)
@@ -58,7 +59,7 @@ def _backward(chunk, interpret, residuals, g_TD):
     def one(i, carry):
         dx_TD, d_weights_P, dw = carry
         part = loop.part(i)
-        product = Products(x_TD.dtype, chunk, part.sizes, interpret)
+        product = Products(x_TD.dtype, chunk, part.sizes, used, interpret)
         x_CD, g_CD = x_TD[part.tokens], g_TD[part.tokens]
         gate, up = product.rows(x_CD, w.gate), product.rows(x_CD, w.up)
         hidden, hidden_vjp = jax.vjp(hidden_rows, gate, up)

@@ -12,8 +12,10 @@ MAX_ROWS, MIN_ROWS = 512, 16  # rows of a tile
 MAX_TILE, LANES = 1024, 128  # columns of a tile
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_ffn(x_PD: jax.Array, w, group_sizes_G: jax.Array, interpret: bool = False) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_ffn(
+    x_PD: jax.Array, w, group_sizes_G: jax.Array, used: int, interpret: bool = False
+) -> jax.Array:
     """`down(silu(gate(x)) * up(x))` of expert g on its `group_sizes[g]` consecutive rows.
 
     Products accumulate in float32; gradients of weights are not rounded below the weights' dtype.
@@ -23,24 +25,25 @@ def grouped_ffn(x_PD: jax.Array, w, group_sizes_G: jax.Array, interpret: bool = 
       x_PD: rows, sorted by expert.
       w: `ExpertWeights`, gate and up [G, D, F], down [G, F, D].
       group_sizes_G: int32; their sum may be less than P.
+      used: how many of the groups may have rows (the weights may be those of many layers).
       interpret: runs the kernels without a TPU, slowly.
 
     Returns:
       [P, D] in the dtype of x.
     """
-    return _forward(x_PD, w, group_sizes_G, interpret)[0]
+    return _forward(x_PD, w, group_sizes_G, used, interpret)[0]
 
 
-def _forward(x_PD, w, group_sizes, interpret):
-    product = Products(x_PD.dtype, len(x_PD), group_sizes, interpret)
+def _forward(x_PD, w, group_sizes, used, interpret):
+    product = Products(x_PD.dtype, len(x_PD), group_sizes, used, interpret)
     gate, up = (product.rows(x_PD, weight) for weight in (w.gate, w.up))
     y_PD = product.rows(hidden_rows(gate, up), w.down)
     return product.filled(y_PD), (x_PD, w, group_sizes, gate, up)
 
 
-def _backward(interpret, residuals, g_PD):
+def _backward(used, interpret, residuals, g_PD):
     x_PD, w, group_sizes, gate, up = residuals
-    product = Products(x_PD.dtype, len(x_PD), group_sizes, interpret)
+    product = Products(x_PD.dtype, len(x_PD), group_sizes, used, interpret)
     hidden, hidden_vjp = jax.vjp(hidden_rows, gate, up)
     d_gate, d_up = hidden_vjp(product.rows(g_PD, w.down, transpose=True))
     dx_PD = sum(
@@ -67,10 +70,12 @@ def hidden_rows(gate: jax.Array, up: jax.Array) -> jax.Array:
 class Products:
     """The products over groups of rows; `P` is padded to whole tiles on the way."""
 
-    def __init__(self, dtype: jnp.dtype, rows: int, group_sizes: jax.Array, interpret: bool):
+    def __init__(
+        self, dtype: jnp.dtype, rows: int, group_sizes: jax.Array, used: int, interpret: bool
+    ):
         self.dtype, self.size, self.interpret = dtype, rows, interpret
         self.group_sizes = group_sizes.astype(jnp.int32)
-        self.tile = tile_rows(rows, len(group_sizes))
+        self.tile = tile_rows(rows, used)
 
     def rows(self, x: jax.Array, weight: jax.Array, transpose: bool = False) -> jax.Array:
         """[P, K] and [G, K, N] (or, transposed, [G, N, K]) -> [P, N] in the dtype of x."""

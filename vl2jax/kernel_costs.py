@@ -36,7 +36,7 @@ def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, 
     out, size = results[0], left.nbytes / math.prod(left.shape)
     buffer = left.shape[0]
     groups = (out if name.startswith("tgmm") else right).shape[0]
-    tile, rows = tile_rows(buffer, groups), min(buffer, limit)
+    tile, rows = tile_rows(buffer, min(groups, layer)), min(buffer, limit)
     active = min(groups, layer, max(rows, 1))
     visits = rows / tile + active - 1
     if name.startswith("tgmm"):
