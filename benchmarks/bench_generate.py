@@ -9,10 +9,10 @@ not counted.
 
 `vision_tiles_per_s`: vision tower and adaptor on 4 tiles.  `prefill_tokens_per_s`: the decoder on
 1024 embeddings, cache written.  `e2e_prefill_s`: a picture of 2x1 tiles (617 tokens) and 95 tokens
-of text, to the first token of the answer.  `decode_tokens_per_s_b1`, `_b8`: 32 tokens after a prompt
-of 256, all rows counted.  `decode_bound_b1`: tokens per second if reading the weights that one token
-uses were all that takes time, at `memory_gb_per_s`, the rate at which this machine sums a large
-array.
+of text, to the first token of the answer.  `decode_tokens_per_s_b1`, `_b8`: 32 tokens after a
+prompt of 256, all rows counted.  `decode_bound_b1`: tokens per second if reading the weights that
+one token uses were all that takes time, at `memory_gb_per_s`, the rate at which this machine sums a
+large array.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import medium
 import numpy as np
 
 from vl2jax.batch import TEXT, Batch
-from vl2jax.config import VL2Config
 from vl2jax.buckets import length_bucket
+from vl2jax.config import VL2Config
 from vl2jax.decode import BURST, DecodeState, programs
 from vl2jax.image import image_layout
 from vl2jax.model import VL2, init_variables
