@@ -53,6 +53,8 @@ class Engine:
     """A model that answers; what it compiled, encoded and prefilled serves the next call as well.
 
     Attributes:
+      steps: the compiled programs.
+      dtype: of the computation.
       pictures: encoded.
       prefilled: prompt tokens that went through the decoder so far, padding not counted.
     """
@@ -97,9 +99,9 @@ class Engine:
         self._most, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-        self._steps = programs(config, dtype, jax.default_backend(), cache_dtype)
-        self._dtype = dtype
-        self.pictures = Pictures(self._steps, params)
+        self.steps = programs(config, dtype, jax.default_backend(), cache_dtype)
+        self.dtype = dtype
+        self.pictures = Pictures(self.steps, params)
         self._prefixes = Prefixes()
         self._state: DecodeState | None = None
         self._rows: list[RowAnswer | None] = []
@@ -176,7 +178,7 @@ class Engine:
             seen[i, row.prompt.tokens] = True
         if self._state is not None:
             slots = max(slots, _slots(self._state.caches))
-        state = self._steps.begin(
+        state = self.steps.begin(
             *(self._params, self._sampling, last, caches, seen, positions, seeds, slots)
         )
         places = free[: len(group.rows)]
@@ -195,12 +197,12 @@ class Engine:
             self._state = state
             return
         if self._state is None:
-            self._state = self._steps.idle(len(self._rows), slots)
+            self._state = self.steps.idle(len(self._rows), slots)
         elif _slots(self._state.caches) < slots:
-            grown = self._steps.spread(self._state.caches, len(self._rows), slots)
+            grown = self.steps.spread(self._state.caches, len(self._rows), slots)
             self._state = self._state.replace(caches=grown)
         rows = np.array([places[0]] * offset + places, np.int32)
-        self._state = self._steps.insert(self._state, state, rows)
+        self._state = self.steps.insert(self._state, state, rows)
 
     def _choose_group(self, waiting: deque, room: int) -> Group:
         """The head of the queue, and others that go well with it."""
@@ -228,7 +230,7 @@ class Engine:
 
     def _prefill(self, group: Group, count: int) -> tuple[jax.Array, Caches]:
         """Last hidden state [B, D] of every prompt, and caches; padding rows come first."""
-        common, steps = group.common, self._steps
+        common, steps = group.common, self.steps
         prompts = [row.prompt for row in group.rows]
         lengths = np.ones(count, np.int32)
         lengths[count - len(prompts) :] = [len(prompt) - common for prompt in prompts]
@@ -248,7 +250,7 @@ class Engine:
         else:
             slots = length_bucket(common + length)
             caches = steps.spread(group.prefix.caches, count, slots)
-        last = np.zeros((count, x.shape[-1]), self._dtype)
+        last = np.zeros((count, x.shape[-1]), self.dtype)
         for start in range(0, length, chunk):
             positions = np.arange(start, start + chunk, dtype=np.int32) + common
             positions = np.broadcast_to(positions, (count, chunk))
@@ -264,7 +266,7 @@ class Engine:
         count = min(BURST, min(rooms) if until_any else max(rooms))
         done = np.array([row is None for row in self._rows])
         state = self._state.replace(done=done)
-        self._state, tokens = self._steps.burst(
+        self._state, tokens = self.steps.burst(
             self._params, self._sampling, state, self._eos_array, count, until_any
         )
         tokens = np.asarray(tokens)
