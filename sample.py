@@ -23,7 +23,7 @@ from vl2jax.answer_file import answer_file
 from vl2jax.answer_output import Output, draw_answer, ground, image_number
 from vl2jax.chat import Chat
 from vl2jax.cli import run_cli
-from vl2jax.compilation_cache import set_compilation_cache
+from vl2jax.compilation_cache import set_compilation_cache, show_compilations
 from vl2jax.errors import UserError
 from vl2jax.request import from_prompt, read_request
 from vl2jax.sample_flags import parse_flags
@@ -41,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in names.split()},
     )
     set_compilation_cache(args.compilation_cache)
+    if args.verbose:
+        show_compilations()
+    if args.plan:
+        session.plan(args.batch_size if args.batch else 1)
+        return 0
     if args.batch:
         if args.process_count is None:
             part = (jax.process_index(), jax.process_count())

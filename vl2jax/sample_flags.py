@@ -41,6 +41,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--draw_on", type=whole(1), metavar="N", help="which image, from 1 (the last)")
     add("--raw_orientation", action="store_true", help="ignore EXIF orientation, as the original")
     add("--nocrop", action="store_true", help="no tiles: each image is seen as a whole only")
+    add("--plan", action="store_true", help="only say how much memory it takes")
+    add("--verbose", action="store_true", help="show what is compiled, and why")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
     return parser
 

@@ -100,6 +100,23 @@ class Session:
                 )
         return self._model
 
+    def plan(self, rows: int) -> None:
+        """Says on standard error what memory so many rows need at most; nothing is loaded."""
+        parameters, cache = self._describe(), rows * self._limit * self._cache_bytes()
+        print(
+            f"{rows} {'row' if rows == 1 else 'rows'} of {self._limit} tokens: cache"
+            f" {human_bytes(cache)}, with the parameters {human_bytes(parameters + cache)};"
+            " activations come on top",
+            file=sys.stderr,
+        )
+
+    def _cache_bytes(self) -> float:
+        """Of one token."""
+        decoder, dtype = self._directory.config.decoder, jnp.dtype(self._dtype)
+        caches = jax.eval_shape(lambda: init_caches(decoder, 1, self._limit, dtype))
+        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(caches))
+        return size * dtype.itemsize / self._limit
+
     def _describe(self) -> int:
         """Prints what is loaded; bytes of the parameters."""
         config, dtype = self._directory.config, jnp.dtype(self._dtype)
@@ -109,12 +126,10 @@ class Session:
             for name, size in sizes.items()
         )
         device = jax.devices()[0]
-        caches = jax.eval_shape(lambda: init_caches(config.decoder, 1, self._limit, dtype))
-        cache = sum(math.prod(leaf.shape) * dtype.itemsize for leaf in jax.tree.leaves(caches))
         print(
             f"{self._directory.address}: {sum(sizes.values()):,} parameters, {dtype.name},"
             f" {human_bytes(nbytes)} on {device.platform} ({device.device_kind}); cache"
-            f" {human_bytes(cache / self._limit)} a token, up to {self._limit} tokens a row",
+            f" {human_bytes(self._cache_bytes())} a token, up to {self._limit} tokens a row",
             file=sys.stderr,
         )
         return nbytes
