@@ -66,7 +66,7 @@ def test_prefill_and_decode_lower_for_cuda(architecture):
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS)),
     )
     sampling, eos = SamplingParams.create(), shape((1,), jnp.int32)
-    text = _lowered(steps.burst, params, sampling, state, eos, jnp.int32(BURST))
+    text = _lowered(steps.burst, params, sampling, state, eos, jnp.int32(BURST), jnp.bool_(False))
     _all_plain(text)
     assert f"tensor<{ROWS}x{BURST}xi32>" in text
 

@@ -137,7 +137,7 @@ def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
     )
     eos = place((1,), jnp.int32)
-    arguments = (params, SamplingParams.create(), state, eos, jnp.int32(1))
+    arguments = (params, SamplingParams.create(), state, eos, jnp.int32(1), jnp.bool_(False))
     step = programs(architecture, dtype, "tpu").burst
     return _compile(mesh, step, arguments, {"parameters": params, "cache": caches})
 
