@@ -38,6 +38,7 @@ from vl2jax.scoring import (
     score,
 )
 from vl2jax.session import Session
+from vl2jax.sharding import read_mesh
 from vl2jax.synthetic import Question
 
 WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or directory.path / "eval"
     out.mkdir(parents=True, exist_ok=True)
     set_compilation_cache(args.compilation_cache)
-    session = Session(directory.address, dtype=args.dtype)
+    session = Session(directory.address, dtype=args.dtype, mesh=read_mesh(args.mesh))
 
     def ask(family: str, index: int) -> Question:
         return dataset.question(family, index, split=split, seed=args.seed)
@@ -275,6 +276,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=whole(1), default=64, help="questions answered together (64)")
     add("--max_new_tokens", type=whole(1), default=192, help="of an answer (192)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
     add("--json", action="store_true", help="scores as one JSON object instead of a table")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")

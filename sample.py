@@ -8,7 +8,8 @@
 The answer, and nothing else, is written to standard output.  --messages is a JSON list of messages
 in OpenAI's style or the original's, or an object with "messages" and "images"; an assistant's
 message at its end is continued.  Each line of --batch is such an object, or has "prompt" and
-"images".  The exit code is 1 for a mistake, and for a batch with a bad row.
+"images"; a batch that ended early goes on where it stopped.  The exit code is 1 for a mistake, and
+for a batch with a bad row.
 """
 
 import argparse
@@ -16,15 +17,18 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from vl2jax.answer_file import answer_file
 from vl2jax.answer_output import Output, draw_answer, ground, image_number
 from vl2jax.chat import Chat
 from vl2jax.cli import run_cli
-from vl2jax.compilation_cache import set_compilation_cache
+from vl2jax.compilation_cache import set_compilation_cache, show_compilations
 from vl2jax.errors import UserError
 from vl2jax.request import from_prompt, read_request
 from vl2jax.sample_flags import parse_flags
 from vl2jax.session import Session
+from vl2jax.sharding import read_mesh
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,13 +37,23 @@ def run(args: argparse.Namespace) -> int:
     session = Session(
         args.ckpt,
         dtype=args.dtype,
+        mesh=read_mesh(args.mesh),
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
         **{name: getattr(args, name) for name in names.split()},
     )
     set_compilation_cache(args.compilation_cache)
+    if args.verbose:
+        show_compilations()
+    if args.plan:
+        session.plan(args.batch_size if args.batch else 1)
+        return 0
     if args.batch:
-        return 1 if answer_file(session, args.batch, args.out, args.batch_size) else 0
+        if args.process_count is None:
+            part = (jax.process_index(), jax.process_count())
+        else:
+            part = (args.process_index, args.process_count)
+        return 1 if answer_file(session, args.batch, args.out, args.batch_size, part) else 0
     output = Output(as_json=args.json, stream=args.stream, draw_on=args.draw_on)
     if args.prompt is None and not args.messages:
         Chat(session, output, system=args.system, images=args.image).run()

@@ -18,34 +18,36 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import grain
 import jax
 import numpy as np
 
+from vl2jax.ambient import batch_shards
 from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
-from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
-from vl2jax.data.pipeline import PackedBatch, fill_metrics
 from vl2jax.data.preview import preview
 from vl2jax.errors import UserError
+from vl2jax.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.lineage import init_params
-from vl2jax.metrics import MetricsLog, Throughput
+from vl2jax.metrics import MetricsLog, NoLog, Throughput
+from vl2jax.multihost import agree, is_first, joined, leave, must_block, wait_for_all
 from vl2jax.processor import Processor
 from vl2jax.report import describe_run, model_flops
 from vl2jax.run_config import RunConfig, read_run_config, read_sources
 from vl2jax.run_events import Profile, Skipped, StopSignal, keep_batch
-from vl2jax.run_flags import FLAGS, define_flags, read_flags
+from vl2jax.run_flags import FLAGS, define_flags, read_flags, read_joining
 from vl2jax.run_setup import (
     choose_architecture,
+    jit_eval_step,
+    jit_train_step,
     make_data,
     make_recipe,
     prepare_workdir,
     state_shapes,
 )
-from vl2jax.sharding import batch_sharding, make_mesh
-from vl2jax.train_step import Recipe, TrainState, eval_step, init_state, new_state, train_step
+from vl2jax.sharding import make_mesh
+from vl2jax.train_step import Recipe, TrainState, init_state, new_state
 from vl2jax.workdir import Workdir
 
 MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/param_norm")
@@ -55,22 +57,32 @@ def run(argv: Sequence[str]) -> int:
     """One run; the exit code."""
     config = read_run_config(read_flags(argv))
     path = Path(FLAGS.workdir or Path("runs", config.name))
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    with joined(read_joining()):
+        agree(dataclasses.asdict(config) | {"workdir": str(path)})
+        mesh = make_mesh(dataclasses.asdict(config.mesh))
+        with jax.set_mesh(mesh):
+            return run_on_mesh(config, path, mesh)
+
+
+def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
+    """The run, its mesh in force; the exit code."""
     architecture = choose_architecture(config)
-    recipe = make_recipe(config, architecture)
+    recipe = make_recipe(config, architecture, mesh)
     shapes = state_shapes(recipe, mesh)
-    print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
+    if is_first():
+        print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
     if config.dry_run:
         return 0
     read_sources(config.data.train, "data.train")  # before anything is written
     set_compilation_cache(FLAGS.compilation_cache)
     prepare_workdir(path, config, architecture)
+    wait_for_all("workdir")
     processor = Processor.from_dir(path, architecture)
     skipped = Skipped(path / "skipped.txt")
-    data = make_data(config, processor, "train", skipped)
-    heldout = make_data(config, processor, "heldout", skipped)
+    make = functools.partial(make_data, config, mesh, processor)
     if config.data.preview:
-        preview(iter(data), processor, path, config.data.preview)
+        shown = make("train", skipped, batch_shards(mesh)).pipelines
+        preview(iter(shown[0]), processor, path, config.data.preview)
         return 0
     keep = config.checkpoint
     with contextlib.ExitStack() as stack:
@@ -78,13 +90,18 @@ def run(argv: Sequence[str]) -> int:
             Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
         )
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
-        batches = stack.enter_context(contextlib.closing(iter(data)))
+        pools, shards = choose_pools(mesh, config.batch, config.data.shards, data_state)
+        recipe = dataclasses.replace(recipe, model=recipe.model.clone(tile_pools=pools))
+        batches = iter(make("train", skipped, pools, shards))
+        stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
-        log = stack.enter_context(
-            MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
-        )
+        log = NoLog()
+        if is_first():
+            log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
+        stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
+        heldout = make("heldout", skipped, pools)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
 
 
@@ -101,7 +118,8 @@ def first_state(
             like_params=shapes.variables,
             like_opt_state={"step": shapes.step, "optimizer": shapes.opt_state},
         )
-        print(f"resumed  from step {step} of {workdir.path}", flush=True)
+        if is_first():
+            print(f"resumed  from step {step} of {workdir.path}", flush=True)
         params, router = variables["params"], variables["router"]
         return TrainState(rest["step"], params, router, rest["optimizer"]), data_state
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
@@ -125,7 +143,7 @@ class Begun:
 
     step: int
     metrics: dict[str, jax.Array]
-    packed: PackedBatch
+    fed: Fed
     data_wait: float  # seconds
 
 
@@ -135,59 +153,59 @@ def train(
     recipe: Recipe,
     mesh: jax.sharding.Mesh,
     state: TrainState,
-    batches: grain.DatasetIterator,
-    heldout: grain.IterDataset | None,
+    batches: FeedIterator,
+    heldout: Feed | None,
     workdir: Workdir,
     log: MetricsLog,
 ) -> int:
     """The loop; the exit code.
 
-    A step is waited for after the next one is under way, or before anything is saved.
+    A step is waited for after the next one is under way, or before anything is saved. Of several
+    processes any can be asked to stop; its next batch tells the others, so that all stop after the
+    same step.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    split = batch_sharding(mesh)
-    step_fn = jax.jit(
-        functools.partial(train_step, recipe),
-        in_shardings=(shardings, split),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-        compiler_options=compiler_options(recipe.model.dtype),
-    )
-    eval_fn = jax.jit(
-        functools.partial(eval_step, recipe),
-        in_shardings=(shardings.params, shardings.router, split),
-    )
+    step_fn = jit_train_step(recipe, mesh, shardings)
+    eval_fn = jit_eval_step(recipe, mesh, shardings)
     per_token, per_tile = model_flops(architecture)
     throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
     stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
 
-    def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> None:
-        """Waits for a step and writes its metrics; stops the run where they are not finite."""
+    def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> bool:
+        """Waits for a step and writes its metrics; stops the run where they are not finite.
+
+        Returns whether a process has asked, with the step's batch, that the run stop."""
         metrics = {name: np.asarray(value) for name, value in begun.metrics.items()}
-        packed = begun.packed
-        flops = per_token * packed.tokens + per_tile * packed.tiles
-        speed = throughput.step(packed.tokens, packed.images, flops, begun.data_wait)
+        totals = {name: float(value) for name, value in begun.fed.totals.items()}
+        flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
+        speed = throughput.step(totals["tokens"], totals["images"], flops, begun.data_wait)
         broken = [name for name in MUST_BE_FINITE if not np.isfinite(metrics[name])]
         more = {} if broken else scores()
-        log.write(begun.step, {**metrics, **speed, **fill_metrics(packed), **more})
+        log.write(begun.step, {**metrics, **speed, **fill_metrics(begun.fed), **more})
         if broken:
-            kept = keep_batch(workdir.path, begun.step, packed)
+            kept = keep_batch(workdir.path, begun.step, begun.fed)
             raise UserError(_not_finite(broken[0], metrics[broken[0]], begun, kept, workdir))
+
+        return totals["stop"] > 0
 
     def heldout_scores() -> dict[str, float]:
         return evaluate(eval_fn, state, heldout, config.eval.batches)
 
     begun: Begun | None = None
+    alone, in_step = jax.process_count() == 1, must_block()
     for step in range(int(state.step) + 1, config.steps + 1):
         profile.before(step)
         started = time.perf_counter()
-        packed = next(batches)
-        data_wait, data_state = time.perf_counter() - started, batches.get_state()
-        state, metrics = step_fn(state, packed.batch)
-        if begun is not None:
-            finish(begun)
-        begun = Begun(step, metrics, packed, data_wait)
-        stopping = stop.requested  # read once: a signal that comes later ends the next step
+        batches.stopping = bool(stop.requested)
+        fed = next(batches)
+        data_wait = time.perf_counter() - started
+        state, metrics = step_fn(state, fed.batch)
+        asked = begun is not None and finish(begun)
+        begun = Begun(step, metrics, fed, data_wait)
+        if in_step:
+            jax.block_until_ready((metrics, fed.totals))
+        # Read once: a signal that comes later ends the next step.
+        stopping = stop.requested if alone else asked and (stop.requested or "another process")
         last = step == config.steps or bool(stopping)
         evaluating = heldout is not None and (step % config.eval.every == 0 or last)
         saving = step % config.checkpoint.every == 0 or last
@@ -199,7 +217,7 @@ def train(
                 step,
                 params=state.variables,
                 opt_state={"step": state.step, "optimizer": state.opt_state},
-                data_state=data_state,
+                data_state=batches.get_state(),
             )
         if evaluating or saving:
             throughput.restart()
@@ -209,22 +227,22 @@ def train(
             log.note(f"{stopping}: step {step} is saved, the run stops here")
             break
     workdir.wait()
+    wait_for_all("end")
     return 0 if workdir.latest_step() == int(state.step) else 1
 
 
-def evaluate(
-    eval_fn, state: TrainState, heldout: grain.IterDataset, count: int
-) -> dict[str, float]:
+def evaluate(eval_fn, state: TrainState, heldout: Feed, count: int) -> dict[str, float]:
     """Mean loss and token accuracy over the first batches of the held-out data."""
     totals = np.zeros(3)
     with contextlib.closing(iter(heldout)) as batches:
-        for _, packed in zip(range(count), batches, strict=False):
-            totals += jax.device_get(eval_fn(state.params, state.router, packed.batch))
+        for _, fed in zip(range(count), batches, strict=False):
+            totals += jax.device_get(eval_fn(state.params, state.router, fed.batch))
     return {"heldout/loss": totals[0] / totals[2], "heldout/token_acc": totals[1] / totals[2]}
 
 
 def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Workdir) -> str:
-    newest, rows = workdir.latest_step(), ", ".join(begun.packed.names[:3])
+    newest, (packed, *_) = workdir.latest_step(), begun.fed.packed.values()
+    rows = ", ".join(packed.names[:3])
     return (
         f"{name} is {value} at step {begun.step}, so the run stops; its batch ({rows}, ...) is in"
         f" {kept}, the newest checkpoint is {'none' if newest is None else f'of step {newest}'};"
@@ -234,11 +252,12 @@ def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Work
 
 def main(argv: Sequence[str]) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return run_cli(
+    code = run_cli(
         lambda: run(argv),
         out_of_memory="--config.compute.remat=full, more --config.batch.microbatches, or a smaller"
         " --config.batch.rows",
     )
+    return leave(code)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         threads=4,
         workers=0,
         prefetch=2,
+        shards=0,
         preview=0,
     )
     config.optim = dict(
@@ -48,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
         dtype="bfloat16",
         param_dtype="float32",
         remat="dots",
-        moe_implementation="blocked",
+        moe_implementation="auto",
         loss_chunk=256,
     )
     config.mesh = dict(data=1, fsdp=-1, expert=1, tensor=1)

@@ -73,6 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
         threads=1,
         workers=0,
         prefetch=4,
+        shards=0,
         preview=0,
     )
     config.optim = dict(

@@ -197,7 +197,7 @@ def test_samples_that_fit_nowhere():
     message = r"has 21 tokens, a row only 20: raise config\.batch\.length to 21"
     with pytest.raises(UserError, match=message):
         shape.check(make(21))
-    message = r"has 4 tiles, a microbatch only 3 slots: raise config\.batch\.tiles to 4"
+    message = r"has 4 tiles, a part of the batch only 3 slots: raise config\.batch\.tiles to 4"
     with pytest.raises(UserError, match=message):
         shape.check(make(18, 4))
     for change in ({"rows": 0}, {"segments": 0}, {"tiles": -1}, {"length": 0}, {"pools": 0}):

@@ -448,6 +448,27 @@ def test_a_closed_pipe_ends_quietly(ckpt):
     assert "Traceback" not in run.stderr and "rror" not in run.stderr
 
 
+def test_a_plan_loads_nothing(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(Session, "load", lambda self: pytest.fail("it was loaded"))
+    (tmp_path / "in.jsonl").write_text("{}")
+    code, out, err = ask("--plan")
+    # 3 layers, a latent of 24 and a key of 8 in float32: 384 bytes a token.
+    assert (code, out) == (0, "") and "1.86 MB on cpu" in err and "cache 384 B a token" in err
+    assert "1 row of 4096 tokens: cache 1.57 MB, with the parameters 3.44 MB" in err
+    flags = ["--batch", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--batch_size", 3]
+    assert "3 rows of 4096 tokens: cache 4.72 MB" in ask(*flags, "--plan")[2]
+
+
+def test_verbose_shows_what_is_compiled(ckpt):
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "hi", "--verbose"]
+    flags = ["--max_new_tokens", "4", "--compilation_cache", ROOT / ".cache" / "jax"]
+    run = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert run.returncode == 0
+    told = [line for line in run.stderr.splitlines() if line.startswith("compile: ")]
+    for name in ("embed", "prefill", "begin", "burst"):
+        assert any(f"jit({name})" in line and "XLA compilation" in line for line in told), name
+
+
 def test_the_demonstration_model_answers_about_the_example(ask, tmp_path):
     (tmp_path / "original").mkdir()
     random_hf.write_checkpoint(tmp_path / "original")

@@ -2,29 +2,29 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from golden import padded_batch
 
 import vl2jax
 from vl2jax import config as configs
 from vl2jax.errors import UserError
-from vl2jax.model import VL2, abstract_params
-from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
+from vl2jax.model import abstract_params
+from vl2jax.optim import OptimConfig, make_optimizer
 from vl2jax.sharding import (
     AXES,
     PARAM_RULES,
-    batch_sharding,
+    check_batch,
     make_mesh,
     optimizer_shardings,
     param_shardings,
     param_spec,
+    read_mesh,
 )
-from vl2jax.train_step import Recipe, TrainState, new_state, train_step
 
 
 def _mesh(**axes):
@@ -33,7 +33,11 @@ def _mesh(**axes):
 
 
 def _paths(config):
-    leaves = jax.tree.leaves_with_path(abstract_params(config))
+    return _flat(abstract_params(config))
+
+
+def _flat(tree):
+    leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
@@ -105,6 +109,62 @@ def test_make_mesh():
             make_mesh(dict(zip(AXES, wrong, strict=True)))
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("expert=4,tensor=2", (1, 1, 4, 2)), ("fsdp=2", (4, 2, 1, 1)), ("fsdp=-1", (1, 8, 1, 1))],
+)
+def test_mesh_of_a_flag(text, want):
+    assert tuple(read_mesh(text).shape.values()) == want
+    assert read_mesh("") is None
+
+
+def test_mistakes_name_numbers_and_what_works():
+    """One line each; what it proposes does work."""
+    base = abstract_params(configs.base())
+    for refused, message in (
+        (lambda: read_mesh("expert=3"), "does not fit 8 devices.*for instance data=4,expert=2"),
+        (lambda: read_mesh("expert=4,tensor=4"), "for instance expert=2,tensor=4"),
+        (lambda: read_mesh("experts=4"), "'experts=4' is not AXIS=DEVICES with an axis of data,"),
+        (lambda: read_mesh("expert=four"), "is not AXIS=DEVICES"),
+        (
+            lambda: param_shardings(_mesh(expert=5), base),
+            r"mesh expert=5 does not divide the model: .*experts/.*: 72 by expert=5",
+        ),
+        (
+            lambda: param_shardings(_mesh(data=1, expert=7), base),
+            "72 by expert=7; .* more; for instance data=7 does",
+        ),
+        (
+            lambda: check_batch(_mesh(data=2, expert=4), rows=12, tiles=64, microbatches=1),
+            r"batch\.rows 12 cannot be shared by mesh data=2,expert=4, .* into 8 parts: it must be"
+            " a multiple of 8, for instance 16, or a mesh like data=4,tensor=2",
+        ),
+        (
+            lambda: check_batch(_mesh(fsdp=4), rows=8, tiles=20, microbatches=2),
+            r"batch\.tiles 20 .* each of 2 microbatches into 4 parts: .* for instance 24",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (1, 2, 4, 1), (1, 2, 2, 2)])
+def test_each_device_has_its_part(sizes):
+    """Bytes on a device of base's parameters and moments: the whole by the shards, within 2%."""
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    abstract = abstract_params(configs.base())
+    experts = {path: leaf for path, leaf in _flat(abstract).items() if "/experts/" in path}
+    rest = {path: leaf for path, leaf in _flat(abstract).items() if path not in experts}
+    placed = _flat(param_shardings(mesh, abstract))
+    want = sum(leaf.size for leaf in experts.values()) / mesh.size
+    want += sum(leaf.size for leaf in rest.values()) / (mesh.size // mesh.shape["expert"])
+    parts = {path: placed[path].shard_shape(leaf.shape) for path, leaf in _flat(abstract).items()}
+    assert sum(math.prod(shape) for shape in parts.values()) == pytest.approx(want, rel=0.02)
+    for path, leaf in experts.items():
+        assert math.prod(parts[path]) * mesh.size == leaf.size
+
+
 def test_optimizer_state_lies_with_its_parameters(all_paths):
     """Moments of a released size, stage align and all: the same placement as the parameter."""
     mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
@@ -122,43 +182,3 @@ def test_optimizer_state_lies_with_its_parameters(all_paths):
         else:
             assert sharding.spec == jax.sharding.PartitionSpec()
     assert seen == dict.fromkeys(flat, 2)  # two moments each
-
-
-def test_one_step_on_a_mesh(mini):
-    """Loss and updated parameters of a sharded step are those of one device."""
-    model = mini("mini-small", "train_nopad")
-    batch = padded_batch(model.config, model.arrays("train_nopad"))
-    tiles = len(batch.tiles)
-    rows = jax.tree.map(lambda x: np.repeat(x, 8, axis=0)[None], batch.replace(tiles=None))
-    pad = -tiles % 8
-    batch = rows.replace(tiles=np.pad(batch.tiles, ((0, pad), *((0, 0),) * 3))[None])
-    cfg = OptimConfig(lr=0.1, schedule="constant", eps=1e-3)
-    paths = flatten_dict(model.params["params"], sep="/")
-    recipe = Recipe(
-        model=VL2(model.config),
-        optimizer=make_optimizer(cfg, 10),
-        schedule=learning_rate(cfg, 10),
-        trained=trained_paths(cfg, paths),
-    )
-    state = new_state(recipe, model.params)
-    want, want_metrics = jax.jit(train_step, static_argnums=0)(recipe, state, batch)
-    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2, "tensor": 1})
-    shardings = TrainState(
-        step=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-        params=param_shardings(mesh, state.params),
-        router=param_shardings(mesh, state.router),
-        opt_state=optimizer_shardings(mesh, state.opt_state),
-    )
-    sharded = jax.jit(
-        train_step,
-        static_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, None),
-    )
-    got, metrics = sharded(recipe, jax.device_put(state, shardings), batch)
-    assert metrics["train/loss"] == pytest.approx(float(want_metrics["train/loss"]), rel=1e-5)
-    experts = got.params["decoder"]["moe_1"]["mlp"]["experts"]["gate_proj"]
-    assert experts.addressable_shards[0].data.size == experts.size // 4  # fsdp and expert
-    for path, value in flatten_dict(want.params, sep="/").items():
-        found = np.asarray(flatten_dict(got.params, sep="/")[path])
-        np.testing.assert_allclose(found, value, rtol=0, atol=1e-4, err_msg=path)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vl2jax.attend_tpu import serves, splash
+from vl2jax.kernels import on_tpu
 from vl2jax.layers import PRODUCT, product
 
 # Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
@@ -60,6 +62,8 @@ def attend(
       [B, T, H, V] in the dtype of v.
     """
     rows, length, heads, _ = q.shape
+    if on_tpu() and serves(q, k):
+        return splash(q, k, v, scale, None if visibility is None else visibility.q_segments)
     if k.shape[2] == 1 < heads:  # heads that share keys and values are more queries of one head
         q = q.reshape(rows, length * heads, 1, -1)
         if visibility is not None:

@@ -9,10 +9,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vl2jax.ambient import constrain
 from vl2jax.attend import Visibility, attend
 from vl2jax.config import DecoderConfig
 from vl2jax.layers import Kernel, Linear, RMSNorm, einsum
 from vl2jax.rope import apply_rope, softmax_scale
+from vl2jax.sharding import CACHE_RULES
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
 _LATENT_NORM_EPS = 1e-6
@@ -78,11 +80,14 @@ class Context:
 
 def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) -> Cache:
     """Zeros: a cache for `layers` layers, `rows` rows of up to `slots` tokens."""
+
+    def zeros(name: str, *shape: int) -> jax.Array:
+        return constrain(jnp.zeros((layers, rows, slots, *shape), dtype), *CACHE_RULES[name])
+
     if cfg.use_mla:
-        width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        return LatentCache(jnp.zeros((layers, rows, slots, width), dtype))
-    shape = (layers, rows, slots, cfg.num_attention_heads, cfg.qk_head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return LatentCache(zeros("latent", cfg.kv_lora_rank + cfg.qk_rope_head_dim))
+    shape = (cfg.num_attention_heads, cfg.qk_head_dim)
+    return KVCache(zeros("keys", *shape), zeros("values", *shape))
 
 
 def _write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:

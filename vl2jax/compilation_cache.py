@@ -1,6 +1,8 @@
 """Compiled programs, kept on the disk for the next run."""
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -20,3 +22,23 @@ def set_compilation_cache(directory: str | None) -> None:
         return  # it works without
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def show_compilations() -> None:
+    """Says on standard error what is compiled, how long it took, and why it was needed anew."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage().strip()
+            # Misses inside a program are part of tracing it; those where one is called tell why.
+            called = text.startswith("TRACING CACHE MISS") and "engine.py" in text.split("\n")[0]
+            if called or text.startswith(_TOLD):
+                print(f"compile: {text}", file=sys.stderr)
+
+    jax.config.update("jax_log_compiles", True)
+    jax.config.update("jax_explain_cache_misses", True)
+    logger = logging.getLogger("jax")
+    logger.handlers, logger.propagate = [Handler()], False
+
+
+_TOLD = ("Finished XLA compilation", "Persistent compilation cache hit")

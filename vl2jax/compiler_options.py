@@ -5,15 +5,20 @@ import jax.numpy as jnp
 
 
 def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, str] | None:
-    """For `jax.jit` of a program that computes in `dtype`; None where the defaults are right.
+    """For a program that computes in `dtype`; None where the defaults are right.
 
     XLA's CPU compiler would convert stacked bfloat16 weights, and what a scan saves for its
     backward pass, to float32 ahead of the loop over layers: slower, and all of them once more in
-    memory.
+    memory.  Its TPU compiler would split some products with sharded weights into steps, one for
+    each part of the weight as it arrives; with our sizes that writes the activations again and
+    again (2.8 times the traffic in the vision tower) and compiles for long.
 
     Args:
       backend: "cpu", "gpu" or "tpu"; None: the default one.
     """
-    if (backend or jax.default_backend()) == "cpu" and dtype == jnp.bfloat16:
+    backend = backend or jax.default_backend()
+    if backend == "cpu" and dtype == jnp.bfloat16:
         return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    if backend == "tpu":
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     return None

@@ -1,6 +1,6 @@
-"""The compiled steps of generation: embed, prefill (whole or in chunks), decode in bursts.
+"""The compiled steps of generation: encode pictures, embed, prefill, decode in bursts.
 
-Axis legend: B rows, T prompt tokens (padded), S cache slots, D width, n tokens of a burst.
+Axis legend: B rows, T prompt tokens (padded), S cache slots, D width, I tiles, Q tokens per tile.
 
 Slot s of a row's cache holds the token at position s. Rows are padded on the right, so what
 padding writes lies behind the prompt and is overwritten, token by token, before it can be seen.
@@ -13,19 +13,18 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vl2jax.batch import TEXT, Batch
+from vl2jax.ambient import constrain
+from vl2jax.batch import FIRST_TILE_ROW
 from vl2jax.compiler_options import compiler_options
-from vl2jax.config import DecoderConfig, VL2Config
+from vl2jax.config import VL2Config
 from vl2jax.decoder import Caches, init_caches
 from vl2jax.model import VL2
 from vl2jax.moe import expert_stacks
-from vl2jax.sampling import next_token
+from vl2jax.sampling import SamplingParams, next_token
 
 BURST = 16  # tokens decoded on the device between two looks of the host
-_BUCKET = 64  # prompt and cache lengths are multiples of this, so that few programs compile
-_TILE_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+NOTHING = -1  # stands in the output of a burst for a token that was not computed
 
 
 @flax.struct.dataclass
@@ -51,27 +50,48 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled steps of generation.
+    """The compiled steps of generation; sizes in brackets are static.
 
     Attributes:
-      embed: (params, tiles, tokens, image_index) -> x [B, T, D].
-      prefill: (params, x, positions, caches) -> hidden [B, T, D], caches (donated).
-      choose: (params, sampling, hidden [B, D], seen, keys, positions) -> tokens [B], seen; the
-        token at `positions`.
-      burst: (params, sampling, state (donated), eos, count) -> state, tokens [B, BURST] of which
-        the first `count` are meant.
+      table: (params, [I]) -> a table [2 + I * Q, D] for `image_index`, no tile encoded yet.
+      encode: (params, table (donated), tiles, slots [I]) -> the table with these tiles in these
+        slots; slots beyond the table are dropped.
+      embed: (params, table, tokens, image_index) -> x [B, T, D].
+      caches: ([B], [S]) -> empty caches.
+      spread: (caches of one row, [B], [S]) -> caches of B equal rows with S slots.
+      prefill: (params, x, positions, caches (donated)) -> hidden [B, T, D], caches.
+      pick: (last [B, D], hidden [B, T, D], at [B]) -> `hidden` at these places, `last` where they
+        are outside.
+      begin: (params, sampling, last [B, D], caches, seen, positions, seeds, [S]) -> a state with S
+        slots, whose tokens follow the prompts.
+      idle: ([B], [S]) -> a state without a row at work.
+      insert: (state (donated), other, rows) -> the state with row i of `other` as row `rows[i]`;
+        of equal numbers the last counts.
+      burst: (params, sampling, state (donated), eos, count, until_any) -> state, tokens
+        [B, BURST], `NOTHING` behind the last step. Takes up to `count` steps, fewer if all rows
+        are done, or (`until_any`) one more than before.
     """
 
+    table: Callable
+    encode: Callable
     embed: Callable
+    caches: Callable
+    spread: Callable
     prefill: Callable
-    choose: Callable
+    pick: Callable
+    begin: Callable
+    idle: Callable
+    insert: Callable
     burst: Callable
 
 
 @functools.cache
-def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
-    """Jitted steps for one architecture and dtype."""
-    model = VL2(config, dtype)
+def programs(
+    config: VL2Config, dtype: jnp.dtype, backend: str, cache_dtype: jnp.dtype | None = None
+) -> Programs:
+    """Jitted steps for one architecture and dtype; `cache_dtype` None: that of the activations."""
+    model, cfg = VL2(config, dtype), config.decoder
+    cache_dtype = cache_dtype or dtype
 
     def decode(params, x, positions, caches):
         return model.apply(expert_stacks(params), x, positions, caches, method=VL2.decode)
@@ -79,24 +99,84 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
     options = compiler_options(dtype, backend)
     jit = functools.partial(jax.jit, compiler_options=options)
 
-    @jit
-    def embed(params, tiles, tokens, image_index):
-        table = model.apply(params, tiles, method=VL2.image_table)
-        return model.apply(params, table, tokens, image_index, method=VL2.embed)
+    @functools.partial(jax.jit, static_argnums=1)
+    def table(params, slots):
+        learned = model.apply(params, _no_tiles(config), method=VL2.image_table)[0]
+        return jnp.pad(learned, ((0, slots * config.tokens_per_tile), (0, 0)))
+
+    @functools.partial(jit, donate_argnums=1)
+    def encode(params, table, tiles, slots):
+        features = model.apply(params, tiles, method=VL2.image_table)[0, FIRST_TILE_ROW:]
+        size = config.tokens_per_tile
+        rows = FIRST_TILE_ROW + slots[:, None] * size + jnp.arange(size)[None]
+        return table.at[rows.reshape(-1)].set(features, mode="drop")
+
+    @jax.jit
+    def embed(params, table, tokens, image_index):
+        return model.apply(params, table[None], tokens, image_index, method=VL2.embed)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def caches(rows, slots):
+        return init_caches(cfg, rows, slots, cache_dtype)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def spread(caches, rows, slots):
+        def repeat(a):
+            return jnp.broadcast_to(a, (a.shape[0], rows, *a.shape[2:]))
+
+        return _fit(jax.tree.map(repeat, caches), slots)
 
     @functools.partial(jit, donate_argnums=3)
     def prefill(params, x, positions, caches):
         return decode(params, x, positions, caches)
 
-    @jax.jit  # no loop over layers, and part of `burst` as well
+    @jax.jit
+    def pick(last, hidden, at):
+        length = hidden.shape[1]
+        found = hidden[jnp.arange(len(at)), jnp.clip(at, 0, length - 1)]
+        return jnp.where(((at >= 0) & (at < length))[:, None], found, last)
+
     def choose(params, sampling, hidden, seen, keys, positions):
+        """Tokens [B] at `positions`, and `seen` with them."""
         logits = model.apply(params, hidden, method=VL2.logits)
         draws = jax.vmap(jax.random.fold_in)(keys, positions)
-        token = next_token(sampling, logits, seen, draws)
+        token = constrain(next_token(sampling, logits, seen, draws))  # whole, for every host
         return token, seen.at[jnp.arange(seen.shape[0]), token].set(True)
 
+    @functools.partial(jax.jit, static_argnums=7)
+    def begin(params, sampling, last, caches, seen, positions, seeds, slots):
+        keys = jax.vmap(jax.random.key)(seeds)
+        tokens, seen = choose(params, sampling, last, seen, keys, positions)
+        done = jnp.zeros(positions.shape, bool)
+        return DecodeState(_fit(caches, slots), tokens, positions, seen, done, keys)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def idle(rows, slots):
+        numbers = jnp.zeros(rows, jnp.int32)
+        seen, done = jnp.zeros((rows, cfg.vocab_size), bool), jnp.ones(rows, bool)
+        keys = jax.vmap(jax.random.key)(numbers.astype(jnp.uint32))
+        return DecodeState(
+            init_caches(cfg, rows, slots, cache_dtype), numbers, numbers, seen, done, keys
+        )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def insert(state, other, rows):
+        def put(axis, old, new):
+            for i in range(len(rows)):
+                row = jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
+                old = jax.lax.dynamic_update_slice_in_dim(old, row, rows[i], axis)
+            return old
+
+        keys = jax.random.key_data
+        flat = [one.replace(caches=None, keys=keys(one.keys)) for one in (state, other)]
+        joined = jax.tree.map(functools.partial(put, 0), *flat)
+        caches = jax.tree.map(functools.partial(put, 1), state.caches, other.caches)
+        return joined.replace(caches=caches, keys=jax.random.wrap_key_data(joined.keys))
+
     @functools.partial(jit, donate_argnums=2)
-    def burst(params, sampling, state, eos, count):
+    def burst(params, sampling: SamplingParams, state: DecodeState, eos, count, until_any):
+        before = state.done
+
         def step(carry):
             i, state, out = carry
             x = model.apply(params, state.tokens[:, None], method=VL2.embed_tokens)
@@ -109,82 +189,29 @@ def programs(config: VL2Config, dtype: jnp.dtype, backend: str) -> Programs:
 
         def unfinished(carry):
             i, state, _ = carry
-            return (i < count) & ~state.done.all()
+            one_more = until_any & (state.done & ~before).any()
+            return (i < count) & ~state.done.all() & ~one_more
 
-        out = jnp.zeros((state.tokens.shape[0], BURST), jnp.int32)
+        out = jnp.full((state.tokens.shape[0], BURST), NOTHING, jnp.int32)
         _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
-        return state, out
+        return state, constrain(out)
 
-    return Programs(embed, prefill, choose, burst)
-
-
-def prefill_prompts(
-    steps: Programs,
-    params,
-    cfg: DecoderConfig,
-    batch: Batch,
-    lengths: np.ndarray,
-    new_tokens: int,
-    chunk_size: int = 0,
-    cache_dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, Caches]:
-    """Last hidden state [B, D] of every prompt, and caches with room for `new_tokens` more.
-
-    Args:
-      steps: the compiled steps.
-      params: variables of the model.
-      cfg: decoder configuration.
-      batch: prompts, padded on the right.
-      lengths: int[B], their lengths.
-      new_tokens: of the longest answer.
-      chunk_size: prompt tokens at a time; 0: all.
-      cache_dtype: None: that of the activations.
-    """
-    rows, longest = len(lengths), int(lengths.max())
-    slots = _round_up(longest + new_tokens, _BUCKET)
-    chunk_size = min(chunk_size, _round_up(longest, _BUCKET))
-    length = _round_up(longest, chunk_size or _BUCKET)
-    x = steps.embed(params, **_padded(batch, length))
-    dtype = cache_dtype or x.dtype
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    if not chunk_size:
-        caches = init_caches(cfg, rows, length, dtype)
-        hidden, caches = steps.prefill(params, x, positions, caches)
-        grow = max(0, slots - length)
-        caches = jax.tree.map(lambda a: jnp.pad(a, _after_axis_2(a.ndim, grow)), caches)
-        return hidden[np.arange(rows), lengths - 1], caches
-    caches = init_caches(cfg, rows, max(slots, length), dtype)
-    last = jnp.zeros((rows, x.shape[-1]), x.dtype)
-    for start in range(0, length, chunk_size):
-        chunk = slice(start, start + chunk_size)
-        hidden, caches = steps.prefill(params, x[:, chunk], positions[:, chunk], caches)
-        at = lengths - 1 - start
-        inside = (at >= 0) & (at < chunk_size)
-        found = hidden[np.arange(rows), np.clip(at, 0, chunk_size - 1)]
-        last = jnp.where(inside[:, None], found, last)
-    return last, caches
+    return Programs(
+        *(table, encode, embed, caches, spread, prefill, pick, begin, idle, insert, burst)
+    )
 
 
-def _padded(batch: Batch, length: int) -> dict[str, np.ndarray]:
-    """Arrays of the prompt at `length` tokens, and tiles at a bucketed number of slots."""
-
-    def fit(x: np.ndarray, value: int) -> np.ndarray:
-        x = np.asarray(x)[:, :length]
-        return np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value)
-
-    tiles = np.asarray(batch.tiles)
-    slots = next((n for n in _TILE_BUCKETS if n >= len(tiles)), _round_up(len(tiles), 16))
-    return {
-        "tiles": np.pad(tiles, ((0, slots - len(tiles)), *((0, 0),) * 3)),
-        "tokens": fit(batch.tokens, 0),
-        "image_index": fit(batch.image_index, TEXT),
-    }
+def _no_tiles(config: VL2Config) -> jax.Array:
+    side = config.vision.image_size
+    return jnp.zeros((0, side, side, 3), jnp.uint8)
 
 
-def _round_up(size: int, step: int) -> int:
-    return -(-size // step) * step
+def _fit(caches: Caches, slots: int) -> Caches:
+    """Caches [n, B, S, ...] cut or padded to `slots` slots."""
 
+    def fit(a: jax.Array) -> jax.Array:
+        a = a[:, :, :slots]
+        grow = slots - a.shape[2]
+        return jnp.pad(a, ((0, 0), (0, 0), (0, grow), *((0, 0),) * (a.ndim - 3)))
 
-def _after_axis_2(ndim: int, grow: int) -> tuple[tuple[int, int], ...]:
-    """Padding of a cache [n, B, S, ...] along S."""
-    return ((0, 0), (0, 0), (0, grow), *((0, 0),) * (ndim - 3))
+    return jax.tree.map(fit, caches)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vl2jax.ambient import BATCH_AXES, constrain
 from vl2jax.attention import MHA, MLA, Cache, Context, init_cache
 from vl2jax.config import DecoderConfig
 from vl2jax.layers import GatedMLP, Kernel, RMSNorm, matmul, remat_layer
@@ -54,7 +55,7 @@ class DecoderLayer(nn.Module):
             init = nn.initializers.normal(cfg.initializer_range)
             y = GatedMLP(cfg.intermediate_size, init, **kinds, name="mlp")(normed)
         self.sow("intermediates", "mlp_out", y)
-        x += y
+        x = constrain(x + y, BATCH_AXES)
         self.sow("intermediates", "layer_out", x)
         return (x, cache), balance
 
@@ -154,4 +155,5 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.features)
         table = self.param("embedding", self.init, shape, self.param_dtype)
+        table = constrain(table, "tensor")  # whole rows: else tokens of all devices were gathered
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

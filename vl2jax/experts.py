@@ -1,4 +1,4 @@
-"""Routed experts, two exact implementations: `dense` (the oracle) and `blocked`.
+"""Routed experts, exact implementations: `dense` (the oracle), `blocked`, and `gmm` for TPU.
 
 Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert, E experts, D width,
 F expert width, M rows of a block.
@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vl2jax.ambient import axis_size, current_mesh
+from vl2jax.experts_chunked import CHUNKS, chunked_sum
+from vl2jax.experts_gmm import MAX_ROWS, grouped_ffn
+from vl2jax.kernels import on_tpu
 from vl2jax.layers import PRODUCT, matmul, product
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
+MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
 
 
 class ExpertWeights(NamedTuple):
@@ -58,7 +63,7 @@ def blocked(
     Args:
       x_TD: tokens.
       weights_TK: float32, weight of each chosen expert.
-      experts_TK: int32, the chosen experts.
+      experts_TK: int32, the chosen experts; E: none (its weight must be 0).
       w: weights; those of a used expert are cast to the dtype of x.
       block: rows of a block; None: fitted to the tokens per expert.
       first: where expert 0 lies in w, which may hold the experts of many layers.
@@ -67,20 +72,76 @@ def blocked(
     Returns:
       The weighted sum [T, D] in the dtype of x, summed in float32.
     """
-    n_experts, top_k = n_experts or w.gate.shape[0], experts_TK.shape[-1]
-    flat_P = experts_TK.reshape(-1)
+    n_experts = n_experts or w.gate.shape[0]
+    block = block or _block_rows(experts_TK.size, n_experts)
+
+    def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        return _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
+
+    return _sorted(run, x_TD, weights_TK, experts_TK, n_experts)
+
+
+def gmm(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    w: ExpertWeights,
+    first: jax.Array | int = 0,
+    n_experts: int | None = None,
+    chunk: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Tokens sorted by expert, then the grouped products of `experts_gmm`: exact, for TPU.
+
+    Where experts lie on several devices, `experts_chunked` works off the pairs that are here.
+
+    Args as of `blocked`.
+    """
+    n_weights = w.gate.shape[0]
+    n_experts = n_experts or n_weights
+    mesh = current_mesh()
+    places = 1 if mesh is None else axis_size(mesh, "expert")
+
+    def place(group_sizes: jax.Array) -> jax.Array:
+        """Within the weights of many layers."""
+        if n_weights == n_experts:
+            return group_sizes
+        none = jnp.zeros(n_weights, group_sizes.dtype)
+        return jax.lax.dynamic_update_slice(none, group_sizes, (first,))
+
+    if chunk is None and places > 1 and experts_TK.size // places >= MIN_SPLIT:
+        chunk = -(-experts_TK.size // (places * CHUNKS * MAX_ROWS)) * MAX_ROWS
+    if chunk is not None:
+        flat_P = experts_TK.reshape(-1)
+        sizes = place(jnp.bincount(flat_P, length=n_experts))
+        order_P = jnp.argsort(flat_P, stable=True)
+        return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, n_experts, interpret)
+    return _sorted(
+        lambda x_PD, group_sizes: grouped_ffn(x_PD, w, place(group_sizes), n_experts, interpret),
+        *(x_TD, weights_TK, experts_TK, n_experts),
+    )
+
+
+def automatic(*arguments, **options) -> jax.Array:
+    """`gmm` in a program for TPU, `blocked` elsewhere."""
+    return (gmm if on_tpu() else blocked)(*arguments, **options)
+
+
+# Each takes tokens, weights, experts and their weights; an expert number E stands for none, with
+# weight 0, and adds nothing (experts that live on other devices, see `expert_parallel`).
+IMPLEMENTATIONS = {"dense": dense, "blocked": blocked, "gmm": gmm, "auto": automatic}
+
+
+def _sorted(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
+    """`grouped` (rows by expert, group sizes -> rows) between sorting and the weighted sum."""
+    flat_P, top_k = experts_TK.reshape(-1), experts_TK.shape[-1]
     order_P = jnp.argsort(flat_P, stable=True)
     inverse_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(flat_P.size))
     group_sizes = jnp.bincount(flat_P, length=n_experts)
-    x_PD = _spread(x_TD, order_P, inverse_P, top_k)
-    block = block or _block_rows(flat_P.size, n_experts)
-    y_PD = _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
+    y_PD = grouped(_spread(x_TD, order_P, inverse_P, top_k), group_sizes)
     y_TKD = _permute(y_PD, inverse_P, order_P).reshape(*experts_TK.shape, -1)
     weights_TK = weights_TK.astype(jnp.float32)
     return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
-
-
-IMPLEMENTATIONS = {"dense": dense, "blocked": blocked}
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:

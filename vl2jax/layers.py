@@ -7,17 +7,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+EXCHANGED = "exchanged"  # name of the rows that an exchange among experts has brought
+
+_policies = jax.checkpoint_policies
+
 # What the forward pass of a layer keeps for the backward pass, which computes the rest again:
 # everything; the layer's input alone; what products give, also those within attention and experts
-# (which name it `PRODUCT`), so that norms, activations and gathers alone are computed twice.
+# (which name it `PRODUCT`), and what an exchange among experts has brought, so that only norms,
+# activations and gathers are computed twice; what the exchange has brought alone.
 PRODUCT = "product"
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "full": _policies.nothing_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(PRODUCT, EXCHANGED),
     ),
+    "exchange": _policies.save_only_these_names(EXCHANGED),
 }
 
 

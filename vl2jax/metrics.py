@@ -1,10 +1,12 @@
 """What a training run says of itself: metrics.jsonl, TensorBoard events, and a line of progress."""
 
 import collections
+import contextlib
 import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from vl2jax.errors import UserError
 from vl2jax.progress import StatusLine, bar, human_count, human_time
 from vl2jax.tensorboard import EventWriter, append_whole
 
-__all__ = ["MetricsLog", "Throughput", "drop_after", "peak_flops", "read_metrics"]
+__all__ = ["MetricsLog", "NoLog", "Throughput", "drop_after", "peak_flops", "read_metrics"]
 
 METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
 _RATE_OVER = 60.0  # seconds that the time left is reckoned from
@@ -279,6 +281,20 @@ class MetricsLog:
             return None
         (begin, low), (end, high) = self._marks[0], self._marks[-1]
         return (self._total - self._step) * (end - begin) / max(high - low, 1)
+
+
+class NoLog(contextlib.AbstractContextManager):
+    """What other processes than the first keep: nothing; only notes reach standard error."""
+
+    def __exit__(self, *_) -> None:
+        """Closes nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
+        """Does nothing."""
+
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        print(text, file=sys.stderr)
 
 
 def _plain(value: Value) -> Value:

@@ -1,6 +1,6 @@
 """The whole model: tiles and tokens to logits.
 
-Axis legend: B rows, T tokens, I tiles, Q tokens per tile, D width.
+Axis legend: B rows, T tokens, G pools, I tiles of all pools, Q tokens per tile, D width.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.adaptor import Adaptor
+from vl2jax.ambient import BATCH_AXES, constrain, mesh_of
 from vl2jax.batch import TEXT, Batch
 from vl2jax.config import VL2Config
 from vl2jax.decoder import Caches, Decoder
@@ -48,6 +49,9 @@ class VL2(nn.Module):
       moe_implementation: how routed experts are computed, see `experts.IMPLEMENTATIONS`.
       max_segments: largest segment id in a batch (1 unless sequences are packed).
       remat: what training keeps of each layer, a name in `layers.REMAT`.
+      tile_pools: G, pools of tiles in a batch: the g-th part of its rows reads the g-th part of its
+        tile slots, and `image_index` counts within it. On a mesh, one for each part of the batch,
+        so that no projected tile leaves its device.
     """
 
     config: VL2Config
@@ -56,6 +60,7 @@ class VL2(nn.Module):
     moe_implementation: str = "blocked"
     max_segments: int = 1
     remat: str = "none"
+    tile_pools: int = 1
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -85,18 +90,26 @@ class VL2(nn.Module):
           tiles: uint8[I, S, S, 3]; with I = 0 the vision tower is not run.
 
         Returns:
-          [2 + I * Q, D]: image_newline, view_seperator, then the projected tiles.
+          [G, 2 + I / G * Q, D]: image_newline, view_seperator, then the pool's projected tiles.
         """
         learned = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
+        learned = jnp.broadcast_to(learned, (self.tile_pools, *learned.shape))
         if tiles.shape[0] == 0:
             return learned
-        projected = self.adaptor(self.vision(tiles))
-        return jnp.concatenate([learned, projected.reshape(-1, projected.shape[-1])])
+        projected = self.adaptor(self.vision(constrain(tiles, BATCH_AXES)))
+        projected = projected.reshape(self.tile_pools, -1, projected.shape[-1])
+        return constrain(jnp.concatenate([learned, projected], axis=1), BATCH_AXES)
 
     def embed(self, table: jax.Array, tokens: jax.Array, image_index: jax.Array) -> jax.Array:
         """Input embeddings [B, T, D]: one gather from the table, or the token embedding."""
-        visual = jnp.take(table, image_index, axis=0, mode="clip")
+
+        def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+            return jnp.take(table, index, axis=0, mode="clip")
+
+        index = image_index.reshape(self.tile_pools, -1)
+        visual = jax.vmap(look_up)(table, index).reshape(*image_index.shape, -1)
         x = jnp.where((image_index == TEXT)[..., None], self.embed_tokens(tokens), visual)
+        x = constrain(x, BATCH_AXES)
         self.sow("intermediates", "inputs_embeds", x)
         return x
 
@@ -133,7 +146,6 @@ def compute_dtype(params) -> jnp.dtype:
     return params["params"]["image_newline"].dtype
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "moe_implementation"))
 def forward(
     config: VL2Config,
     params,
@@ -146,7 +158,8 @@ def forward(
 
     Args:
       config: architecture.
-      params: variables of the model, `{"params": ..., "router": ...}`, as `vl2jax.load` gives.
+      params: variables of the model, `{"params": ..., "router": ...}`, as `vl2jax.load` gives; the
+        mesh that they lie on is used.
       batch: what a `Processor` gives; logits at padding are meaningless.
       dtype: of the computation; None: that of the parameters.
       moe_implementation: see `vl2jax.experts`.
@@ -154,7 +167,14 @@ def forward(
     Returns:
       float32[B, T, vocab].
     """
-    model = VL2(config, dtype or compute_dtype(params), moe_implementation=moe_implementation)
+    dtype = jnp.dtype(dtype or compute_dtype(params))
+    with mesh_of(params):
+        return _forward(config, dtype, moe_implementation, params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(config, dtype, moe_implementation, params, batch) -> jax.Array:
+    model = VL2(config, dtype, moe_implementation=moe_implementation)
     return model.apply(params, batch).logits
 
 
@@ -170,7 +190,7 @@ def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
         segment_ids=integers,
         loss_mask=jnp.ones((1, 1), bool),
     )
-    variables = model.init(key, batch)
+    variables = model.clone(tile_pools=1).init(key, batch)
     return {name: variables[name] for name in ("params", "router") if name in variables}
 
 

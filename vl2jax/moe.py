@@ -11,8 +11,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from vl2jax.ambient import current_mesh
 from vl2jax.config import DecoderConfig
-from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, blocked
+from vl2jax.expert_parallel import expert_parallel
+from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, automatic
 from vl2jax.layers import GatedMLP
 from vl2jax.losses import batch_balance_loss, expert_load, sequence_balance_loss
 
@@ -105,7 +107,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, their weights stacked.
+    """The routed experts, their weights stacked; on a mesh, see `expert_parallel`.
 
     In inference the weights of all layers may come whole, in the collection `EXPERT_STACKS` (see
     `expert_stacks`): then only what the chosen experts need is read, where a scan over layers
@@ -129,11 +131,15 @@ class Experts(nn.Module):
             routing.weights.reshape(tokens, -1),
             routing.experts.reshape(tokens, -1),
         )
+        mesh = None if self.is_initializing() else current_mesh()
         if self.has_variable(EXPERT_STACKS, "gate_proj"):
             names = ("gate_proj", "up_proj", "down_proj")
-            stacks = (self.get_variable(EXPERT_STACKS, name) for name in names)
+            stacks = ExpertWeights(*(self.get_variable(EXPERT_STACKS, name) for name in names))
+            if mesh is not None:
+                routed = (x, routing.weights, routing.experts)
+                return expert_parallel(mesh, *routed, stacks, automatic, layer=layer)
             weights = ExpertWeights(*(w.reshape(-1, *w.shape[2:]) for w in stacks))
-            y = blocked(*inputs, weights, first=layer * experts, n_experts=experts)
+            y = automatic(*inputs, weights, first=layer * experts, n_experts=experts)
             return y.reshape(x.shape)
         init = nn.initializers.normal(cfg.initializer_range)
 
@@ -146,7 +152,10 @@ class Experts(nn.Module):
             up=weight("up_proj", width, hidden),
             down=weight("down_proj", hidden, width),
         )
-        return IMPLEMENTATIONS[implementation](*inputs, weights).reshape(x.shape)
+        compute = IMPLEMENTATIONS[implementation]
+        if mesh is not None:
+            return expert_parallel(mesh, x, routing.weights, routing.experts, weights, compute)
+        return compute(*inputs, weights).reshape(x.shape)
 
 
 def expert_stacks(variables: dict) -> dict:

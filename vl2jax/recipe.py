@@ -93,6 +93,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
         threads=16,
         workers=0,
         prefetch=2,
+        shards=0,
         preview=0,
     )
     config.optim = dict(
@@ -116,7 +117,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
         dtype="bfloat16",
         param_dtype="float32",
         remat="full",
-        moe_implementation="blocked",
+        moe_implementation="auto",
         loss_chunk=4096,
     )
     config.mesh = dict(data=1, fsdp=-1, expert=1, tensor=1)

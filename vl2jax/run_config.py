@@ -55,6 +55,9 @@ class DataConfig:
       threads: that read and decode pictures.
       workers: processes that do it instead; 0 for none.
       prefetch: batches made ahead.
+      shards: parts that the data is read and packed in, see `feed`; 0: one per process, and those
+        of the checkpoint that a run goes on from. The same number gives the same batches on any
+        number of processes.
       preview: shows so many packed samples as text and picture, and stops.
     """
 
@@ -66,11 +69,14 @@ class DataConfig:
     threads: int = 2
     workers: int = 0
     prefetch: int = 2
+    shards: int = 0
     preview: int = 0
 
     def __post_init__(self):
         _one_of("data.supervise", self.supervise, ("answers", "text"))
         _one_of("data.on_error", self.on_error, ("raise", "skip"))
+        if self.shards < 0:
+            raise UserError(f"data.shards must be 0 or more, got {self.shards}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

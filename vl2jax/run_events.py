@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vl2jax.data.pipeline import PackedBatch
+from vl2jax.feed import Fed
 
 
 class Skipped:
@@ -28,12 +28,18 @@ class Skipped:
             self.note(f"skipped {message}{more}")
 
 
-def keep_batch(directory: Path, step: int, packed: PackedBatch) -> Path:
-    """Writes the batch of a step that failed, to be looked at; the file."""
-    path = directory / f"failed_step_{step}.npz"
-    fields = dataclasses.asdict(packed.batch)
-    np.savez_compressed(path, rows=packed.rows, names=np.array(packed.names), **fields)
-    return path
+def keep_batch(directory: Path, step: int, fed: Fed) -> Path:
+    """Writes the batch of a step that failed, to be looked at; the (first) file.
+
+    Each process writes what it read, a file for each data shard.
+    """
+    paths = []
+    for number, packed in fed.packed.items():
+        name = f"failed_step_{step}" + (f".shard_{number}" if number else "")
+        paths.append(directory / f"{name}.npz")
+        fields = dataclasses.asdict(packed.batch)
+        np.savez_compressed(paths[-1], rows=packed.rows, names=np.array(packed.names), **fields)
+    return paths[0]
 
 
 class StopSignal:

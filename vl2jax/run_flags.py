@@ -10,6 +10,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vl2jax.errors import UserError
+from vl2jax.multihost import Joining
 
 FLAGS = flags.FLAGS
 # Loading a file that fails is told by a traceback in the message; its last line is what happened.
@@ -17,12 +18,17 @@ _LAST_LINE = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception): )?(\S.*)$", re.MULTI
 
 
 def define_flags() -> None:
-    """Defines --config, --workdir, --compilation_cache and --help."""
+    """Defines --config, --workdir, --compilation_cache, those of several processes, and --help."""
     app.define_help_flags()
     what = "a file in configs/, with its argument if it takes one: FILE[:arg]"
     config_flags.DEFINE_config_file("config", None, what)
     flags.DEFINE_string("workdir", None, "where the run lives; default runs/<name of the config>")
     flags.DEFINE_string("compilation_cache", None, "directory of compiled programs, or off")
+    flags.DEFINE_bool("distributed", False, "join the processes of this SLURM, GKE or TPU job")
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand")
+    flags.DEFINE_integer("num_processes", -1, "of the run, with --coordinator")
+    flags.DEFINE_integer("process_id", -1, "of this process, from 0, with --coordinator")
+    flags.DEFINE_integer("join_timeout", 300, "seconds to wait for all processes")
 
 
 def read_flags(argv: Sequence[str]) -> Mapping:
@@ -54,6 +60,21 @@ def read_flags(argv: Sequence[str]) -> Mapping:
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"{error}; give a value of the type in the configuration file") from error
     return FLAGS.config.to_dict()
+
+
+def read_joining() -> Joining:
+    """How the processes of the run find each other, once flags are read.
+
+    Raises:
+      UserError: flags that need each other.
+    """
+    return Joining(
+        auto=FLAGS.distributed,
+        coordinator=FLAGS.coordinator,
+        num_processes=FLAGS.num_processes,
+        process_id=FLAGS.process_id,
+        timeout=FLAGS.join_timeout,
+    )
 
 
 @contextlib.contextmanager

@@ -8,24 +8,33 @@ from pathlib import Path
 
 import grain
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from vl2jax.ambient import batch_shards
 from vl2jax.api import DTYPES
 from vl2jax.checkpoint import MODEL_FILE, flatten, read_model_dir, write_json
+from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
 from vl2jax.data.files import open_source
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.row import Source
 from vl2jax.errors import UserError
+from vl2jax.feed import Feed
 from vl2jax.lineage import config_differences, prepare
 from vl2jax.model import VL2, abstract_params
 from vl2jax.optim import learning_rate, make_optimizer, trained_paths
 from vl2jax.processor import Processor
 from vl2jax.run_config import RunConfig, read_architecture, read_sources, with_balance
-from vl2jax.sharding import optimizer_shardings, param_shardings
+from vl2jax.sharding import (
+    batch_sharding,
+    check_batch,
+    optimizer_shardings,
+    param_shardings,
+)
 from vl2jax.synthetic import Synthetic
 from vl2jax.synthetic.tokens import write_processor_files
-from vl2jax.train_step import Recipe, TrainState, init_state
+from vl2jax.train_step import Recipe, TrainState, eval_step, init_state, train_step
 
 
 def choose_architecture(config: RunConfig) -> VL2Config:
@@ -45,16 +54,23 @@ def choose_architecture(config: RunConfig) -> VL2Config:
     return with_balance(architecture, config.balance)
 
 
-def make_recipe(config: RunConfig, architecture: VL2Config) -> Recipe:
-    """What a step does."""
+def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.Mesh) -> Recipe:
+    """What a step does.
+
+    Raises:
+      UserError: the mesh does not divide the batch.
+    """
+    batch = config.batch
+    check_batch(mesh, rows=batch.rows, tiles=batch.tiles, microbatches=batch.microbatches)
     compute = config.compute
     model = VL2(
         architecture,
         dtype=DTYPES[compute.dtype],
         param_dtype=DTYPES[compute.param_dtype],
         moe_implementation=compute.moe_implementation,
-        max_segments=config.batch.segments,
+        max_segments=batch.segments,
         remat=compute.remat,
+        tile_pools=batch_shards(mesh),
     )
     return Recipe(
         model=model,
@@ -83,6 +99,32 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     )
 
 
+def jit_train_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
+    """`train_step` as one program of a mesh: (state (donated), batch) -> (state, metrics).
+
+    Args:
+      recipe: what a step does.
+      mesh: must be in force (`jax.set_mesh`) when the step is called.
+      shardings: of the state.
+    """
+    return jax.jit(
+        functools.partial(train_step, recipe),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+        compiler_options=compiler_options(recipe.model.dtype, mesh.devices.flat[0].platform),
+    )
+
+
+def jit_eval_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
+    """`eval_step` likewise: (params, router, batch) -> sums."""
+    return jax.jit(
+        functools.partial(eval_step, recipe),
+        in_shardings=(shardings.params, shardings.router, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
 def prepare_workdir(path: Path, config: RunConfig, architecture: VL2Config) -> None:
     """Makes the working directory a model directory, and keeps the configuration there."""
     with tempfile.TemporaryDirectory() as made:
@@ -92,13 +134,24 @@ def prepare_workdir(path: Path, config: RunConfig, architecture: VL2Config) -> N
         dropped = read_model_dir(config.init_from).dropped if config.init_from else ()
         dtype = config.compute.param_dtype
         prepare(path, architecture, files or made, dtype=dtype, dropped=dropped)
-    write_json(path / "config.json", dataclasses.asdict(config))
+    if jax.process_index() == 0:
+        write_json(path / "config.json", dataclasses.asdict(config))
 
 
 def make_data(
-    config: RunConfig, processor: Processor, split: str, on_skip: Callable[[str], None]
-) -> grain.IterDataset | None:
-    """The pipeline of `data.train` (endless, shuffled) or `data.heldout` (in order).
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    processor: Processor,
+    split: str,
+    on_skip: Callable[[str], None],
+    pools: int,
+    shards: int = 1,
+) -> Feed | None:
+    """`data.train` (endless, shuffled) or `data.heldout` (in order).
+
+    Args:
+      pools, shards: see `feed`. Held-out data are one shard, so that their end is everywhere the
+        same.
 
     Returns:
       None for held-out data that the run does without.
@@ -113,18 +166,28 @@ def make_data(
             return Synthetic(split, seed=config.seed)
         return open_source(name, images_root=data.images_root or None)
 
-    parts = batch.microbatches
-    return make_pipeline(
-        [(source(name), weight) for name, weight in read_sources(names, f"data.{split}")],
-        processor,
-        BatchShape(parts, batch.rows // parts, batch.length, batch.tiles // parts, batch.segments),
-        mask_prompt=data.supervise == "answers",
-        seed=config.seed,
-        shuffle=training,
-        repeat=training,
-        on_error=data.on_error,
-        on_skip=on_skip,
-        threads=data.threads,
-        workers=data.workers,
-        prefetch=data.prefetch,
+    sources = [(source(name), weight) for name, weight in read_sources(names, f"data.{split}")]
+    count = batch.microbatches * pools
+    shape = BatchShape(
+        count // shards, batch.rows // count, batch.length, batch.tiles // count, batch.segments
     )
+
+    def pipeline(shard: int) -> grain.IterDataset:
+        return make_pipeline(
+            sources,
+            processor,
+            shape,
+            mask_prompt=data.supervise == "answers",
+            seed=config.seed,
+            shuffle=training,
+            repeat=training,
+            on_error=data.on_error,
+            on_skip=on_skip,
+            threads=data.threads,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            process_index=shard,
+            process_count=shards,
+        )
+
+    return Feed(mesh, pools, shards, pipeline)

@@ -21,7 +21,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="system message, with --prompt and in a chat")
     add("--messages", type=Path, metavar="FILE.json", help="answer a whole conversation")
     add("--batch", type=Path, metavar="IN.jsonl", help="answer each line; needs --out")
-    add("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; replaced if it exists")
+    add("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; goes on with them")
+    add("--process_index", type=whole(0), metavar="I", help="which share of --batch, from 0")
+    add("--process_count", type=whole(1), metavar="N", help="shares of --batch, each its own file")
     add("--batch_size", type=whole(1), default=8, help="rows answered together (8)")
     add("--max_new_tokens", type=whole(1), default=512, help="at most so many tokens (512)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token (0)")
@@ -32,6 +34,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the draws (0)")
     add("--chunk_size", type=whole(0), default=0, help="prompt tokens at a time (0: all)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")
     add("--nostream", dest="stream", action="store_false", help="show the answer when it is whole")
     add("--json", action="store_true", help="one JSON object per answer, on one line")
@@ -39,6 +42,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--draw_on", type=whole(1), metavar="N", help="which image, from 1 (the last)")
     add("--raw_orientation", action="store_true", help="ignore EXIF orientation, as the original")
     add("--nocrop", action="store_true", help="no tiles: each image is seen as a whole only")
+    add("--plan", action="store_true", help="only say how much memory it takes")
+    add("--verbose", action="store_true", help="show what is compiled, and why")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
     return parser
 
@@ -73,6 +78,15 @@ def _check_modes(args: argparse.Namespace) -> None:
         (len(modes) > 1, f"{' and '.join(modes)} exclude each other"),
         (is_batch and args.out is None, "--batch needs --out, a file for the answers"),
         (args.out and not is_batch, "--out is for --batch; --json writes to standard output"),
+        (
+            (args.process_index is None) != (args.process_count is None),
+            "--process_index and --process_count need each other",
+        ),
+        (args.process_count and not is_batch, "--process_count is for --batch"),
+        (
+            args.process_count and args.process_index >= args.process_count,
+            "--process_index must be below --process_count",
+        ),
         (args.image and is_batch, "--image is not for --batch; its rows name their images"),
         (args.system and (is_batch or args.messages), "--system: put it into the file instead"),
         (args.draw and not is_one, "--draw needs --prompt or --messages"),

@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,14 +13,18 @@ from vl2jax.api import Model, load
 from vl2jax.checkpoint import flat_shapes, read_model_dir
 from vl2jax.collate import Sample
 from vl2jax.decoder import init_caches
+from vl2jax.engine import Engine
 from vl2jax.errors import UserError
-from vl2jax.generate import Generation, RowAnswer, stream
 from vl2jax.image import ImageSource
 from vl2jax.model import abstract_params
 from vl2jax.processor import Processor
 from vl2jax.progress import Progress, human_bytes
 from vl2jax.prompt import read_conversation
 from vl2jax.request import Request
+from vl2jax.row import Generation, Prompt, RowAnswer
+from vl2jax.sharding import written_mesh
+
+_OF_A_ROW = ("max_new_tokens", "seed")  # options of a row; the others are the engine's
 
 
 class Session:
@@ -35,6 +39,7 @@ class Session:
         path: str | os.PathLike,
         *,
         dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
         crop: bool | None = None,
         exif: bool = True,
         **options: Any,
@@ -44,6 +49,7 @@ class Session:
         Args:
           path: what `read_model_dir` takes.
           dtype: "bfloat16" or "float32"; None: as stored.
+          mesh: that the parameters are split over; None: the default device has them all.
           crop, exif: see `Processor.sample`.
           **options: see `vl2jax.stream`.
 
@@ -52,8 +58,9 @@ class Session:
         """
         self._directory = read_model_dir(path)
         self._dtype = dtype or self._directory.dtype
-        self._crop, self.exif = crop, exif
+        self._mesh, self._crop, self.exif = mesh, crop, exif
         self._model: Model | None = None
+        self._engines: dict[int, Engine] = {}
         self.processor = Processor.from_dir(self._directory.path, self._directory.config)
         self._limit = self._directory.config.decoder.max_position_embeddings
         # More than the model can hold means as much as it can hold.
@@ -92,9 +99,29 @@ class Session:
             total = self._describe()
             with Progress("loading", total) as progress:
                 self._model = load(
-                    self._directory.address, self._dtype, on_leaf=lambda _, n: progress.update(n)
+                    self._directory.address,
+                    self._dtype,
+                    self._mesh,
+                    on_leaf=lambda _, n: progress.update(n),
                 )
         return self._model
+
+    def plan(self, rows: int) -> None:
+        """Says on standard error what memory so many rows need at most; nothing is loaded."""
+        parameters, cache = self._describe(), rows * self._limit * self._cache_bytes()
+        print(
+            f"{rows} {'row' if rows == 1 else 'rows'} of {self._limit} tokens: cache"
+            f" {human_bytes(cache)}, with the parameters {human_bytes(parameters + cache)};"
+            " activations come on top",
+            file=sys.stderr,
+        )
+
+    def _cache_bytes(self) -> float:
+        """Of one token."""
+        decoder, dtype = self._directory.config.decoder, jnp.dtype(self._dtype)
+        caches = jax.eval_shape(lambda: init_caches(decoder, 1, self._limit, dtype))
+        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(caches))
+        return size * dtype.itemsize / self._limit
 
     def _describe(self) -> int:
         """Prints what is loaded; bytes of the parameters."""
@@ -104,26 +131,49 @@ class Session:
             size * (4 if name.startswith("router/") else dtype.itemsize)
             for name, size in sizes.items()
         )
-        device = jax.devices()[0]
-        caches = jax.eval_shape(lambda: init_caches(config.decoder, 1, self._limit, dtype))
-        cache = sum(math.prod(leaf.shape) * dtype.itemsize for leaf in jax.tree.leaves(caches))
+        device, mesh = jax.devices()[0], self._mesh
+        where = f"{device.platform} ({device.device_kind})"
+        if mesh is not None:
+            where = f"{mesh.size} x {where}, mesh {written_mesh(mesh)}"
         print(
             f"{self._directory.address}: {sum(sizes.values()):,} parameters, {dtype.name},"
-            f" {human_bytes(nbytes)} on {device.platform} ({device.device_kind}); cache"
-            f" {human_bytes(cache / self._limit)} a token, up to {self._limit} tokens a row",
+            f" {human_bytes(nbytes)} on {where}; cache"
+            f" {human_bytes(self._cache_bytes())} a token, up to {self._limit} tokens a row",
             file=sys.stderr,
         )
         return nbytes
 
-    def stream(self, samples: Sequence[Sample]) -> Iterator[tuple[list[RowAnswer], list[str]]]:
-        """Answers samples together; see `vl2jax.stream`."""
-        model, batch = self.load(), self.processor.collate(samples)
-        tokenizer = self.processor.tokenizer
-        return stream(model.config, model.params, batch, tokenizer=tokenizer, **self._options)
+    def engine(self, rows: int = 1) -> Engine:
+        """The engine for so many rows at a time, made once; one row keeps its turns."""
+        if rows not in self._engines:
+            model = self.load()
+            self._engines[rows] = Engine(
+                *(model.config, model.params),
+                rows=rows,
+                tokenizer=self.processor.tokenizer,
+                keep_turns=rows == 1,
+                **{k: v for k, v in self._options.items() if k not in _OF_A_ROW},
+            )
+        return self._engines[rows]
+
+    def row(self, engine: Engine, sample: Sample) -> RowAnswer:
+        """A prepared request as a row for `engine.run`."""
+        options = {k: v for k, v in self._options.items() if k in _OF_A_ROW}
+        size = self._directory.config.tokens_per_tile
+        prompt = Prompt(sample.tokens, sample.image_index, sample.tiles, size)
+        return engine.row(prompt, **options)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that an answer depends on besides its request."""
+        kind = {"ckpt": str(self._directory.address), "dtype": self._dtype}
+        return kind | {"crop": self._crop, "exif": self.exif} | self._options
 
     def answer(self, sample: Sample, show: Callable[[str], None]) -> Generation:
         """Answers one sample; `show` is called with each new piece of its text."""
-        for (row,), (fresh,) in self.stream([sample]):
-            show(fresh)
-            generation = row.result()
-        return generation
+        engine = self.engine()
+        row = self.row(engine, sample)
+        for events in engine.run([row]):
+            for _, fresh in events:
+                show(fresh)
+        return row.result()

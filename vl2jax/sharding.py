@@ -1,20 +1,18 @@
 """Where parameters live on a mesh: one table, strict about what it does not cover.
 
-Mesh axes: `data` (copies), `fsdp` (every large parameter split), `expert` (experts placed),
-`tensor` (heads, ffn width, vocabulary). A mesh may leave axes out.
+The axes of a mesh are explained in `ambient`.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vl2jax.ambient import AXES, BATCH_AXES, batch_shards
 from vl2jax.errors import UserError
-
-AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # the axes that rows and tiles are split over
 
 _RUN = r"decoder/(dense|moe)_\d+/"
 
@@ -52,31 +50,101 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (_RUN + r"self_attn/(q_a|kv_a|o)_proj/bias", (None, None)),  # n D
 )
 
+# Caches of decoding, axis by axis: n layers, B rows, S slots, H heads.
+CACHE_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
+    "keys": (None, BATCH_AXES, None, "tensor", None),  # n B S H K
+    "values": (None, BATCH_AXES, None, "tensor", None),  # n B S H K
+    "latent": (None, BATCH_AXES, None, None),  # n B S C + R
+}
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices.
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, neighbours on it being neighbours in the machine.
+
+    Where the devices form several slices, those of a slice are joined by a fast network and slices
+    by a slow one; `data` then goes over the slices, or else `fsdp`.
 
     Args:
       sizes: devices along each of `AXES`; one may be -1 and takes what is left.
+      devices: None: all there are.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices, sizes = jax.device_count(), {axis: sizes[axis] for axis in AXES}
+    devices = jax.devices() if devices is None else list(devices)
+    count, sizes = len(devices), {axis: sizes[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     bad = [axis for axis, size in sizes.items() if size < 1 and size != -1]
-    if bad or len(free) > 1 or devices % fixed or (not free and fixed != devices):
+    if bad or len(free) > 1 or count % fixed or (not free and fixed != count):
         raise UserError(
-            f"mesh {sizes} does not fit {devices} devices: sizes must multiply to {devices}, one"
-            f" may be -1; for instance data={devices} and 1 for the others"
+            f"mesh {sizes} does not fit {count} devices: sizes must multiply to {count}, one may"
+            f" be -1; for instance {_written(_near(sizes, count))}"
         )
-    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shape = [count // fixed if size == -1 else size for size in sizes.values()]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    across = next((i for i in (0, 1) if shape[i] % slices == 0), None)
+    if slices == 1 or across is None:
+        # An axis of 8 on a torus of 4x4x4 takes one of its axes and half of another.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
+    between = [slices if i == across else 1 for i in range(len(shape))]
+    within = [size // parts for size, parts in zip(shape, between, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def _near(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | None = None):
+    """A mesh like `sizes` that has `count` devices; `data` takes what is left.
+
+    Args:
+      divides: of some axes a number that they must divide.
+    """
+    found, left = dict.fromkeys(AXES, 1), count
+    for axis in ("tensor", "expert", "fsdp"):
+        wanted = count if sizes[axis] == -1 else max(sizes[axis], 1)
+        allowed = math.gcd(left, (divides or {}).get(axis, left))
+        found[axis] = max(n for n in range(1, allowed + 1) if not allowed % n and n <= wanted)
+        left //= found[axis]
+    return found | {"data": left}
+
+
+def written_mesh(mesh: Mesh) -> str:
+    """A mesh as `--mesh` takes it, without axes of one device."""
+    return _written(dict(mesh.shape))
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+    """Sizes as they are given on a command line, without ones."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
+
+
+def read_mesh(text: str) -> Mesh | None:
+    """The mesh that `--mesh` asks for: "expert=4,tensor=2"; None for "".
+
+    Axes that are left out are 1, but `data` takes the devices that are left.
+
+    Raises:
+      UserError: an unknown axis, no number, or sizes that do not fit the devices.
+    """
+    if not text:
+        return None
+    sizes = {}
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
+            raise UserError(
+                f"--mesh {text!r}: {part.strip()!r} is not AXIS=DEVICES with an axis of"
+                f" {', '.join(AXES)}; for instance expert={jax.device_count()}"
+            )
+        sizes[axis] = int(size)
+    data = 1 if -1 in sizes.values() else -1
+    return make_mesh({"data": data, "fsdp": 1, "expert": 1, "tensor": 1} | sizes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every field of a batch with pools: [pools, rows or tiles, ...]."""
+    """Of every field of a batch with microbatches: [microbatches, rows or tiles, ...]."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
@@ -135,6 +203,42 @@ def param_shardings(mesh: Mesh, abstract):
 
     tree = jax.tree_util.tree_map_with_path(sharding, abstract)
     if problems:
-        shown = "; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else "")
-        raise UserError(f"mesh {dict(mesh.shape)} does not divide {len(problems)} sizes: {shown}")
+        sizes = dict.fromkeys(AXES, 1) | dict(mesh.shape)
+        working = _written(_near(sizes, mesh.size, _common_divisors(abstract)))
+        shown = "; ".join(problems[:2]) + (f"; and {len(problems) - 2} more" * (len(problems) > 2))
+        raise UserError(
+            f"mesh {_written(sizes)} does not divide the model: {shown};"
+            f" for instance {working} does"
+        )
     return tree
+
+
+def _common_divisors(abstract) -> dict[str, int]:
+    """For each axis the greatest number that divides all sizes it is to split."""
+    found = dict.fromkeys(AXES, 0)
+    for path, leaf in jax.tree.leaves_with_path(abstract):
+        spec = param_spec(jax.tree_util.keystr(path, simple=True, separator="/"))
+        for size, axis in zip(leaf.shape, spec, strict=True):
+            if axis is not None:
+                found[axis] = math.gcd(found[axis], size)
+    return {axis: size for axis, size in found.items() if size}
+
+
+def check_batch(mesh: Mesh, *, rows: int, tiles: int, microbatches: int) -> None:
+    """Refuses a batch that the parts of the mesh cannot share.
+
+    Raises:
+      UserError: rows or tiles do not divide.
+    """
+    shards = batch_shards(mesh)
+    for name, size in (("rows", rows), ("tiles", tiles)):
+        parts = microbatches * shards
+        if size % parts:
+            sizes = dict.fromkeys(AXES, 1) | dict(mesh.shape)
+            fits = math.gcd(size // microbatches, mesh.size) if name == "rows" else 0
+            other = f", or a mesh like data={fits},tensor={mesh.size // fits}" if fits else ""
+            raise UserError(
+                f"batch.{name} {size} cannot be shared by mesh {_written(sizes)}, which splits each"
+                f" of {microbatches} microbatches into {shards} parts: it must be a multiple of"
+                f" {parts}, for instance {-(-size // parts) * parts}{other}"
+            )

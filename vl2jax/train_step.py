@@ -1,6 +1,6 @@
 """One training step as a pure function: loss, gradients, optimizer, expert balance.
 
-Axis legend: P pools (microbatches), B rows of a pool, T tokens, M layers with experts, E experts.
+Axis legend: P microbatches, B rows of each, T tokens, M layers with experts, E experts.
 """
 
 import dataclasses
@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vl2jax.ambient import constrain
 from vl2jax.balance import balance_metrics, update_biases
 from vl2jax.batch import Batch
 from vl2jax.losses import chunked_next_token_loss
 from vl2jax.model import VL2, init_variables
+from vl2jax.sharding import param_spec
 
 Flat = Mapping[str, jax.Array]
 
@@ -111,7 +113,7 @@ def train_step(
         (_, sums), grads = loss(
             recipe, trained, state.params, state.router, pool, tokens, sequences
         )
-        return sums, grads
+        return sums, {path: constrain(grad, *param_spec(path)) for path, grad in grads.items()}
 
     sums, grads = _sum_over_pools(one_pool, batch)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trained)

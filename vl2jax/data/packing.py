@@ -25,7 +25,8 @@ class BatchShape:
     """Both budgets of a batch.
 
     Attributes:
-      pools: P, microbatches with tile slots of their own.
+      pools: P, groups of rows with tile slots of their own: the parts of every microbatch that a
+        mesh splits the batch into.
       rows: B, rows of each pool.
       length: T, tokens of each row.
       tiles: I, tile slots that the rows of a pool share.
@@ -54,8 +55,8 @@ class BatchShape:
             )
         if tiles > self.tiles:
             raise UserError(
-                f"the sample has {tiles} tiles, a microbatch only {self.tiles} slots: raise"
-                f" config.batch.tiles to {tiles}, or give fewer images"
+                f"the sample has {tiles} tiles, a part of the batch only {self.tiles} slots: raise"
+                f" config.batch.tiles to {tiles} for each part, or give fewer images"
             )
 
 

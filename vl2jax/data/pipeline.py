@@ -37,6 +37,7 @@ class PackedBatch:
       names: where each sample comes from, as messages name it.
       samples, images, tiles: how many are in it.
       tokens: without padding; `supervised`: those that count in the loss.
+      pool_counts: int64[pools, 4]. Tokens, images, tiles and supervised tokens of each pool.
     """
 
     batch: Batch
@@ -47,15 +48,7 @@ class PackedBatch:
     tiles: int
     tokens: int
     supervised: int
-
-
-def fill_metrics(packed: PackedBatch) -> dict[str, float]:
-    """Shares of the token and tile slots that are used, from 0 to 1."""
-    slots = math.prod(packed.batch.tiles.shape[:2])
-    return {
-        "data/token_fill": packed.tokens / packed.batch.tokens.size,
-        "data/tile_fill": packed.tiles / slots if slots else 1.0,
-    }
+    pool_counts: np.ndarray
 
 
 def make_pipeline(
@@ -209,15 +202,22 @@ class PackedIterator(grain.DatasetIterator):
         samples = [item.sample for item in items]
         batch = self._dataset.assemble([(place, item.sample) for place, item in placed])
         process_index, process_count = self._dataset.identity["process"]
+        counts = np.zeros((self._dataset.shape.pools, 4), np.int64)
+        for place, item in placed:
+            sample = item.sample
+            counts[place.pool, :3] += len(sample), len(sample.image_sizes), len(sample.tiles)
+        counts[:, 3] = supervised(batch).sum(axis=(1, 2))
+        tokens, images, tiles, targets = counts.sum(axis=0).tolist()
         return PackedBatch(
             batch=batch,
             rows=np.array([item.index * process_count + process_index for item in items], np.int64),
             names=tuple(item.where for item in items),
             samples=len(samples),
-            images=sum(len(sample.image_sizes) for sample in samples),
-            tiles=sum(len(sample.tiles) for sample in samples),
-            tokens=sum(map(len, samples)),
-            supervised=int(supervised(batch).sum()),
+            images=images,
+            tiles=tiles,
+            tokens=tokens,
+            supervised=targets,
+            pool_counts=counts,
         )
 
     def get_state(self) -> dict[str, Any]:

@@ -1,0 +1,238 @@
+"""Answering with the medium models: vision, prefill, decoding.
+
+    python benchmarks/bench_generate.py [--attention mla mha] [--dtype float32 bfloat16]
+        [--repeats 5]
+    python benchmarks/bench_generate.py --growth
+
+Prints one JSON line per case.  Of each figure the median and the best, the first call (compilation)
+not counted.
+
+`vision_tiles_per_s`: vision tower and adaptor on 4 tiles.  `prefill_tokens_per_s`: the decoder on
+1024 embeddings, cache written.  `e2e_prefill_s`: a picture of 2x1 tiles (617 tokens) and 95 tokens
+of text, to the first token of the answer.  `decode_tokens_per_s_b1`, `_b8`: 32 tokens after a
+prompt of 256, all rows counted.  `decode_bound_b1`: tokens per second if reading the weights that
+one token uses were all that takes time, at `memory_gb_per_s`, the rate at which this machine sums a
+large array.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import medium
+import numpy as np
+
+from vl2jax.batch import TEXT, Batch
+from vl2jax.buckets import length_bucket
+from vl2jax.config import VL2Config
+from vl2jax.decode import BURST, DecodeState, programs
+from vl2jax.image import image_layout
+from vl2jax.model import VL2, init_variables
+from vl2jax.sampling import SamplingParams
+
+NEW, PROMPT = 32, 256
+
+
+def make_params(config: VL2Config, dtype: str):
+    """Random weights, stored in the dtype of the computation."""
+    model = VL2(config, param_dtype=jnp.dtype(dtype))
+    return jax.jit(lambda key: init_variables(model, key))(jax.random.key(0))
+
+
+def text_batch(config: VL2Config, rows: int, length: int) -> Batch:
+    """Prompts without a picture."""
+    return medium.training_batch(config, rows, length, with_images=False)
+
+
+def picture_batch(config: VL2Config) -> Batch:
+    """One prompt: a picture of 2x1 tiles, then 95 tokens of text."""
+    layout = image_layout(2, 1, config.tile_grid)
+    batch = text_batch(config, 1, len(layout) + 95)
+    side = config.vision.image_size
+    tiles = np.random.default_rng(1).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    image_index = np.full(batch.tokens.shape, TEXT, np.int32)
+    image_index[0, : len(layout)] = layout
+    return batch.replace(tiles=tiles, image_index=image_index)
+
+
+class Case:
+    """A model with random weights and what is timed of it."""
+
+    def __init__(self, config: VL2Config, dtype: str):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.params = make_params(config, dtype)
+        self.steps = programs(config, self.dtype, jax.default_backend())
+
+    def vision(self, tiles: int = 4) -> Callable[[], object]:
+        """Tower and adaptor on some tiles."""
+        model, side = VL2(self.config, self.dtype), self.config.vision.image_size
+        table = jax.jit(lambda params, x: model.apply(params, x, method=VL2.image_table))
+        pixels = np.random.default_rng(0).integers(0, 256, (tiles, side, side, 3), dtype=np.uint8)
+        return lambda: table(self.params, pixels)
+
+    def prefill(self, length: int = 1024, chunk: int = 0) -> Callable[[], object]:
+        """The decoder over embeddings of one prompt, all at once or in chunks."""
+        batch = text_batch(self.config, 1, length)
+        return lambda: self._prefilled(batch, chunk or length)
+
+    def picture(self) -> Callable[[], object]:
+        """From tiles and tokens to the state after the prompt."""
+        batch = picture_batch(self.config)
+        return lambda: self._start(batch, 0)
+
+    def decode(self, rows: int, prompt: int = PROMPT) -> Callable[[], float]:
+        """Seconds of `NEW` steps, prefill not counted."""
+        batch = text_batch(self.config, rows, prompt)
+        nothing = jnp.asarray([-1], jnp.int32)
+
+        def run() -> float:
+            state = jax.block_until_ready(self._start(batch, NEW))
+            start = time.perf_counter()
+            for _ in range(NEW // BURST):
+                state, tokens = self.steps.burst(
+                    *(self.params, _GREEDY, state, nothing, BURST, False)
+                )
+                np.asarray(tokens)
+            return time.perf_counter() - start
+
+        return run
+
+    def _prefilled(self, batch: Batch, chunk: int):
+        rows, length = batch.tokens.shape
+        steps, tiles = self.steps, len(batch.tiles)
+        table = steps.table(self.params, tiles)
+        if tiles:
+            slots = np.arange(tiles, dtype=np.int32)
+            table = steps.encode(self.params, table, batch.tiles, slots)
+        x = steps.embed(self.params, table, batch.tokens, batch.image_index)
+        caches = steps.caches(rows, length)
+        for start in range(0, length, chunk):
+            positions = batch.positions[:, start : start + chunk]
+            part = x[:, start : start + chunk] if chunk < length else x
+            hidden, caches = steps.prefill(self.params, part, positions, caches)
+        return hidden, caches
+
+    def _start(self, batch: Batch, new: int) -> DecodeState:
+        rows, length = batch.tokens.shape
+        hidden, caches = self._prefilled(batch, length)
+        at, seeds = np.full(rows, length - 1, np.int32), np.zeros(rows, np.uint32)
+        last = self.steps.pick(np.zeros((rows, hidden.shape[-1]), self.dtype), hidden, at)
+        seen = np.zeros((rows, self.config.decoder.vocab_size), bool)
+        return self.steps.begin(
+            *(self.params, _GREEDY, last, caches, seen, at + 1, seeds, length_bucket(length + new))
+        )
+
+
+_GREEDY = SamplingParams.create()
+
+
+def seconds_of(function: Callable[[], object], repeats: int) -> list[float]:
+    """Of each call; what a function that times itself returns.  One call goes before."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        out = jax.block_until_ready(function())
+        seconds.append(out if isinstance(out, float) else time.perf_counter() - start)
+    return seconds[1:]
+
+
+def rate(count: int, seconds: list[float]) -> dict[str, float]:
+    """Things per second."""
+    rates = [count / s for s in seconds]
+    return {"median": round(statistics.median(rates), 2), "best": round(max(rates), 2)}
+
+
+def duration(seconds: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(seconds), 4), "best": round(min(seconds), 4)}
+
+
+def memory_rate(repeats: int) -> float:
+    """Bytes per second of a sum over 256 MB, the best of some."""
+    array = jnp.ones((64, 1 << 20), jnp.float32)
+    total = jax.jit(lambda a: a.sum(axis=1))
+    return array.nbytes / min(seconds_of(lambda: total(array), repeats))
+
+
+def token_bytes(config: VL2Config, params) -> int:
+    """Bytes of the weights that one token uses: all but other experts, rows of the embedding and
+    the vision tower."""
+    cfg, total = config.decoder, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]["decoder"]):
+        names = [key.key for key in path]
+        if "experts" in names:
+            total += leaf.nbytes * cfg.num_experts_per_tok // cfg.n_routed_experts
+        elif "embed_tokens" in names:
+            total += leaf.nbytes // cfg.vocab_size
+        else:
+            total += leaf.nbytes
+    return total
+
+
+def measure(config: VL2Config, dtype: str, repeats: int) -> dict:
+    """Everything of one case."""
+    case = Case(config, dtype)
+    speed, used = memory_rate(repeats), token_bytes(config, case.params)
+    return {
+        "vision_tiles_per_s": rate(4, seconds_of(case.vision(), repeats)),
+        "prefill_tokens_per_s": rate(1024, seconds_of(case.prefill(), repeats)),
+        "e2e_prefill_s": duration(seconds_of(case.picture(), repeats)),
+        "decode_tokens_per_s_b1": rate(NEW, seconds_of(case.decode(1), repeats)),
+        "decode_tokens_per_s_b8": rate(8 * NEW, seconds_of(case.decode(8), repeats)),
+        "decode_bound_b1": round(speed / used, 1),
+        "memory_gb_per_s": round(speed / 1e9, 1),
+        "token_mb": round(used / 1e6, 1),
+    }
+
+
+def growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[tuple[str, int, dict]]:
+    """Milliseconds of a decoding step; of contexts also the seconds of a prefill in chunks."""
+
+    def step_ms(case: Case, rows: int, prompt: int) -> float:
+        return round(1000 * min(seconds_of(case.decode(rows, prompt), repeats)) / NEW, 2)
+
+    case = Case(config, dtype)
+    for context in (256, 512, 1024, 2048, 4032):
+        prefill = seconds_of(case.prefill(context // 32 * 32, context // 4), repeats)
+        cache = jax.eval_shape(lambda n=context: case.steps.caches(1, n))
+        mb = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) / 1e6
+        found = {"step_ms": step_ms(case, 1, context), "cache_mb": round(mb, 2)}
+        yield "context", context, found | {"chunked_prefill_s": duration(prefill)}
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        ms = step_ms(case, rows, PROMPT)
+        yield "batch", rows, {"step_ms": ms, "tokens_per_s": round(1000 * rows / ms, 1)}
+    for experts in (8, 16, 32, 64):
+        decoder = {"n_routed_experts": experts, "num_experts_per_tok": 6}
+        decoder = dataclasses.replace(config.decoder, **decoder)
+        other = Case(dataclasses.replace(config, decoder=decoder), dtype)
+        yield "experts", experts, {"step_ms": step_ms(other, 1, PROMPT)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = ["float32", "bfloat16"]
+    parser.add_argument("--attention", nargs="+", choices=medium.ATTENTIONS, default=["mla", "mha"])
+    parser.add_argument("--dtype", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--growth", action="store_true", help="cost of context, batch and experts")
+    args = parser.parse_args()
+    for attention in args.attention:
+        config = medium.medium_config(attention)
+        for dtype in args.dtype:
+            case = {"attention": attention, "dtype": dtype}
+            case |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            if args.growth:
+                for name, value, result in growth(config, dtype, args.repeats):
+                    print(json.dumps({name: value, **result, **case}), flush=True)
+                continue
+            print(json.dumps(measure(config, dtype, args.repeats) | case), flush=True)
+
+
+if __name__ == "__main__":
+    main()

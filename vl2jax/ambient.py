@@ -1,0 +1,74 @@
+"""The mesh in force while a program is traced, and where activations lie on it.
+
+Mesh axes: `data` (copies of the parameters), `fsdp` (every large parameter split), `expert`
+(experts placed), `tensor` (heads, ffn width, vocabulary). A mesh may leave axes out. Model code
+knows no mesh: `jax.set_mesh` puts one in force around the call of a jitted function, and without
+one everything here does nothing.
+"""
+
+import contextlib
+import math
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # the axes that rows and tiles are split over
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh in force; None without one, and where it has a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def batch_axes(mesh) -> tuple[str, ...]:
+    """The axes of a mesh that rows and tiles are split over."""
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+
+
+def batch_shards(mesh) -> int:
+    """In how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
+def axis_size(mesh, axis: str) -> int:
+    """Devices along an axis; 1 where the mesh leaves it out."""
+    return mesh.shape.get(axis, 1)
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Says where an activation lies.
+
+    Args:
+      x: any array.
+      axes: for each of its leading axes the mesh axis (or axes) it is split over; None, and what is
+        left out: not split. Axes that the mesh lacks are ignored.
+
+    Returns:
+      The same array; as it was where there is no mesh. An axis whose size the mesh does not divide
+      is not split.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    spec = []
+    for size, wanted in zip(x.shape, axes, strict=False):
+        names = (wanted,) if isinstance(wanted, str) else wanted or ()
+        names = tuple(name for name in names if name in mesh.axis_names)
+        divides = size % math.prod(mesh.shape[name] for name in names) == 0
+        spec.append(names if names and divides else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def mesh_of(tree) -> contextlib.AbstractContextManager:
+    """Puts the mesh in force that the arrays of a tree lie on, where they lie on one.
+
+    A mesh that is in force already stays; so does none where the arrays are traced.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if not leaves or isinstance(leaves[0], jax.core.Tracer) or current_mesh() is not None:
+        return contextlib.nullcontext()
+    sharding = leaves[0].sharding
+    on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext()

@@ -1,0 +1,278 @@
+"""Many processes as one run: they find each other, are of one mind, and end together.
+
+JAX joins the processes (`jax.distributed`). Beside it each keeps a connection to process 0: when a
+process ends, however, its connection closes, and all others say so and end at once, where JAX
+alone would wait for a heartbeat that does not come, inside an operation that does not return.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from vl2jax.errors import UserError
+
+_BYE = b"bye\n"
+_LINK, _AGREED = "vl2jax/link", "vl2jax/config"  # keys in JAX's store of the run
+_JAX_GIVES_UP_LATER = 60  # seconds; it ends the process without a word that helps
+
+
+@dataclasses.dataclass(frozen=True)
+class Joining:
+    """How processes find each other.
+
+    Attributes:
+      auto: from SLURM, Open MPI, Kubernetes or Cloud TPU, as `jax.distributed.initialize` does.
+      coordinator: host:port of process 0; "" for `auto`, or for a single process.
+      num_processes, process_id: of all, and this one's; -1 where `auto` is to find them.
+      timeout: seconds to wait for the others.
+    """
+
+    auto: bool = False
+    coordinator: str = ""
+    num_processes: int = -1
+    process_id: int = -1
+    timeout: int = 300
+
+    def __post_init__(self):
+        numbers = (self.num_processes, self.process_id)
+        if self.coordinator and not self.auto and min(numbers) < 0:
+            raise UserError(
+                "--coordinator needs --num_processes and --process_id, or --distributed, which"
+                " finds them"
+            )
+        if not self.coordinator and not self.auto and max(numbers) >= 0:
+            raise UserError(
+                "--num_processes and --process_id need --coordinator=HOST:PORT, the same in all"
+                " processes: an address of process 0"
+            )
+        if self.coordinator and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise UserError(f"--coordinator is {self.coordinator!r}, expected HOST:PORT")
+        if self.process_id >= self.num_processes >= 0:
+            raise UserError(
+                f"--process_id is {self.process_id}, expected 0 to {self.num_processes - 1}"
+            )
+
+
+@contextlib.contextmanager
+def joined(joining: Joining) -> Iterator[None]:
+    """Joins the processes of a run; they part when it is over. Does nothing for a single one.
+
+    Must come before anything is computed. While it lasts the end of one process ends all.
+
+    Raises:
+      UserError: nothing to join is found where `auto` asks for it.
+    """
+    if not joining.auto and not joining.coordinator:
+        yield
+        return
+    _initialize(joining)
+    if jax.process_count() == 1:
+        yield
+        return
+    link = _Link(joining.timeout)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:
+        time.sleep(5)  # of a lost peer the link knows more, and ends this process meanwhile
+        raise
+    link.close()
+
+
+def _initialize(joining: Joining) -> None:
+    known = joining.num_processes >= 0
+    count = f"all {joining.num_processes} processes" if known else "all processes"
+    name = f"process {joining.process_id}" if joining.process_id >= 0 else "this process"
+
+    def late() -> None:
+        _end(
+            f"{name} waited {joining.timeout} s and not {count} came together; start every process"
+            " of the run with the same command, coordinator"
+            f" {joining.coordinator or 'as detected'}, and its own --process_id from 0 on"
+        )
+
+    alarm = threading.Timer(joining.timeout, late)
+    alarm.daemon = True
+    alarm.start()
+    given = {
+        "coordinator_address": joining.coordinator or None,
+        "num_processes": joining.num_processes if known else None,
+        "process_id": joining.process_id if joining.process_id >= 0 else None,
+    }
+    try:
+        jax.distributed.initialize(
+            **given,
+            cluster_detection_method=None if joining.auto else "deactivate",
+            initialization_timeout=joining.timeout + _JAX_GIVES_UP_LATER,
+        )
+    except ValueError as error:
+        raise UserError(
+            "--distributed found no SLURM, Open MPI, Kubernetes or Cloud TPU job to join; give"
+            f" --coordinator, --num_processes and --process_id ({error})"
+        ) from error
+    finally:
+        alarm.cancel()
+
+
+def agree(what: Mapping[str, Any]) -> None:
+    """Refuses to go on where processes were started with different settings.
+
+    Args:
+      what: nested settings, fit for JSON.
+
+    Raises:
+      UserError: this process has others than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    if jax.process_index() == 0:
+        _store().key_value_set(_AGREED, json.dumps(what))
+        return
+    theirs = _flat(json.loads(_store().blocking_key_value_get(_AGREED, 60_000)))
+    ours = _flat(json.loads(json.dumps(what)))
+    different = [
+        f"{name} is {ours.get(name)!r}, there {theirs.get(name)!r}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"process {jax.process_index()} was started with another configuration than process 0:"
+            f" {', '.join(different[:3])}{more}; start all with the same command"
+        )
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run: it prints, logs and writes single files."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have called it."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def must_block() -> bool:
+    """Whether every step must have ended before the next begins.
+
+    Over gloo (CPU), steps of several processes that are never waited for come to hang.
+    """
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
+def leave(code: int) -> int:
+    """What a program ends with: after an error it does not wait for the other processes."""
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _end(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _store():
+    """JAX's key-value store of the run; there is no public way to it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _flat(tree: Any, path: str = "config") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{path}.{name}")
+    return found
+
+
+class _Link:
+    """Connections between process 0 and all others, watched by a thread."""
+
+    def __init__(self, timeout: int):
+        self._me, self._count = jax.process_index(), jax.process_count()
+        self._selector, self._closing = selectors.DefaultSelector(), False
+        self._peers = self._accept(timeout) if self._me == 0 else self._connect(timeout)
+        for number, peer in self._peers.items():
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            peer.settimeout(None)
+            self._selector.register(peer, selectors.EVENT_READ, number)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        """Parts in peace: the others are told before the connection closes."""
+        self._closing = True
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(_BYE)
+
+    def _accept(self, timeout: int) -> dict[int, socket.socket]:
+        from jax._src import distributed
+
+        host = distributed.global_state.coordinator_address.rpartition(":")[0]
+        server = socket.create_server(("", 0))
+        server.settimeout(timeout)
+        _store().key_value_set(_LINK, f"{host}:{server.getsockname()[1]}")
+        found: dict[int, socket.socket] = {}
+        with contextlib.closing(server), contextlib.suppress(TimeoutError):
+            while len(found) < self._count - 1:
+                peer, _ = server.accept()
+                found[int(peer.recv(16))] = peer
+        absent = sorted(set(range(1, self._count)) - set(found))
+        if absent:
+            _end(f"no connection came from process {', '.join(map(str, absent))} in {timeout} s")
+        return found
+
+    def _connect(self, timeout: int) -> dict[int, socket.socket]:
+        address = _store().blocking_key_value_get(_LINK, timeout * 1000)
+        host, _, port = address.rpartition(":")
+        try:
+            peer = socket.create_connection((host.strip("[]"), int(port)), timeout)
+        except OSError as error:
+            raise UserError(
+                f"process {self._me} cannot reach process 0 at {address}: {error}"
+            ) from error
+        peer.sendall(str(self._me).encode())
+        return {0: peer}
+
+    def _watch(self) -> None:
+        while self._selector.get_map():
+            for key, _ in self._selector.select():
+                try:
+                    heard = key.fileobj.recv(64)
+                except OSError:
+                    heard = b""
+                if heard.endswith(_BYE):
+                    self._selector.unregister(key.fileobj)
+                elif heard:
+                    self._lost(int(heard))
+                elif not self._closing:
+                    self._lost(key.data)
+                else:
+                    self._selector.unregister(key.fileobj)
+
+    def _lost(self, number: int) -> None:
+        for peer in self._peers.values() if self._me == 0 else ():
+            with contextlib.suppress(OSError):
+                peer.sendall(f"{number}\n".encode())
+        _end(
+            f"process {number} of {self._count} has ended, so process {self._me} ends too; its own"
+            " output says why. Start all processes again: the run goes on from its last checkpoint"
+        )
