@@ -15,10 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from vl2jax.ambient import AXES, batch_shards
 from vl2jax.metrics import read_metrics
 from vl2jax.processor import Processor
 from vl2jax.run_config import read_run_config
 from vl2jax.run_setup import choose_architecture, make_data
+from vl2jax.sharding import make_mesh
 from vl2jax.synthetic.tokens import write_processor_files
 
 WARM_UP = 10  # batches; some are ready before the first is asked for
@@ -44,8 +46,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         architecture = choose_architecture(config)
         write_processor_files(Path(folder), architecture)
-        data = make_data(config, Processor.from_dir(folder, architecture), "train", print)
-        with contextlib.closing(iter(data)) as batches:
+        mesh = make_mesh(dict.fromkeys(AXES, 1) | {"data": -1})
+        processor = Processor.from_dir(folder, architecture)
+        feed = make_data(config, mesh, processor, "train", print, pools=batch_shards(mesh))
+        with contextlib.closing(iter(feed.pipelines[0])) as batches:
             for _ in range(WARM_UP):
                 next(batches)
             start = time.perf_counter()
