@@ -15,7 +15,6 @@ one token uses were all that takes time, at `memory_gb_per_s`, the rate at which
 large array.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -213,13 +212,7 @@ def growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[tuple[str, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    choices = ["float32", "bfloat16"]
-    parser.add_argument("--attention", nargs="+", choices=medium.ATTENTIONS, default=["mla", "mha"])
-    parser.add_argument("--dtype", nargs="+", choices=choices, default=choices)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = medium.case_parser(__doc__)
     parser.add_argument("--growth", action="store_true", help="cost of context, batch and experts")
     args = parser.parse_args()
     for attention in args.attention:

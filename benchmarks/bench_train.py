@@ -10,7 +10,6 @@ case: seconds of a step, median and best, the first (compilation) not counted; t
 program's memory; the largest resident set of this process so far.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -167,14 +166,8 @@ def _growth(config: VL2Config):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    choices = ["float32", "bfloat16"]
-    parser.add_argument("--attention", nargs="+", choices=medium.ATTENTIONS, default=["mla", "mha"])
-    parser.add_argument("--dtype", nargs="+", choices=choices, default=choices)
+    parser = medium.case_parser(__doc__)
     parser.add_argument("--remat", default="dots")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--growth", action="store_true")
     args = parser.parse_args()

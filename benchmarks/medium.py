@@ -1,5 +1,6 @@
 """The models that the benchmarks time: about 93 million parameters, like the released ones."""
 
+import argparse
 import dataclasses
 
 import numpy as np
@@ -15,6 +16,18 @@ from vl2jax.config import (
 from vl2jax.image import image_layout
 
 ATTENTIONS = ("mla", "mha")
+DTYPES = ("float32", "bfloat16")
+
+
+def case_parser(description: str) -> argparse.ArgumentParser:
+    """Flags that choose the cases of a benchmark."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser
 
 
 def medium_config(attention: str = "mla") -> VL2Config:
