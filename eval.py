@@ -2,10 +2,13 @@
 
     python eval.py --ckpt DIR --data synthetic
     python eval.py --ckpt DIR --data synthetic --families colour,grounding --questions 500 --json
+    python eval.py --ckpt DIR --data synthetic --quantize int8
 
 DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  A table goes to
 standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
-them with their pictures) go to --out.  Measures are explained in vl2jax/scoring.py.
+them with their pictures) go to --out.  With --quantize the same questions are asked twice, of the
+model as it is and quantised, and the table has both and the difference; the second answers are in
+answers-int8.jsonl.  Measures are explained in vl2jax/scoring.py.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from vl2jax.contact_sheet import Card, draw_sheet
 from vl2jax.errors import UserError
 from vl2jax.generate import Generation, generate
 from vl2jax.progress import StatusLine, bar, human_time
+from vl2jax.quantize import KINDS
 from vl2jax.request import Request
 from vl2jax.scoring import (
     DATASETS,
@@ -39,6 +43,7 @@ from vl2jax.scoring import (
 )
 from vl2jax.session import Session
 from vl2jax.sharding import read_mesh
+from vl2jax.side_by_side import difference, side_by_side
 from vl2jax.synthetic import Question
 
 WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
@@ -76,23 +81,42 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or directory.path / "eval"
     out.mkdir(parents=True, exist_ok=True)
     set_compilation_cache(args.compilation_cache)
-    session = Session(directory.address, dtype=args.dtype, mesh=read_mesh(args.mesh))
 
     def ask(family: str, index: int) -> Question:
         return dataset.question(family, index, split=split, seed=args.seed)
 
-    started = time.perf_counter()
     questions = list(itertools.product(families, range(args.questions)))
-    outcomes = answer_all(session, ask, questions, args.batch_size, args.max_new_tokens)
+
+    def evaluate(kind: str | None) -> tuple[list[Outcome], dict[str, Any]]:
+        """Outcomes and scores of the model quantised so; it is gone from memory afterwards."""
+        session = Session(
+            directory.address, dtype=args.dtype, mesh=read_mesh(args.mesh), quantize=kind
+        )
+        started = time.perf_counter()
+        found = answer_all(session, ask, questions, args.batch_size, args.max_new_tokens)
+        seconds = round(time.perf_counter() - started, 2)
+        name = "answers.jsonl" if kind is None else f"answers-{kind}.jsonl"
+        with (out / name).open("w", encoding="utf-8") as file:
+            file.writelines(json_line(record(one, ask)) + "\n" for one in found)
+        return found, {"seconds": seconds} | summarise(dataset, found)
+
     about = {"ckpt": str(args.ckpt), "step": directory.step, "data": args.data, "split": split}
-    about |= {"seed": args.seed, "seconds": round(time.perf_counter() - started, 2)}
-    scores = about | summarise(dataset, outcomes)
+    outcomes, found = evaluate(None)
+    scores = about | {"seed": args.seed} | found
+    if args.quantize:
+        others, found = evaluate(args.quantize)
+        same = sum(a.text == b.text for a, b in zip(outcomes, others, strict=True))
+        scores[args.quantize] = found | {"same_answers": same}
+        scores["difference"] = difference(scores, found)
     write_json(out / "scores.json", scores)
-    with (out / "answers.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json_line(record(one, ask)) + "\n" for one in outcomes)
     title = f"{args.ckpt}" + (f" step {directory.step}" if directory.step is not None else "")
     sheet(f"{title}: {args.data} {split}", outcomes, ask).save(out / "sheet.png")
-    print(json.dumps(scores) if args.json else table(scores))
+    if args.json:
+        print(json.dumps(scores))
+    elif args.quantize:
+        print(side_by_side(scores, args.quantize, MEASURES, _figure))
+    else:
+        print(table(scores))
     print(f"{out}: scores.json, answers.jsonl, sheet.png", file=sys.stderr)
 
 
@@ -276,6 +300,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=whole(1), default=64, help="questions answered together (64)")
     add("--max_new_tokens", type=whole(1), default=192, help="of an answer (192)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--quantize", choices=KINDS, help="compare with the model quantised so (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
     add("--json", action="store_true", help="scores as one JSON object instead of a table")

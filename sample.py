@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         args.ckpt,
         dtype=args.dtype,
         mesh=read_mesh(args.mesh),
+        quantize=args.quantize,
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
         **{name: getattr(args, name) for name in names.split()},
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     return run_cli(
         lambda: run(parse_flags(argv, __doc__)),
-        out_of_memory="--dtype bfloat16, --chunk_size 512, a smaller --max_new_tokens or"
-        " --batch_size, or fewer images",
+        out_of_memory="--dtype bfloat16, --quantize int8, --chunk_size 512, a smaller"
+        " --max_new_tokens or --batch_size, or fewer images",
     )
 
 

@@ -13,6 +13,7 @@ from vl2jax.ambient import constrain
 from vl2jax.attend import Visibility, attend
 from vl2jax.config import DecoderConfig
 from vl2jax.layers import Kernel, Linear, RMSNorm, einsum
+from vl2jax.quantize import Weight
 from vl2jax.rope import apply_rope, softmax_scale
 from vl2jax.sharding import CACHE_RULES
 
@@ -218,12 +219,13 @@ def _expanded(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
 def _absorbed(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
     """W_UK goes into the query and W_UV into the output: nothing is expanded per cached token."""
     rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
-    w_uk, w_uv = jnp.split(w_kv_b, [nope], axis=-1)
+    w_uk = jax.tree.map(lambda a: a[..., :nope], w_kv_b)
+    w_uv = jax.tree.map(lambda a: a[..., nope:], w_kv_b)
     q = jnp.concatenate([_einsum("BTHN,CHN->BTHC", q_nope, w_uk), q_rope], axis=-1)
     y = attend(q, latent[:, :, None], latent[:, :, None, :rank], scale, visibility)
     return _einsum("BTHC,CHV->BTHV", y, w_uv)
 
 
-def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
     """`einsum` in the dtype of x."""
     return einsum(equation, x, w).astype(x.dtype)
