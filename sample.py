@@ -8,8 +8,9 @@
 The answer, and nothing else, is written to standard output.  --messages is a JSON list of messages
 in OpenAI's style or the original's, or an object with "messages" and "images"; an assistant's
 message at its end is continued.  Each line of --batch is such an object, or has "prompt" and
-"images"; a batch that ended early goes on where it stopped.  The exit code is 1 for a mistake, and
-for a batch with a bad row.
+"images", or is a row of training data (LLaVA's, also as one JSON list); there an answer at the end
+is left out, and given anew.  A batch that ended early goes on where it stopped.  The exit code is 1
+for a mistake, and for a batch with a bad row.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Answers to a file of requests: JSON lines in, JSON lines out, in the same order.
+"""Answers to a file of requests: JSON lines, or a JSON list, in; JSON lines out, in the same order.
 
 A run that ended early, however, goes on where it stopped when it is started again.
 """
@@ -21,7 +21,7 @@ from vl2jax.engine import Engine
 from vl2jax.errors import UserError
 from vl2jax.lock import lock_directory
 from vl2jax.progress import StatusLine, bar, human_count, human_time
-from vl2jax.request import parse_request
+from vl2jax.request import CONVERSATION_KEYS, parse_question
 from vl2jax.row import RowAnswer
 from vl2jax.session import Session
 
@@ -57,7 +57,8 @@ class Row:
 def answer_file(
     session: Session, source: Path, target: Path, batch_size: int, part: tuple[int, int] = (0, 1)
 ) -> int:
-    """Answers each line of `source`, a request as `request.parse_request` reads it.
+    """Answers each line of `source`, or each element of the list that it is, as
+    `request.parse_question` reads it.
 
     Each answer is in `target` as soon as it and all before it are done; a bad row has an `error`
     there.  Rows that `target` answers already are left as they are.
@@ -102,8 +103,29 @@ def _lines(source: Path, part: tuple[int, int]) -> Iterator[tuple[int, bytes]]:
     """Numbers (from 1) and lines of this process's share; blank ones do not count."""
     index, count = part
     with source.open("rb") as lines:
-        rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        entries = lines if (listed := _list(source)) is None else map(_line, listed)
+        rows = ((number, line) for number, line in enumerate(entries, 1) if line.strip())
         yield from itertools.islice(rows, index, None, count)
+
+
+def _line(entry: Any) -> bytes:
+    return json.dumps(entry).encode()
+
+
+def _list(source: Path) -> list[Any] | None:
+    """The rows of a file that is one JSON list of them, as LLaVA's are; None if it has lines.
+
+    A list of messages is a line.
+    """
+    with source.open("rb") as file:
+        if not file.read(1024).lstrip().startswith(b"["):
+            return None
+    try:
+        value = json.loads(source.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    keys = {key for entry in value if isinstance(entry, dict) for key in entry}
+    return value if keys & {*CONVERSATION_KEYS} else None
 
 
 def _key(line: bytes, settings: bytes) -> str:
@@ -139,7 +161,7 @@ def _resume(
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -180,10 +202,10 @@ class _Run:
         token = self._session.processor.tokenizer.image_token
         for number, line in itertools.islice(_lines(self._source, self._part), skip, None):
             names: dict[str, Any] = {"row": number, "key": _key(line, self._settings)}
+            if (identity := _parsed(line).get("id")) is not None:  # of a bad row as well
+                names["id"] = identity
             try:
-                request = parse_request(line, self._source.parent, image_token=token)
-                if request.id is not None:
-                    names["id"] = request.id
+                request = parse_question(line, self._source.parent, image_token=token)
                 sample = self._session.prepare(request)
             except (UserError, OSError) as error:
                 self._rows.append(Row(names, error=str(error)))
