@@ -19,6 +19,7 @@ from vl2jax.layers import PRODUCT, matmul, product
 from vl2jax.quantize import Int8, Weight, cast, widen
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
+ACTIVE, BLOCKS = "active_experts", "expert_blocks"  # in the names of the loops
 MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
 
 
@@ -311,12 +312,14 @@ def _blocks_forward(x_PD, w, group_sizes, first, block, keep):
             out = _ffn(_rows(x_PD, start, block), weights)
             return tuple(_put(kept, rows, start) for kept, rows in zip(carry, out, strict=False))
 
-        return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, carry)
+        with jax.named_scope(BLOCKS):
+            return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, carry)
 
     carry = (jnp.zeros_like(x_PD),)
     if keep:
         carry += (jnp.zeros((x_PD.shape[0], 2 * w.gate.shape[-1]), x_PD.dtype),)
-    y_PD, *gate_up = jax.lax.fori_loop(0, groups.n_active, one_expert, carry)
+    with jax.named_scope(ACTIVE):
+        y_PD, *gate_up = jax.lax.fori_loop(0, groups.n_active, one_expert, carry)
     return y_PD[:pairs], *gate_up
 
 

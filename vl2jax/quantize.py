@@ -174,8 +174,24 @@ def int8_sharding(sharding: NamedSharding | None, axes: tuple[int, ...]) -> Int8
     return Int8(sharding, NamedSharding(sharding.mesh, scale_spec(sharding.spec, axes)))
 
 
+def int8_shapes(params):
+    """Shapes of a tree, as `abstract_params` gives them but with shardings, quantised."""
+
+    def one(path, leaf: jax.ShapeDtypeStruct):
+        axes = summed_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
+        if axes is None:
+            return leaf
+        where, shapes = int8_sharding(leaf.sharding, axes), jax.eval_shape(quantizer(axes), leaf)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            *(shapes, where),
+        )
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 @functools.cache
-def quantizer(axes: tuple[int, ...], sharding: NamedSharding | None):
+def quantizer(axes: tuple[int, ...], sharding: NamedSharding | None = None):
     """`quantize`, compiled: each device quantises its part."""
     return jax.jit(
         functools.partial(quantize, axes=axes), out_shardings=int8_sharding(sharding, axes)
