@@ -117,7 +117,9 @@ def run(args: argparse.Namespace) -> None:
         print(side_by_side(scores, args.quantize, MEASURES, _figure))
     else:
         print(table(scores))
-    print(f"{out}: scores.json, answers.jsonl, sheet.png", file=sys.stderr)
+    names = ["scores.json", "answers.jsonl", "sheet.png"]
+    names += [f"answers-{args.quantize}.jsonl"] if args.quantize else []
+    print(f"{out}: {', '.join(names)}", file=sys.stderr)
 
 
 def answer_all(
