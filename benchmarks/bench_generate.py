@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import medium
 import numpy as np
 
+from vl2jax.apart import take_apart
 from vl2jax.batch import TEXT, Batch
 from vl2jax.buckets import length_bucket
 from vl2jax.config import VL2Config
@@ -62,10 +63,12 @@ def picture_batch(config: VL2Config) -> Batch:
 class Case:
     """A model with random weights and what is timed of it."""
 
-    def __init__(self, config: VL2Config, dtype: str):
+    def __init__(self, config: VL2Config, dtype: str, apart: bool = True):
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.params = make_params(config, dtype)
-        self.steps = programs(config, self.dtype, jax.default_backend())
+        if apart:
+            self.params = take_apart(config.decoder, self.params)
+        self.steps = programs(config, self.dtype, jax.default_backend(), None, apart)
 
     def vision(self, tiles: int = 4) -> Callable[[], object]:
         """Tower and adaptor on some tiles."""
@@ -93,13 +96,18 @@ class Case:
             state = jax.block_until_ready(self._start(batch, NEW))
             start = time.perf_counter()
             for _ in range(NEW // BURST):
-                state, tokens = self.steps.burst(
-                    *(self.params, _GREEDY, state, nothing, BURST, False)
-                )
+                state, tokens = self.steps.burst(*(self.params, _GREEDY, state, nothing, BURST, 0))
                 np.asarray(tokens)
             return time.perf_counter() - start
 
         return run
+
+    def burst_text(self, rows: int) -> str:
+        """The compiled program of `decode`."""
+        state = self._start(text_batch(self.config, rows, PROMPT), NEW)
+        nothing = jnp.asarray([-1], jnp.int32)
+        traced = self.steps.burst.trace(self.params, _GREEDY, state, nothing, BURST, 0)
+        return traced.lower().compile().as_text()
 
     def _prefilled(self, batch: Batch, chunk: int):
         rows, length = batch.tokens.shape

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vl2jax.ambient import current_mesh
 from vl2jax.attend_tpu import serves, splash
-from vl2jax.kernels import on_tpu
+from vl2jax.kernels import on_cpu, on_tpu
 from vl2jax.layers import PRODUCT, product
 
 # Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
@@ -70,9 +71,28 @@ def attend(
             repeated = (visibility.q_positions, visibility.q_segments)
             positions, segments = (jnp.repeat(a, heads, axis=1) for a in repeated)
             visibility = visibility.replace(q_positions=positions, q_segments=segments)
+    elif length == 1 and on_cpu() and current_mesh() is None:
+        return _attend_one(q, k, v, visibility, scale)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     y = _attend(q, k, v, visibility, scale).swapaxes(1, 2)
     return y.reshape(rows, length, heads, -1)
+
+
+def _attend_one(q, k, v, visibility, scale) -> jax.Array:
+    """One query per row, heads as rows: along two axes of heads and rows XLA's CPU compiler makes
+    such a product float32, and a single query of bfloat16 wants company (see `layers.matmul`)."""
+    rows, length, heads, _ = q.shape
+    if q.dtype == jnp.bfloat16:
+        length = 2
+        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    if visibility is not None:
+        visibility = jax.tree.map(lambda a: jnp.repeat(a, heads, axis=0), visibility)
+        repeated = (visibility.q_positions, visibility.q_segments)
+        positions, segments = (jnp.repeat(a, length, axis=1) for a in repeated)
+        visibility = visibility.replace(q_positions=positions, q_segments=segments)
+    q, k, v = (a.swapaxes(1, 2).reshape(rows * heads, 1, a.shape[1], -1) for a in (q, k, v))
+    y = _attend(q, k, v, visibility, scale)[:, :, :1]
+    return y.reshape(rows, heads, 1, -1).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vl2jax.ambient import axis_size, current_mesh
 from vl2jax.experts_chunked import CHUNKS, chunked_sum
+from vl2jax.experts_few import few, serves
 from vl2jax.experts_gmm import MAX_ROWS, grouped_ffn
-from vl2jax.kernels import on_tpu
+from vl2jax.kernels import on_cpu, on_tpu
 from vl2jax.layers import PRODUCT, matmul, product
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
@@ -122,9 +123,16 @@ def gmm(
     )
 
 
-def automatic(*arguments, **options) -> jax.Array:
-    """`gmm` in a program for TPU, `blocked` elsewhere."""
-    return (gmm if on_tpu() else blocked)(*arguments, **options)
+def automatic(
+    x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights, **options
+) -> jax.Array:
+    """`gmm` in a program for TPU, `few` for few tokens on CPU, else `blocked`."""
+    implementation = gmm if on_tpu() else blocked
+    n_experts = options.get("n_experts") or w.gate.shape[0]
+    plain = isinstance(w.gate, jax.Array) and current_mesh() is None
+    if on_cpu() and plain and serves(*experts_TK.shape, n_experts):
+        implementation = few
+    return implementation(x_TD, weights_TK, experts_TK, w, **options)
 
 
 # Each takes tokens, weights, experts and their weights; an expert number E stands for none, with

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vl2jax.apart import pays, take_apart
 from vl2jax.api import Model, load
 from vl2jax.checkpoint import flat_shapes, read_model_dir
 from vl2jax.collate import Sample
@@ -104,6 +105,8 @@ class Session:
                     self._mesh,
                     on_leaf=lambda _, n: progress.update(n),
                 )
+            if pays(self._model.params):
+                take_apart(self._model.config.decoder, self._model.params)
         return self._model
 
     def plan(self, rows: int) -> None:

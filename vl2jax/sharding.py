@@ -52,8 +52,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 # Caches of decoding, axis by axis: n layers, B rows, S slots, H heads.
 CACHE_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
-    "keys": (None, BATCH_AXES, None, "tensor", None),  # n B S H K
-    "values": (None, BATCH_AXES, None, "tensor", None),  # n B S H K
+    "keys": (None, BATCH_AXES, "tensor", None, None),  # n B H S K
+    "values": (None, BATCH_AXES, "tensor", None, None),  # n B H S K
     "latent": (None, BATCH_AXES, None, None),  # n B S C + R
 }
 
