@@ -68,6 +68,7 @@ class Context:
                 q_segments=self.segment_ids,
                 k_positions=self.positions,
                 k_segments=self.segment_ids,
+                ordered=True,
             )
         shape = (self.positions.shape[0], cache_slots)
         return Visibility(
