@@ -70,6 +70,7 @@ class Context:
                 q_segments=self.segment_ids,
                 k_positions=self.positions,
                 k_segments=self.segment_ids,
+                ordered=True,
             )
         shape = (self.positions.shape[0], cache_slots)
         return Visibility(
@@ -77,6 +78,8 @@ class Context:
             q_segments=jnp.ones_like(self.positions),
             k_positions=jax.lax.broadcasted_iota(jnp.int32, shape, 1),
             k_segments=jnp.ones(shape, jnp.int32),
+            # A chunk that fills the cache begins at its first slot.
+            ordered=1 < self.positions.shape[1] == cache_slots,
         )
 
 
