@@ -72,7 +72,7 @@ def profile(case: bench_generate.Case, rows: int, repeats: int) -> dict:
             for line in plane.lines
             for event in line.events
         ]
-    known = instructions(case.burst_text(rows))
+    known = instructions(case.compiled_burst(rows).as_text())
     parts, kinds = collections.Counter(), collections.Counter()
     for stats, nanoseconds in events:
         name = stats.get("hlo_op")
