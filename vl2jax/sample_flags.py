@@ -9,6 +9,7 @@ from vl2jax.answer_output import check_drawing, check_folder
 from vl2jax.cli import Parser, whole
 from vl2jax.errors import UserError
 from vl2jax.sampling import SamplingParams
+from vl2jax.shares import add_join_flags, read_joining
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -35,6 +36,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--chunk_size", type=whole(0), default=0, help="prompt tokens at a time (0: all)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
+    add_join_flags(parser, whole)
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")
     add("--nostream", dest="stream", action="store_false", help="show the answer when it is whole")
     add("--json", action="store_true", help="one JSON object per answer, on one line")
@@ -87,6 +89,10 @@ def _check_modes(args: argparse.Namespace) -> None:
             args.process_count and args.process_index >= args.process_count,
             "--process_index must be below --process_count",
         ),
+        (
+            args.process_count and (args.distributed or args.coordinator),
+            "--process_count is for processes that do not know of each other",
+        ),
         (args.image and is_batch, "--image is not for --batch; its rows name their images"),
         (args.system and (is_batch or args.messages), "--system: put it into the file instead"),
         (args.draw and not is_one, "--draw needs --prompt or --messages"),
@@ -99,6 +105,7 @@ def _check_modes(args: argparse.Namespace) -> None:
 
 def _check_values(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot work, whatever the checkpoint."""
+    read_joining(args)
     SamplingParams.create(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     if "" in args.stop:
         raise UserError("--stop is empty; expected the text that ends an answer")
