@@ -67,8 +67,6 @@ def run_here(args: argparse.Namespace, share: Share) -> int:
         return 1 if answer_file(session, *files, part) else 0
     output = Output(as_json=args.json, stream=args.stream, draw_on=args.draw_on)
     if args.prompt is None and not args.messages:
-        if jax.process_count() > 1:
-            raise UserError("a chat is held with one process; give --prompt, --messages or --batch")
         Chat(session, output, system=args.system, images=args.image).run()
     else:
         answer_one(session, output, args)

@@ -25,7 +25,7 @@ ORDER = [
     *("store", "checkpoint", "api"),
     *("orbax_io", "lineage", "workdir", "report", "tensorboard", "curves", "metrics"),
     *("multihost", "feed", "run_flags", "run_setup", "run_events"),
-    *("hlo", "chips", "kernel_costs", "plan_programs"),
+    *("hlo_text", "hlo", "chips", "kernel_costs", "plan_programs"),
     *("request", "session", "answer_output", "answer_file", "shares", "answer_shares"),
     *("chat", "cli", "sample_flags"),
     "plan",

@@ -67,6 +67,7 @@ def parse_flags(argv: Sequence[str] | None, description: str) -> argparse.Namesp
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
+    read_joining(args)
     _check_modes(args)
     _check_values(args)
     return args
@@ -76,6 +77,7 @@ def _check_modes(args: argparse.Namespace) -> None:
     """Raises UserError for flags that exclude or need each other."""
     modes = [f"--{x}" for x in ("prompt", "messages", "batch") if getattr(args, x) is not None]
     is_batch, is_one = args.batch is not None, args.prompt is not None or args.messages is not None
+    joins = args.distributed or args.coordinator
     for wrong, message in (
         (len(modes) > 1, f"{' and '.join(modes)} exclude each other"),
         (is_batch and args.out is None, "--batch needs --out, a file for the answers"),
@@ -90,7 +92,11 @@ def _check_modes(args: argparse.Namespace) -> None:
             "--process_index must be below --process_count",
         ),
         (
-            args.process_count and (args.distributed or args.coordinator),
+            joins and not (modes or args.plan),
+            "a chat is held with one process; give --prompt, --messages or --batch",
+        ),
+        (
+            args.process_count and joins,
             "--process_count is for processes that do not know of each other",
         ),
         (args.image and is_batch, "--image is not for --batch; its rows name their images"),
@@ -105,7 +111,6 @@ def _check_modes(args: argparse.Namespace) -> None:
 
 def _check_values(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot work, whatever the checkpoint."""
-    read_joining(args)
     SamplingParams.create(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     if "" in args.stop:
         raise UserError("--stop is empty; expected the text that ends an answer")
