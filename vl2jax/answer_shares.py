@@ -7,6 +7,7 @@ beginning of the result, and a run that ended early goes on.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -34,6 +35,8 @@ def answer_by_processes(
       UserError: as `answer_file`; part files of another number of processes; processes that read
         different rows.
     """
+    with source.open("rb") as file:
+        agree({"digest": hashlib.file_digest(file, "blake2b").hexdigest()[:16]}, str(source))
     asked = Asked(source, session.settings)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(opened(target) if is_first() else contextlib.nullcontext())

@@ -114,6 +114,8 @@ def _initialize(joining: Joining) -> None:
         "num_processes": joining.num_processes if known else None,
         "process_id": joining.process_id if joining.process_id >= 0 else None,
     }
+    # JAX would take SIGTERM for itself, and a program that does not ask it would not stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given,
@@ -345,5 +347,5 @@ class _Link:
                 peer.sendall(f"{number}\n".encode())
         _end(
             f"process {number} of {self._count} has ended, so process {self._me} ends too; its own"
-            " output says why. Start all processes again: the run goes on from its last checkpoint"
+            " output says why. Start all processes again: the run goes on from what it has saved"
         )
