@@ -2,6 +2,7 @@
 
     python eval.py --ckpt DIR --data synthetic
     python eval.py --ckpt DIR --data synthetic --families colour,grounding --questions 500 --json
+    python eval.py --ckpt DIR --data synthetic --distributed     # in each process of a job
 
 DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  A table goes to
 standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
@@ -26,6 +27,7 @@ from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.contact_sheet import Card, draw_sheet
 from vl2jax.errors import UserError
 from vl2jax.generate import Generation, generate
+from vl2jax.multihost import agree, first_speaks, is_first, joined, leave, tell_first
 from vl2jax.progress import StatusLine, bar, human_time
 from vl2jax.request import Request
 from vl2jax.scoring import (
@@ -38,7 +40,7 @@ from vl2jax.scoring import (
     score,
 )
 from vl2jax.session import Session
-from vl2jax.sharding import read_mesh
+from vl2jax.shares import Share, add_join_flags, choose_share, read_joining
 from vl2jax.synthetic import Question
 
 WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
@@ -67,23 +69,37 @@ Answer = Callable[[Sequence[Sample]], list[Generation]]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Asks, scores, writes."""
+    """Asks, scores, writes; alone or with other processes."""
+    with joined(read_joining(args)), first_speaks():
+        own = ("process_id", "join_timeout")
+        agree({name: str(value) for name, value in vars(args).items() if name not in own}, "flags")
+        run_here(args, choose_share(args.mesh, rows=True))
+
+
+def run_here(args: argparse.Namespace, share: Share) -> None:
+    """This process's part; process 0 puts all together."""
     dataset = find_dataset(args.data)
     split = dataset.check_split(args.split or dataset.splits[0])
     named = list(dataset.families) if args.families is None else args.families
     families = dataset.check_families(named)
     directory = read_model_dir(args.ckpt)
     out = args.out or directory.path / "eval"
-    out.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
     set_compilation_cache(args.compilation_cache)
-    session = Session(directory.address, dtype=args.dtype, mesh=read_mesh(args.mesh))
+    session = Session(directory.address, dtype=args.dtype, mesh=share.mesh)
 
     def ask(family: str, index: int) -> Question:
         return dataset.question(family, index, split=split, seed=args.seed)
 
     started = time.perf_counter()
     questions = list(itertools.product(families, range(args.questions)))
-    outcomes = answer_all(session, ask, questions, args.batch_size, args.max_new_tokens)
+    own = questions[share.index :: share.count]
+    outcomes = answer_all(session, ask, own, args.batch_size, args.max_new_tokens)
+    if share.count > 1:
+        outcomes = gather(outcomes, questions)
+    if not is_first():
+        return
     about = {"ckpt": str(args.ckpt), "step": directory.step, "data": args.data, "split": split}
     about |= {"seed": args.seed, "seconds": round(time.perf_counter() - started, 2)}
     scores = about | summarise(dataset, outcomes)
@@ -94,6 +110,15 @@ def run(args: argparse.Namespace) -> None:
     sheet(f"{title}: {args.data} {split}", outcomes, ask).save(out / "sheet.png")
     print(json.dumps(scores) if args.json else table(scores))
     print(f"{out}: scores.json, answers.jsonl, sheet.png", file=sys.stderr)
+
+
+def gather(outcomes: Sequence[Outcome], wanted: Sequence[tuple[str, int]]) -> list[Outcome]:
+    """The outcomes of all processes on process 0, in the order of `wanted`; none on the others."""
+    said = tell_first("outcomes", json.dumps([dataclasses.asdict(one) for one in outcomes]))
+    all_told = [record for text in said for record in json.loads(text)]
+    found = [Outcome(**one | {"score": Score(**one["score"])}) for one in all_told]
+    by_question = {(one.family, one.index): one for one in found}
+    return [by_question[key] for key in wanted] if is_first() else []
 
 
 def answer_all(
@@ -277,6 +302,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_new_tokens", type=whole(1), default=192, help="of an answer (192)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
+    add_join_flags(parser, whole)
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
     add("--json", action="store_true", help="scores as one JSON object instead of a table")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
@@ -285,7 +311,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size")
+    return leave(run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size"))
 
 
 if __name__ == "__main__":

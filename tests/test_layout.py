@@ -25,8 +25,9 @@ ORDER = [
     *("store", "checkpoint", "api"),
     *("orbax_io", "lineage", "workdir", "report", "tensorboard", "curves", "metrics"),
     *("multihost", "feed", "run_flags", "run_setup", "run_events"),
-    *("hlo", "chips", "kernel_costs", "plan_programs"),
-    *("request", "session", "answer_output", "answer_file", "chat", "cli", "sample_flags"),
+    *("hlo_text", "hlo", "chips", "kernel_costs", "plan_programs"),
+    *("request", "session", "answer_output", "answer_file", "shares", "answer_shares"),
+    *("chat", "cli", "sample_flags"),
     "plan",
     *("scoring", "contact_sheet", "compilation_cache", "__init__"),
 ]

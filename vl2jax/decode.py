@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ambient import constrain
+from vl2jax.ambient import constrain, must_block
 from vl2jax.batch import FIRST_TILE_ROW
 from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
@@ -211,9 +211,14 @@ def programs(
         _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
         return state, constrain(out)
 
-    return Programs(
-        *(table, encode, embed, caches, spread, prefill, pick, begin, idle, insert, take, burst)
-    )
+    steps = (table, encode, embed, caches, spread, prefill)
+    steps += (pick, begin, idle, insert, take, burst)
+    return Programs(*map(_waited_for, steps) if must_block() else steps)
+
+
+def _waited_for(step: Callable) -> Callable:
+    """A step that has ended when its call returns."""
+    return lambda *args: jax.block_until_ready(step(*args))
 
 
 def _no_tiles(config: VL2Config) -> jax.Array:

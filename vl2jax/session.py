@@ -162,9 +162,12 @@ class Session:
     def row(self, engine: Engine, sample: Sample) -> RowAnswer:
         """A prepared request as a row for `engine.run`."""
         options = {k: v for k, v in self._options.items() if k in _OF_A_ROW}
+        return engine.row(self.prompt(sample), **options)
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """A prepared request as the engine takes it."""
         size = self._directory.config.tokens_per_tile
-        prompt = Prompt(sample.tokens, sample.image_index, sample.tiles, size)
-        return engine.row(prompt, **options)
+        return Prompt(sample.tokens, sample.image_index, sample.tiles, size)
 
     @property
     def settings(self) -> dict[str, Any]:
