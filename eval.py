@@ -2,11 +2,14 @@
 
     python eval.py --ckpt DIR --data synthetic
     python eval.py --ckpt DIR --data synthetic --families colour,grounding --questions 500 --json
+    python eval.py --ckpt DIR --data synthetic --quantize int8
     python eval.py --ckpt DIR --data synthetic --distributed     # in each process of a job
 
 DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  A table goes to
 standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
-them with their pictures) go to --out.  Measures are explained in vl2jax/scoring.py.
+them with their pictures) go to --out.  With --quantize the same questions are asked twice, of the
+model as it is and quantised, and the table has both and the difference; the second answers are in
+answers-int8.jsonl.  Measures are explained in vl2jax/scoring.py.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from vl2jax.errors import UserError
 from vl2jax.generate import Generation, generate
 from vl2jax.multihost import agree, first_speaks, is_first, joined, leave, tell_first
 from vl2jax.progress import StatusLine, bar, human_time
+from vl2jax.quantize import KINDS
 from vl2jax.request import Request
 from vl2jax.scoring import (
     DATASETS,
@@ -41,6 +45,7 @@ from vl2jax.scoring import (
 )
 from vl2jax.session import Session
 from vl2jax.shares import Share, add_join_flags, choose_share, read_joining
+from vl2jax.side_by_side import difference, side_by_side
 from vl2jax.synthetic import Question
 
 WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
@@ -87,34 +92,61 @@ def run_here(args: argparse.Namespace, share: Share) -> None:
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
     set_compilation_cache(args.compilation_cache)
-    session = Session(directory.address, dtype=args.dtype, mesh=share.mesh)
 
     def ask(family: str, index: int) -> Question:
         return dataset.question(family, index, split=split, seed=args.seed)
 
-    started = time.perf_counter()
     questions = list(itertools.product(families, range(args.questions)))
-    own = questions[share.index :: share.count]
-    outcomes = answer_all(session, ask, own, args.batch_size, args.max_new_tokens)
-    if share.count > 1:
-        outcomes = gather(outcomes, questions)
-    if not is_first():
+
+    def evaluate(kind: str | None) -> tuple[list[Outcome], dict[str, Any]] | None:
+        """Outcomes and scores of the model quantised so, which is gone from memory afterwards; None
+        on other processes than the first."""
+        session = Session(directory.address, dtype=args.dtype, mesh=share.mesh, quantize=kind)
+        started = time.perf_counter()
+        own = questions[share.index :: share.count]
+        found = answer_all(session, ask, own, args.batch_size, args.max_new_tokens)
+        if share.count > 1:
+            found = gather(f"outcomes/{kind}", found, questions)
+        if not is_first():
+            return None
+        seconds = round(time.perf_counter() - started, 2)
+        name = "answers.jsonl" if kind is None else f"answers-{kind}.jsonl"
+        with (out / name).open("w", encoding="utf-8") as file:
+            file.writelines(json_line(record(one, ask)) + "\n" for one in found)
+        return found, {"seconds": seconds} | summarise(dataset, found)
+
+    plain, other = evaluate(None), evaluate(args.quantize) if args.quantize else None
+    if plain is None:
         return
     about = {"ckpt": str(args.ckpt), "step": directory.step, "data": args.data, "split": split}
-    about |= {"seed": args.seed, "seconds": round(time.perf_counter() - started, 2)}
-    scores = about | summarise(dataset, outcomes)
+    outcomes, found = plain
+    scores = about | {"seed": args.seed} | found
+    if other is not None:
+        others, found = other
+        same = sum(a.text == b.text for a, b in zip(outcomes, others, strict=True))
+        scores[args.quantize] = found | {"same_answers": same}
+        scores["difference"] = difference(scores, found)
     write_json(out / "scores.json", scores)
-    with (out / "answers.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json_line(record(one, ask)) + "\n" for one in outcomes)
     title = f"{args.ckpt}" + (f" step {directory.step}" if directory.step is not None else "")
     sheet(f"{title}: {args.data} {split}", outcomes, ask).save(out / "sheet.png")
-    print(json.dumps(scores) if args.json else table(scores))
+    if args.json:
+        print(json.dumps(scores))
+    elif args.quantize:
+        print(side_by_side(scores, args.quantize, MEASURES, _figure))
+    else:
+        print(table(scores))
     print(f"{out}: scores.json, answers.jsonl, sheet.png", file=sys.stderr)
 
 
-def gather(outcomes: Sequence[Outcome], wanted: Sequence[tuple[str, int]]) -> list[Outcome]:
-    """The outcomes of all processes on process 0, in the order of `wanted`; none on the others."""
-    said = tell_first("outcomes", json.dumps([dataclasses.asdict(one) for one in outcomes]))
+def gather(
+    name: str, outcomes: Sequence[Outcome], wanted: Sequence[tuple[str, int]]
+) -> list[Outcome]:
+    """The outcomes of all processes on process 0, in the order of `wanted`; none on the others.
+
+    Args:
+      name: of the message; no two have the same.
+    """
+    said = tell_first(name, json.dumps([dataclasses.asdict(one) for one in outcomes]))
     all_told = [record for text in said for record in json.loads(text)]
     found = [Outcome(**one | {"score": Score(**one["score"])}) for one in all_told]
     by_question = {(one.family, one.index): one for one in found}
@@ -301,6 +333,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=whole(1), default=64, help="questions answered together (64)")
     add("--max_new_tokens", type=whole(1), default=192, help="of an answer (192)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--quantize", choices=KINDS, help="compare with the model quantised so (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
     add_join_flags(parser, whole)
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")

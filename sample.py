@@ -9,8 +9,9 @@
 The answer, and nothing else, is written to standard output.  --messages is a JSON list of messages
 in OpenAI's style or the original's, or an object with "messages" and "images"; an assistant's
 message at its end is continued.  Each line of --batch is such an object, or has "prompt" and
-"images"; a batch that ended early goes on where it stopped.  The exit code is 1 for a mistake, and
-for a batch with a bad row.
+"images", or is a row of training data (LLaVA's, also as one JSON list); there an answer at the end
+is left out, and given anew.  A batch that ended early goes on where it stopped.  The exit code is 1
+for a mistake, and for a batch with a bad row.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def run_here(args: argparse.Namespace, share: Share) -> int:
         args.ckpt,
         dtype=args.dtype,
         mesh=share.mesh,
+        quantize=args.quantize,
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
         **{name: getattr(args, name) for name in names.split()},
@@ -99,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
     code = run_cli(
         lambda: run(parse_flags(argv, __doc__)),
-        out_of_memory="--dtype bfloat16, --chunk_size 512, a smaller --max_new_tokens or"
-        " --batch_size, or fewer images",
+        out_of_memory="--dtype bfloat16, --quantize int8, --chunk_size 512, a smaller"
+        " --max_new_tokens or --batch_size, or fewer images",
     )
     return leave(code)
 

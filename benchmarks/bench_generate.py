@@ -1,7 +1,7 @@
 """Answering with the medium models: vision, prefill, decoding.
 
     python benchmarks/bench_generate.py [--attention mla mha] [--dtype float32 bfloat16]
-        [--repeats 5]
+        [--repeats 5] [--quantize int8]
     python benchmarks/bench_generate.py --study context|batch|experts|layouts [--layers N]
 
 Prints one JSON line per case.  Of each figure the median and the best, the first call (compilation)
@@ -34,6 +34,7 @@ from vl2jax.config import VL2Config
 from vl2jax.decode import BURST, DecodeState, programs
 from vl2jax.image import image_layout
 from vl2jax.model import VL2, init_variables
+from vl2jax.quantize import KINDS, quantize_tree
 from vl2jax.sampling import SamplingParams
 
 NEW, PROMPT = 32, 256
@@ -64,10 +65,18 @@ def picture_batch(config: VL2Config) -> Batch:
 class Case:
     """A model with random weights and what is timed of it."""
 
-    def __init__(self, config: VL2Config, dtype: str, apart: bool | None = None):
+    def __init__(
+        self,
+        config: VL2Config,
+        dtype: str,
+        apart: bool | None = None,
+        quantize: str | None = None,
+    ):
         """`apart`: whether layers have arrays of their own; None: as `sample.py` has it."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.params = make_params(config, dtype)
+        if quantize == "int8":
+            self.params = jax.jit(quantize_tree)(self.params)
         apart = pays(self.params) if apart is None else apart
         if apart:
             self.params = take_apart(config.decoder, self.params)
@@ -186,7 +195,7 @@ def token_bytes(config: VL2Config, params) -> int:
     the vision tower."""
     cfg, total = config.decoder, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]["decoder"]):
-        names = [key.key for key in path]
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if "experts" in names:
             total += leaf.nbytes * cfg.num_experts_per_tok // cfg.n_routed_experts
         elif "embed_tokens" in names:
@@ -196,9 +205,9 @@ def token_bytes(config: VL2Config, params) -> int:
     return total
 
 
-def measure(config: VL2Config, dtype: str, repeats: int) -> dict:
+def measure(config: VL2Config, dtype: str, repeats: int, quantize: str | None) -> dict:
     """Everything of one case."""
-    case = Case(config, dtype)
+    case = Case(config, dtype, quantize)
     speed, used = memory_rate(repeats), token_bytes(config, case.params)
     return {
         "vision_tiles_per_s": rate(4, seconds_of(case.vision(), repeats)),
@@ -279,6 +288,7 @@ def main() -> None:
     parser = medium.case_parser(__doc__)
     parser.add_argument("--study", choices=STUDIES, help="what a decoding step costs, by this")
     parser.add_argument("--layers", type=int, help="of the decoder, in place of the model's own")
+    parser.add_argument("--quantize", choices=KINDS, help="the weights (not with --study)")
     args = parser.parse_args()
     for attention in args.attention:
         config = medium.medium_config(attention)
@@ -287,12 +297,15 @@ def main() -> None:
             config = dataclasses.replace(config, decoder=decoder)
         for dtype in args.dtype:
             case = {"attention": attention, "dtype": dtype}
+            case |= {} if args.quantize is None else {"quantize": args.quantize}
             case |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             if args.study:
                 for result in STUDIES[args.study](config, dtype, args.repeats):
                     print(json.dumps(result | case), flush=True)
                 continue
-            print(json.dumps(measure(config, dtype, args.repeats) | case), flush=True)
+            print(
+                json.dumps(measure(config, dtype, args.repeats, args.quantize) | case), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import pytest
 from convert import to_jax
 from vl2jax.answer_file import answer_file, part_of
 from vl2jax.errors import UserError
+from vl2jax.request import parse_question
 from vl2jax.session import Session
+from vl2jax.synthetic.__main__ import main as write_synthetic
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -66,6 +68,62 @@ def test_any_beginning_is_continued(session, whole, tmp_path, capsys):
         assert same(read(target)) == same(read(want))
         assert target.read_bytes().startswith(b"".join(lines[:kept]))
     assert "8 of 9 rows are answered already" in capsys.readouterr().err
+
+
+def test_rows_of_training_data_are_asked_without_their_answers(session, whole, tmp_path):
+    """LLaVA's form, as lines and as the JSON list that it comes as; a bad row has its error."""
+    _, want = whole
+    turns = [{"from": "human", "value": "what is 0?"}, {"from": "gpt", "value": "Zero."}]
+    messages = [{"role": "user", "content": "what is 1?"}, {"role": "assistant", "content": "One."}]
+    rows = [
+        {"id": "a", "conversations": turns},
+        {"id": "b", "messages": messages},
+        {"id": "c", "conversations": turns[1:]},
+        {"id": "d", "conversations": [turns[0] | {"from": "robot"}]},
+        {"id": "e", "image": "absent.png", "conversations": turns},
+        {"id": "f", "conversations": [*turns[:1], *turns]},
+        {"id": "g"},
+        "no row",
+        {"id": "i", "conversations": turns[:1]},
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("in.json", "in.jsonl"):
+        target = tmp_path / f"out-{name}"
+        assert answer_file(session, tmp_path / name, target, 4) == 6
+        found = read(target)
+        assert [row["row"] for row in found] == list(range(1, 10))
+        assert [row.get("id") for row in found] == [*"abcdefg", None, "i"]
+        tokens = [row["tokens"] for row in read(want)[:2]]
+        assert [found[i]["tokens"] for i in (0, 1, 8)] == [*tokens, tokens[0]]
+        errors = [row["error"]["message"] for row in found if "error" in row]
+        for error, part in zip(
+            errors,
+            (
+                "nothing is asked",
+                "message 1: unknown role 'robot'",
+                "image 1: ",
+                "message 2: role 'user' where 'assistant' is due",
+                "expected exactly one of 'messages'",
+                "expected a list of messages or an object",
+            ),
+            strict=True,
+        ):
+            assert part in error
+
+
+def test_synthetic_rows_are_questions(tmp_path):
+    """What `vl2jax.synthetic` writes: the turns before the last answer, with their pictures."""
+    assert write_synthetic(["--out", str(tmp_path), "-n", "5"]) == 0
+    rows = json.loads((tmp_path / "data.json").read_text())
+    for row in rows:
+        asked = parse_question(json.dumps(row).encode(), tmp_path, image_token="<image>")
+        said = [turn["value"].strip() for turn in row["conversations"]]
+        assert [turn["content"] for turn in asked.conversation] == said[:-1]
+        assert asked.conversation[-1]["role"] == "user"
+        paths = [row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])
+        assert asked.images == [str(tmp_path / path) for path in paths]
+    assert any("image" in row for row in rows)
 
 
 def test_other_rows_or_flags_are_not_continued(ckpt, session, whole, tmp_path):

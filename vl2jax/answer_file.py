@@ -1,4 +1,4 @@
-"""Answers to a file of requests: JSON lines in, JSON lines out, in the same order.
+"""Answers to a file of requests: JSON lines, or a JSON list, in; JSON lines out, in the same order.
 
 A run that ended early, however, goes on where it stopped when it is started again.
 """
@@ -21,7 +21,7 @@ from vl2jax.engine import Engine
 from vl2jax.errors import UserError
 from vl2jax.lock import lock_directory
 from vl2jax.progress import StatusLine, bar, human_count, human_time
-from vl2jax.request import parse_request
+from vl2jax.request import CONVERSATION_KEYS, parse_question
 from vl2jax.row import RowAnswer
 from vl2jax.session import Session
 
@@ -68,7 +68,8 @@ def answer_file(
     part: tuple[int, int] = (0, 1),
     skip: int = 0,
 ) -> int:
-    """Answers each line of `source`, a request as `request.parse_request` reads it.
+    """Answers each line of `source`, or each element of the list that it is, as
+    `request.parse_question` reads it.
 
     Each answer is in `target` as soon as it and all before it are done; a bad row has an `error`
     there.  Rows that `target` answers already are left as they are.
@@ -142,9 +143,7 @@ class Asked:
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Numbers (from 1) and lines; blank ones do not count."""
         index, count = self._part
-        with self.source.open("rb") as lines:
-            rows = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            yield from itertools.islice(rows, self._skip + index, None, count)
+        return itertools.islice(_lines(self.source), self._skip + index, None, count)
 
     def key(self, line: bytes) -> str:
         """By which an answer is known to be that of a line, with these settings."""
@@ -152,9 +151,35 @@ class Asked:
 
     def check(self) -> None:
         """Raises UserError if the file has no rows at all."""
-        with self.source.open("rb") as lines:
-            if not any(line.strip() for line in lines):
-                raise UserError(f"{self.source}: no rows; expected one JSON object per line")
+        if not any(True for _ in itertools.islice(_lines(self.source), 1)):
+            raise UserError(f"{self.source}: no rows; expected one JSON object per line")
+
+
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers (from 1) and lines of a file; blank ones do not count."""
+    with source.open("rb") as lines:
+        entries = lines if (listed := _list(source)) is None else map(_line, listed)
+        yield from ((number, line) for number, line in enumerate(entries, 1) if line.strip())
+
+
+def _line(entry: Any) -> bytes:
+    return json.dumps(entry).encode()
+
+
+def _list(source: Path) -> list[Any] | None:
+    """The rows of a file that is one JSON list of them, as LLaVA's are; None if it has lines.
+
+    A list of messages is a line.
+    """
+    with source.open("rb") as file:
+        if not file.read(1024).lstrip().startswith(b"["):
+            return None
+    try:
+        value = json.loads(source.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    keys = {key for entry in value if isinstance(entry, dict) for key in entry}
+    return value if keys & {*CONVERSATION_KEYS} else None
 
 
 def resume(asked: Asked, out: BinaryIO, target: Path) -> tuple[int, int, int]:
@@ -187,7 +212,7 @@ def resume(asked: Asked, out: BinaryIO, target: Path) -> tuple[int, int, int]:
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -237,10 +262,10 @@ class Run:
         token, asked = self._session.processor.tokenizer.image_token, self._asked
         for number, line in itertools.islice(asked.lines(), skip, None):
             names: dict[str, Any] = {"row": number, "key": asked.key(line)}
+            if (identity := _parsed(line).get("id")) is not None:  # of a bad row as well
+                names["id"] = identity
             try:
-                request = parse_request(line, asked.source.parent, image_token=token)
-                if request.id is not None:
-                    names["id"] = request.id
+                request = parse_question(line, asked.source.parent, image_token=token)
                 sample = self._session.prepare(request)
                 row = Row(names, sample, self._session.row(engine, sample))
             except (UserError, OSError) as error:

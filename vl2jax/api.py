@@ -13,6 +13,7 @@ from vl2jax.config import VL2Config
 from vl2jax.errors import UserError
 from vl2jax.model import abstract_params
 from vl2jax.processor import Processor
+from vl2jax.quantize import Int8, check_kind
 from vl2jax.sharding import param_shardings
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -39,8 +40,9 @@ class Model:
 
     @property
     def size(self) -> int:
-        """Number of parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        """Number of parameters; scales of int8 weights do not count."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Int8))
+        return sum(leaf.size for leaf in leaves)
 
 
 def load(
@@ -48,6 +50,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     *,
+    quantize: str | None = None,
     on_leaf: Callable[[str, int], None] | None = None,
 ) -> Model:
     """Loads a model parameter by parameter.
@@ -59,12 +62,17 @@ def load(
         correction bias stays float32.
       mesh: splits the parameters over its axes by `sharding.PARAM_RULES`, each device reading its
         own part; None: everything on the default device.
+      quantize: "int8": most weights are kept as int8 with a scale per output channel, see
+        `vl2jax.quantize`; the model is never whole in its stored dtype. For `forward` and
+        `generate`, not for training. None: off.
       on_leaf: called with path and bytes of each parameter once it is there.
 
     Raises:
       UserError: not such a directory, parameters that do not fit its configuration, a tokenizer
-        that does not fit the vocabulary, or a mesh that does not divide the sizes.
+        that does not fit the vocabulary, a mesh that does not divide the sizes, or an unknown
+        `quantize`.
     """
+    check_kind(quantize)
     directory = read_model_dir(path)
     dtype = _float_dtype(directory.dtype if dtype is None else dtype)
     processor = Processor.from_dir(directory.path, directory.config)
@@ -74,6 +82,7 @@ def load(
         flat_shapes(abstract),
         dtype=dtype,
         shardings=None if mesh is None else param_shardings(mesh, abstract),
+        quantize=quantize,
         on_leaf=on_leaf,
     )
     return Model(directory.config, params, processor)

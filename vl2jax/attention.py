@@ -14,6 +14,7 @@ from vl2jax.attend import Visibility, attend
 from vl2jax.config import DecoderConfig
 from vl2jax.kernels import on_cpu
 from vl2jax.layers import Kernel, Linear, RMSNorm, einsum
+from vl2jax.quantize import Weight
 from vl2jax.rope import apply_rope, softmax_scale
 from vl2jax.sharding import CACHE_RULES
 
@@ -259,7 +260,8 @@ def _absorbed(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
     rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
     if on_cpu() and current_mesh() is None and q_nope.shape[0] * q_nope.shape[2] <= _FEW:
         return _absorbed_few(q_nope, q_rope, latent, w_kv_b, scale, visibility)
-    w_uk, w_uv = jnp.split(w_kv_b, [nope], axis=-1)
+    w_uk = jax.tree.map(lambda a: a[..., :nope], w_kv_b)
+    w_uv = jax.tree.map(lambda a: a[..., nope:], w_kv_b)
     q = jnp.concatenate([_einsum("BTHN,CHN->BTHC", q_nope, w_uk), q_rope], axis=-1)
     y = attend(q, latent[:, :, None], latent[:, :, None, :rank], scale, visibility)
     return _einsum("BTHC,CHV->BTHV", y, w_uv)
@@ -285,6 +287,6 @@ def _absorbed_few(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Arra
     return jnp.sum(y[..., nope:] * own, axis=-2)
 
 
-def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
     """`einsum` in the dtype of x."""
     return einsum(equation, x, w).astype(x.dtype)

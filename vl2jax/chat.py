@@ -21,7 +21,7 @@ HELP = """\
   /save FILE    write the conversation as JSON, for --messages
   /help         this text
   /quit         leave; so does the end of input (Ctrl-D)
-  Ctrl-C        stops an answer"""
+  Ctrl-C        stops an answer; at the prompt, twice in a row, leaves"""
 
 
 def say(text: str) -> None:
@@ -50,6 +50,7 @@ class Chat:
         self._history: list[dict[str, Any]] = [*self._system]
         self._images: list[str] = []
         self._saved: set[Path] = set()
+        self._interrupted = False  # and nothing was said since
         for image in images:
             self._add_image(image)
 
@@ -76,11 +77,14 @@ class Chat:
     def _read_line(self) -> str:
         is_person = sys.stdin.isatty()
         try:
-            return input("> " if is_person and sys.stdout.isatty() else "").strip()
+            line = input("> " if is_person and sys.stdout.isatty() else "").strip()
+            self._interrupted = False
+            return line
         except KeyboardInterrupt:
-            if not is_person:
+            if self._interrupted or not is_person:
                 raise
-            say("\n/quit or Ctrl-D leaves")
+            self._interrupted = True
+            say("\nonce more, /quit or Ctrl-D leaves")
             return ""
         except UnicodeDecodeError as error:
             raise UserError(f"the input is not valid {error.encoding} text") from error
@@ -125,6 +129,7 @@ class Chat:
             generation = self._session.answer(sample, show)
             self._output.finish(generation, sample)
         except KeyboardInterrupt:
+            self._interrupted = True
             self._output.interrupt()
             say("stopped")
             if not any(shown):  # as if it had not been asked

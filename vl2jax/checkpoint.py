@@ -218,6 +218,7 @@ def load_params(
     *,
     dtype: Any = None,
     shardings: Any = None,
+    quantize: str | None = None,
     on_leaf: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters of a model leaf by leaf.
@@ -230,6 +231,8 @@ def load_params(
         collection stays float32.
       shardings: tree like the result with a `jax.sharding.Sharding` per leaf; each device's part
         is read from the disk by itself.  None puts everything on the default device.
+      quantize: "int8": the weights that `quantize.SUMMED_AXES` lists become `Int8`, from what is
+        stored, each as soon as it is read.
       on_leaf: called with the path and the bytes of each leaf once it is on the device.
 
     Returns:
@@ -239,6 +242,8 @@ def load_params(
       CheckpointError: the parameters do not fit `expected` or are damaged.
     """
     import jax
+
+    from vl2jax.quantize import summed_axes
 
     store = ParamStore(Path(path))
     if expected is not None:
@@ -250,7 +255,11 @@ def load_params(
         stored = store.open(name)
         is_float = stored.dtype.numpy_dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
         wanted = np.float32 if is_router else dtype if is_float else None
-        leaf = read_leaf(stored, wanted, by_path.get(name))
+        axes = summed_axes(name) if quantize == "int8" and is_float else None
+        if axes is None:
+            leaf = read_leaf(stored, wanted, by_path.get(name))
+        else:
+            leaf = read_int8(stored, axes, by_path.get(name))
         jax.block_until_ready(leaf)
         *parents, last = name.split("/")
         node = result
@@ -258,7 +267,7 @@ def load_params(
             node = node.setdefault(parent, {})
         node[last] = leaf
         if on_leaf is not None:
-            on_leaf(name, leaf.nbytes)
+            on_leaf(name, sum(part.nbytes for part in jax.tree.leaves(leaf)))
     return result
 
 
@@ -283,3 +292,33 @@ def read_leaf(stored, dtype: Any = None, sharding: Any = None):
         return parts[key]
 
     return jax.make_array_from_callback(tuple(stored.shape), sharding, part)
+
+
+def read_int8(stored, axes: tuple[int, ...], sharding: Any = None):
+    """Reads one weight and quantises it where it lies, from what is stored.
+
+    A stack that is stored layer by layer is read and quantised so: of the stored weights no more
+    than one layer's is on a device, or in memory, at a time.
+
+    Args:
+      stored: from `ParamStore.open`.
+      axes: that its products sum over.
+      sharding: see `read_leaf`; each device quantises its part.
+
+    Returns:
+      A `quantize.Int8`.
+    """
+    import jax
+    import tensorstore as ts
+
+    from vl2jax.quantize import layer_quantizer, quantizer
+
+    if 0 in axes or stored.chunk_layout.read_chunk.shape[0] > 1:
+        return quantizer(axes, sharding)(read_leaf(stored, sharding=sharding))
+    empty, put = layer_quantizer(axes, sharding)
+    stack = empty(tuple(stored.shape))
+    for number in range(stored.shape[0]):
+        layer = stored[number : number + 1][ts.d[0].translate_to[0]]
+        stack = put(stack, read_leaf(layer, sharding=sharding), np.int32(number))
+        jax.block_until_ready(stack)
+    return stack

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from vl2jax.ambient import axis_size, batch_axes, batch_shards
 from vl2jax.experts import ExpertWeights
 from vl2jax.layers import EXCHANGED
+from vl2jax.quantize import Int8, Weight, split_like
 
 # Where it can be done, rows are sent only where they are needed if that moves at most this part of
 # what sending them everywhere moves: with six experts per token from 8 places on (55%; 82% at 4,
@@ -80,7 +81,7 @@ def expert_parallel(
         body,
         in_specs=(
             *(PartitionSpec(rows),) * 3,
-            ExpertWeights(wide, wide, narrow),
+            ExpertWeights(*map(_split, w, (wide, wide, narrow))),
             *(PartitionSpec(),) * len(layers),
         ),
         out_specs=PartitionSpec(rows),
@@ -121,7 +122,7 @@ def _on_one_device(mesh, implementation, exchange, x, weights, experts, w, layer
         if layer is not None:  # of one layer only: the experts of all together are too many
             w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), w)
             layer = None
-        gather = functools.partial(_gather_weight, x.dtype)
+        gather = functools.partial(_whole, x.dtype)
         w = ExpertWeights(gather(1, w.gate), gather(1, w.up), gather(2, w.down))
     if layer is not None:
         w = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), w)
@@ -139,6 +140,21 @@ def _on_one_device(mesh, implementation, exchange, x, weights, experts, w, layer
     if axis_size(mesh, "tensor") > 1:
         y = _sum_over_tensor(y)
     return y.reshape(shape)
+
+
+def _split(weight: Weight, spec: PartitionSpec):
+    """[..., E, inputs, outputs]"""
+    return split_like(weight, spec, axes=(-2,))
+
+
+def _whole(dtype, axis: int, part: Weight) -> Weight:
+    """A weight [E, inputs, outputs] whole along its axis split over `fsdp`; int8 travels as it is,
+    with its scale where this is an axis of the outputs."""
+    if not isinstance(part, Int8):
+        return _gather_weight(dtype, axis, part)
+    values = _gather_weight(jnp.int8, axis, part.values)
+    scale = part.scale if axis == 1 else _gather_weight(jnp.float32, axis, part.scale)
+    return Int8(values, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

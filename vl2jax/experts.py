@@ -17,17 +17,19 @@ from vl2jax.experts_few import few, serves
 from vl2jax.experts_gmm import MAX_ROWS, grouped_ffn
 from vl2jax.kernels import on_cpu, on_tpu
 from vl2jax.layers import PRODUCT, matmul, product
+from vl2jax.quantize import Int8, Weight, cast, widen
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
+ACTIVE, BLOCKS = "active_experts", "expert_blocks"  # in the names of the loops
 MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
 
 
 class ExpertWeights(NamedTuple):
     """Weights of all experts of a layer: gate and up [E, D, F], down [E, F, D]."""
 
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
+    gate: Weight
+    up: Weight
+    down: Weight
 
 
 def dense(
@@ -37,7 +39,7 @@ def dense(
 
     The oracle: it shares no code with what it judges.
     """
-    w = jax.tree.map(lambda a: a.astype(x_TD.dtype), w)
+    w = ExpertWeights(*(widen(a, x_TD.dtype) for a in w))
     chosen_TKE = jax.nn.one_hot(experts_TK, w.gate.shape[0], dtype=jnp.float32)
     weights_TE = jnp.einsum("TK,TKE->TE", weights_TK.astype(jnp.float32), chosen_TKE)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -96,8 +98,11 @@ def gmm(
 
     Where experts lie on several devices, `experts_chunked` works off the pairs that are here.
 
-    Args as of `blocked`.
+    Args as of `blocked`.  The kernels take no int8: such weights of the layer are widened, all of
+    its experts.
     """
+    if isinstance(w.gate, Int8):
+        w, first = _widened(w, first, n_experts or w.gate.shape[0], x_TD.dtype), 0
     n_weights = w.gate.shape[0]
     n_experts = n_experts or n_weights
     mesh = current_mesh()
@@ -123,14 +128,22 @@ def gmm(
     )
 
 
+def _widened(w: ExpertWeights, first, n_experts: int, dtype: jnp.dtype) -> ExpertWeights:
+    """One layer's part of int8 weights of many layers, as plain arrays."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n_experts)
+    return ExpertWeights(*(widen(jax.tree.map(cut, stack), dtype) for stack in w))
+
+
 def automatic(
     x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights, **options
 ) -> jax.Array:
-    """`gmm` in a program for TPU, `few` for few tokens on CPU, else `blocked`."""
-    implementation = gmm if on_tpu() else blocked
-    n_experts = options.get("n_experts") or w.gate.shape[0]
-    plain = isinstance(w.gate, jax.Array) and current_mesh() is None
-    if on_cpu() and plain and serves(*experts_TK.shape, n_experts):
+    """`gmm` in a program for TPU, `few` for few tokens on CPU, else `blocked`; for few tokens and
+    int8 weights `blocked` anywhere: it widens the used experts alone."""
+    n_experts, int8 = options.get("n_experts") or w.gate.shape[0], isinstance(w.gate, Int8)
+    implementation = blocked
+    if on_tpu() and not (int8 and experts_TK.size < n_experts):
+        implementation = gmm
+    if on_cpu() and not int8 and current_mesh() is None and serves(*experts_TK.shape, n_experts):
         implementation = few
     return implementation(x_TD, weights_TK, experts_TK, w, **options)
 
@@ -171,15 +184,19 @@ class _Used(NamedTuple):
       down: [F, D].
     """
 
-    gate_up: tuple[jax.Array, ...]
-    down: jax.Array
+    gate_up: tuple[Weight, ...]
+    down: Weight
 
     @classmethod
     def of(cls, w: ExpertWeights, expert: jax.Array, dtype: jnp.dtype, joined: bool) -> "_Used":
-        gate, up, down = (
-            jax.lax.dynamic_index_in_dim(stack, expert, keepdims=False).astype(dtype) for stack in w
-        )
-        return cls((jnp.concatenate([gate, up], axis=-1),) if joined else (gate, up), down)
+        def one(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(a, expert, keepdims=False)
+
+        def side_by_side(*parts: jax.Array) -> jax.Array:
+            return jnp.concatenate(parts, axis=-1)
+
+        gate, up, down = (cast(jax.tree.map(one, stack), dtype) for stack in w)
+        return cls((jax.tree.map(side_by_side, gate, up),) if joined else (gate, up), down)
 
 
 def _ffn(x: jax.Array, w: _Used) -> tuple[jax.Array, jax.Array]:
@@ -299,12 +316,14 @@ def _blocks_forward(x_PD, w, group_sizes, first, block, keep):
             out = _ffn(_rows(x_PD, start, block), weights)
             return tuple(_put(kept, rows, start) for kept, rows in zip(carry, out, strict=False))
 
-        return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, carry)
+        with jax.named_scope(BLOCKS):
+            return jax.lax.fori_loop(0, groups.blocks(expert, block), one_block, carry)
 
     carry = (jnp.zeros_like(x_PD),)
     if keep:
         carry += (jnp.zeros((x_PD.shape[0], 2 * w.gate.shape[-1]), x_PD.dtype),)
-    y_PD, *gate_up = jax.lax.fori_loop(0, groups.n_active, one_expert, carry)
+    with jax.named_scope(ACTIVE):
+        y_PD, *gate_up = jax.lax.fori_loop(0, groups.n_active, one_expert, carry)
     return y_PD[:pairs], *gate_up
 
 

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vl2jax.quantize import Int8, Weight, scaled_product
+
 EXCHANGED = "exchanged"  # name of the rows that an exchange among experts has brought
 
 _policies = jax.checkpoint_policies
@@ -49,22 +51,28 @@ def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
     """Activations times a weight: operands in the dtype of x, result float32, in every pass.
 
     The weight may be a float32 master copy while x is bfloat16: it is cast here, and its gradient
     is not rounded.  (The ordinary derivative multiplies with the float32 cotangent, which makes
-    all products of the backward pass float32.)
+    all products of the backward pass float32.)  An int8 weight has no gradient.
 
     Args:
       equation: two operands; each of their axes occurs in the other or in the result.
     """
+    if isinstance(w, Int8):
+        return scaled_product(product, equation, x, w)
+    return _einsum(equation, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return product(equation, x, w.astype(x.dtype))
 
 
 def _einsum_forward(equation, x, w):
-    return einsum(equation, x, w), (x, w)
+    return _einsum(equation, x, w), (x, w)
 
 
 def _einsum_backward(equation, residuals, g):
@@ -76,20 +84,20 @@ def _einsum_backward(equation, residuals, g):
     return d_x.astype(x.dtype), d_w.astype(w.dtype)
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: Weight) -> jax.Array:
     """`x w` by `einsum`: [M, K] times [K, N] is float32[M, N].
 
     For a single bfloat16 row XLA's CPU compiler leaves its fast path (five times slower than two
     rows), so there it gets a row of zeros for company.
     """
 
-    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+    def plain(x: jax.Array, w: Weight) -> jax.Array:
         return einsum("MK,KN->MN", x, w)
 
-    def in_company(x: jax.Array, w: jax.Array) -> jax.Array:
+    def in_company(x: jax.Array, w: Weight) -> jax.Array:
         return plain(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
 
     if x.shape[0] > 1 or x.dtype != jnp.bfloat16:
@@ -105,7 +113,7 @@ class Kernel(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Weight:
         return self.param("kernel", self.init, self.shape, self.param_dtype)
 
 
@@ -131,12 +139,17 @@ class Linear(nn.Module):
         init = self.init or fan_in_normal(math.prod(inputs))
         kernel = self.param("kernel", init, (*inputs, *self.features), self.param_dtype)
         rows, size = x.shape[: x.ndim - self.num_in], math.prod(inputs)
-        x, kernel = x.astype(self.dtype).reshape(-1, size), kernel.reshape(size, -1)
+        x, kernel = x.astype(self.dtype).reshape(-1, size), _matrix(kernel, self.num_in)
         y = matmul(x, kernel).reshape(*rows, *self.features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
             y += along_last(bias.astype(jnp.float32), y)
         return y.astype(self.dtype)
+
+
+def _matrix(kernel: Weight, num_in: int) -> Weight:
+    """[*inputs, *outputs] with `num_in` inputs as [inputs, outputs]."""
+    return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:num_in]), -1), kernel)
 
 
 class RMSNorm(nn.Module):

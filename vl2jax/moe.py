@@ -138,7 +138,7 @@ class Experts(nn.Module):
             if mesh is not None:
                 routed = (x, routing.weights, routing.experts)
                 return expert_parallel(mesh, *routed, stacks, automatic, layer=layer)
-            weights = ExpertWeights(*(w.reshape(-1, *w.shape[2:]) for w in stacks))
+            weights = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacks)
             y = automatic(*inputs, weights, first=layer * experts, n_experts=experts)
             return y.reshape(x.shape)
         init = nn.initializers.normal(cfg.initializer_range)

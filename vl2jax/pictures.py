@@ -56,6 +56,7 @@ class Pictures:
         pixels = np.pad(pixels, ((0, pad), *((0, 0),) * 3))
         # Padding goes behind the table, where writing has no effect.
         slots = np.array(free[: len(digests)] + [self._capacity] * pad, np.int32)
-        self._table = self._steps.encode(self._params, self._table, pixels, slots)
+        table, self._table = self._table, None  # which is donated: gone, should this be interrupted
+        self._table = self._steps.encode(self._params, table, pixels, slots)
         self._slots |= dict(zip(digests, free, strict=False))
         self.encoded += len(digests)

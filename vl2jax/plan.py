@@ -23,6 +23,7 @@ from vl2jax.cli import run_cli
 from vl2jax.config import VL2Config
 from vl2jax.decode import BURST
 from vl2jax.errors import UserError
+from vl2jax.experts import ACTIVE, BLOCKS
 from vl2jax.experts_chunked import CHUNKS, SCOPE
 from vl2jax.hlo import Cost, analyse
 from vl2jax.kernel_costs import kernel_cost
@@ -34,6 +35,7 @@ from vl2jax.plan_programs import (
     build_train,
     tpu_devices,
 )
+from vl2jax.quantize import KINDS
 from vl2jax.report import model_flops
 from vl2jax.run_config import RunConfig, read_run_config
 from vl2jax.run_flags import FLAGS, define_flags, read_flags
@@ -77,9 +79,11 @@ def plan(
     # A step has several microbatches, a burst several tokens of a row: what is on the way at once.
     parts = {"train": config.batch.microbatches, "decode": BURST}.get(what, 1)
     decoder = architecture.decoder
+    experts = min(request.rows * decoder.num_experts_per_tok, decoder.n_routed_experts)
+    experts = -(-experts // mesh.shape["expert"])
     cost = analyse(
         built.text,
-        open_trips=lambda origin: _open_trips(config, what, origin),
+        open_trips=lambda origin: _open_trips(config, what, origin, experts),
         kernel_cost=kernel_cost(
             tokens / parts * decoder.num_experts_per_tok / batch_shards(mesh),
             decoder.n_routed_experts // mesh.shape["expert"],
@@ -97,6 +101,7 @@ def plan(
         "what": what,
         "config": config.name,
         "topology": topology,
+        **({} if request.quantize is None else {"quantize": request.quantize}),
         "devices": len(devices),
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         **_report(rates, mesh, built, cost, flops / len(devices)),
@@ -119,11 +124,14 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Request
     return tokens, tokens * (per_token / 3 - (head if what == "prefill" else 0))
 
 
-def _open_trips(config: RunConfig, what: str, origin: str) -> int | None:
+def _open_trips(config: RunConfig, what: str, origin: str, experts: int) -> int | None:
     """Loops whose length depends on the data: a burst of decoding counts as whole; the loss goes
-    over blocks until no row has a supervised token left, here over all; experts are balanced."""
+    over blocks until no row has a supervised token left, here over all; experts are balanced, and
+    where they are worked off one by one (few rows of int8) all rows choose different ones."""
     if SCOPE in origin:
         return CHUNKS
+    if ACTIVE in origin:
+        return 1 if BLOCKS in origin else experts
     if what == "decode":
         return BURST
     if "jvp()" in origin:
@@ -215,6 +223,7 @@ def define_plan_flags() -> None:
     flags.DEFINE_integer("rows", 8, "prompts at a time, of prefill and decode", lower_bound=1)
     flags.DEFINE_integer("prompt", 2048, "tokens of a prompt", lower_bound=1)
     flags.DEFINE_integer("slots", 4096, "tokens of prompt and answer", lower_bound=2)
+    flags.DEFINE_enum("quantize", None, KINDS, "weights of prefill and decode (as they are)")
     flags.DEFINE_boolean("json", False, "one line of JSON per program")
     flags.DEFINE_float("effort", 0.0, "how hard the compiler tries, -1 to 1")
 
@@ -228,7 +237,8 @@ def run(argv: Sequence[str]) -> int:
     if unknown or not FLAGS.what:
         raise UserError(f"--what takes {', '.join(WHAT)}, got {','.join(unknown) or 'nothing'}")
     jax.config.update(EFFORT, FLAGS.effort)
-    request = Request(FLAGS.rows, FLAGS.prompt, max(FLAGS.slots, FLAGS.prompt + 1))
+    slots = max(FLAGS.slots, FLAGS.prompt + 1)
+    request = Request(FLAGS.rows, FLAGS.prompt, slots, FLAGS.quantize)
     for what in FLAGS.what:
         try:
             found = plan(config, FLAGS.topology, what, request)

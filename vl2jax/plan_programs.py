@@ -24,6 +24,7 @@ from vl2jax.decoder import init_caches
 from vl2jax.errors import UserError
 from vl2jax.kernels import compiling_for
 from vl2jax.model import abstract_params
+from vl2jax.quantize import int8_shapes
 from vl2jax.run_config import RunConfig
 from vl2jax.run_setup import jit_train_step, make_recipe, state_shapes
 from vl2jax.sampling import SamplingParams
@@ -38,11 +39,13 @@ class Request:
       rows: prompts at a time.
       prompt: tokens of each.
       slots: of the cache, prompt and answer.
+      quantize: the weights, see `vl2jax.load`.
     """
 
     rows: int
     prompt: int
     slots: int
+    quantize: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ def build_prefill(
     config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request
 ) -> Built:
     """The decoder over whole prompts, as `sample.py` runs it."""
-    dtype, params = _params(config, architecture, mesh)
+    dtype, params = _params(config, architecture, mesh, request.quantize)
     place = functools.partial(_placed, mesh)
     x = place((request.rows, request.prompt, architecture.decoder.hidden_size), dtype)
     positions = place((request.rows, request.prompt), jnp.int32)
@@ -125,7 +128,7 @@ def build_prefill(
 
 def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request) -> Built:
     """The loop that adds a token to every row, as `sample.py` runs it."""
-    dtype, params = _params(config, architecture, mesh)
+    dtype, params = _params(config, architecture, mesh, request.quantize)
     rows, place = request.rows, functools.partial(_placed, mesh)
     caches = _caches(mesh, architecture, rows, request.slots, dtype)
     state = DecodeState(
@@ -142,8 +145,9 @@ def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request
     return _compile(mesh, step, arguments, {"parameters": params, "cache": caches})
 
 
-def _params(config: RunConfig, architecture: VL2Config, mesh: Mesh):
-    """Variables for generation: weights in the compute dtype, the router's bias in float32."""
+def _params(config: RunConfig, architecture: VL2Config, mesh: Mesh, quantize: str | None):
+    """Variables for generation: weights in the compute dtype or int8, the router's bias in
+    float32."""
     dtype = jnp.dtype(DTYPES[config.compute.dtype])
     shapes = abstract_params(architecture)
     shardings = param_shardings(mesh, shapes)
@@ -159,7 +163,7 @@ def _params(config: RunConfig, architecture: VL2Config, mesh: Mesh):
         )
         for name in shapes
     }
-    return dtype, variables
+    return dtype, int8_shapes(variables) if quantize == "int8" else variables
 
 
 def _placed(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vl2jax.data.formats import TURN_KEYS, read_question
 from vl2jax.errors import UserError
 from vl2jax.image import URL_SCHEMES
 from vl2jax.prompt import with_placeholders
 
 CONVERSATION_KEYS = ("messages", "conversation", "conversations", "prompt")
+_ANSWERS = ("assistant", "<|Assistant|>")  # roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +22,10 @@ class Request:
     Attributes:
       conversation: messages as `prompt.read_conversation` takes them.
       images: sources of its images; None where the messages name them.
-      id: the caller's own name for it, if any.
     """
 
     conversation: Any
     images: list[Any] | None = None
-    id: Any = None
 
 
 def from_prompt(
@@ -58,7 +58,7 @@ def read_request(path: Path, *, image_token: str) -> Request:
 
 def parse_request(text: bytes, folder: Path, *, image_token: str) -> Request:
     """Reads a conversation from JSON: a list of messages, or an object with one of
-    `CONVERSATION_KEYS` and optionally `images` (or `image`) and `id`.
+    `CONVERSATION_KEYS` and optionally `images` (or `image`).
 
     Args:
       folder: where image paths lead that lead nowhere from the current directory.
@@ -66,10 +66,50 @@ def parse_request(text: bytes, folder: Path, *, image_token: str) -> Request:
     Raises:
       UserError: not JSON, or not a conversation.
     """
+    return _conversation(_parsed(text), folder, image_token)
+
+
+def parse_question(text: bytes, folder: Path, *, image_token: str) -> Request:
+    """Reads a row that is to be answered: what `parse_request` reads, or a row of training data in
+    LLaVA's or ms-swift's form.  An answer that it ends with is left out.
+
+    Args as of `parse_request`; images of training data lie in `folder`.
+
+    Raises:
+      UserError: not JSON, not a conversation, or nothing is asked.
+    """
+    value = _parsed(text)
+    if _is_training_row(value):
+        row = read_question(value, root=folder)
+        return Request(list(row.messages), list(row.images))
+    request = _conversation(value, folder, image_token)
+    turns = request.conversation
+    if isinstance(turns, list) and len(turns) > 1 and _role(turns[-1]) in _ANSWERS:
+        return dataclasses.replace(request, conversation=turns[:-1])
+    return request
+
+
+def _is_training_row(value: Any) -> bool:
+    """Whether a row is in a form that only training data has."""
+    if not isinstance(value, Mapping):
+        return False
+    turns = next((value[key] for key in TURN_KEYS if isinstance(value.get(key), list)), [])
+    has_from = any(isinstance(turn, Mapping) and "from" in turn for turn in turns)
+    return has_from or any(value.get(key) for key in ("system", "objects"))
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, Mapping) else None
+
+
+def _parsed(text: bytes) -> Any:
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})") from error
+
+
+def _conversation(value: Any, folder: Path, image_token: str) -> Request:
     if isinstance(value, list):
         return Request(_with_folder(value, folder))
     if not isinstance(value, Mapping):
@@ -87,9 +127,8 @@ def parse_request(text: bytes, folder: Path, *, image_token: str) -> Request:
     if keys == ["prompt"]:
         if not isinstance(value["prompt"], str):
             raise UserError(f"'prompt' must be a text, got {type(value['prompt']).__name__}")
-        asked = from_prompt(value["prompt"], images or (), image_token=image_token)
-        return dataclasses.replace(asked, id=value.get("id"))
-    return Request(_with_folder(value[keys[0]], folder), images, value.get("id"))
+        return from_prompt(value["prompt"], images or (), image_token=image_token)
+    return Request(_with_folder(value[keys[0]], folder), images)
 
 
 def _images(value: Mapping[str, Any], folder: Path) -> list[Any] | None:

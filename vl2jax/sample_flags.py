@@ -8,6 +8,7 @@ from pathlib import Path
 from vl2jax.answer_output import check_drawing, check_folder
 from vl2jax.cli import Parser, whole
 from vl2jax.errors import UserError
+from vl2jax.quantize import KINDS
 from vl2jax.sampling import SamplingParams
 from vl2jax.shares import add_join_flags, read_joining
 
@@ -35,6 +36,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of the draws (0)")
     add("--chunk_size", type=whole(0), default=0, help="prompt tokens at a time (0: all)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
+    add("--quantize", choices=KINDS, help="weights in memory as int8: half of bfloat16 (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
     add_join_flags(parser, whole)
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")

@@ -13,9 +13,9 @@ from vl2jax.apart import pays, take_apart
 from vl2jax.api import Model, load
 from vl2jax.checkpoint import flat_shapes, read_model_dir
 from vl2jax.collate import Sample
-from vl2jax.decoder import init_caches
 from vl2jax.engine import Engine
 from vl2jax.errors import UserError
+from vl2jax.footprint import cache_bytes, parameter_bytes
 from vl2jax.image import ImageSource
 from vl2jax.model import abstract_params
 from vl2jax.processor import Processor
@@ -41,6 +41,7 @@ class Session:
         *,
         dtype: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        quantize: str | None = None,
         crop: bool | None = None,
         exif: bool = True,
         **options: Any,
@@ -51,6 +52,7 @@ class Session:
           path: what `read_model_dir` takes.
           dtype: "bfloat16" or "float32"; None: as stored.
           mesh: that the parameters are split over; None: the default device has them all.
+          quantize: see `vl2jax.load`.
           crop, exif: see `Processor.sample`.
           **options: see `vl2jax.stream`.
 
@@ -59,7 +61,8 @@ class Session:
         """
         self._directory = read_model_dir(path)
         self._dtype = dtype or self._directory.dtype
-        self._mesh, self._crop, self.exif = mesh, crop, exif
+        self._mesh, self._quantize = mesh, quantize
+        self._crop, self.exif = crop, exif
         self._model: Model | None = None
         self._engines: dict[int, Engine] = {}
         self.processor = Processor.from_dir(self._directory.path, self._directory.config)
@@ -103,6 +106,7 @@ class Session:
                     self._directory.address,
                     self._dtype,
                     self._mesh,
+                    quantize=self._quantize,
                     on_leaf=lambda _, n: progress.update(n),
                 )
             if pays(self._model.params):
@@ -121,25 +125,21 @@ class Session:
 
     def _cache_bytes(self) -> float:
         """Of one token."""
-        decoder, dtype = self._directory.config.decoder, jnp.dtype(self._dtype)
-        caches = jax.eval_shape(lambda: init_caches(decoder, 1, self._limit, dtype))
-        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(caches))
-        return size * dtype.itemsize / self._limit
+        config, dtype = self._directory.config, jnp.dtype(self._dtype)
+        return cache_bytes(config, dtype, rows=1, slots=self._limit) / self._limit
 
     def _describe(self) -> int:
         """Prints what is loaded; bytes of the parameters."""
         config, dtype = self._directory.config, jnp.dtype(self._dtype)
-        sizes = {k: math.prod(s) for k, s in flat_shapes(abstract_params(config)).items()}
-        nbytes = sum(
-            size * (4 if name.startswith("router/") else dtype.itemsize)
-            for name, size in sizes.items()
-        )
+        size = sum(math.prod(s) for s in flat_shapes(abstract_params(config)).values())
+        nbytes = parameter_bytes(config, dtype, self._quantize)
+        kind = dtype.name if self._quantize is None else f"{dtype.name} and {self._quantize}"
         device, mesh = jax.devices()[0], self._mesh
         where = f"{device.platform} ({device.device_kind})"
         if mesh is not None:
             where = f"{mesh.size} x {where}, mesh {written_mesh(mesh)}"
         print(
-            f"{self._directory.address}: {sum(sizes.values()):,} parameters, {dtype.name},"
+            f"{self._directory.address}: {size:,} parameters, {kind},"
             f" {human_bytes(nbytes)} on {where}; cache"
             f" {human_bytes(self._cache_bytes())} a token, up to {self._limit} tokens a row",
             file=sys.stderr,
@@ -173,6 +173,8 @@ class Session:
     def settings(self) -> dict[str, Any]:
         """All that an answer depends on besides its request."""
         kind = {"ckpt": str(self._directory.address), "dtype": self._dtype}
+        if self._quantize is not None:
+            kind["quantize"] = self._quantize
         return kind | {"crop": self._crop, "exif": self.exif} | self._options
 
     def answer(self, sample: Sample, show: Callable[[str], None]) -> Generation:

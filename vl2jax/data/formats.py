@@ -13,6 +13,7 @@ The keys decide, no flag does:
 A key whose value is null counts as absent; other keys mean nothing.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,14 +55,39 @@ def read_row(value: Any, *, where: str, root: pathlib.Path) -> Row:
       UserError: a malformed row; the message begins with `where`.
     """
     try:
-        return _read(_without_nulls(value), where, root)
+        row = _read(_without_nulls(value), where, root)
+        if row.messages:
+            _check_turns(row.messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except RecursionError as error:
         raise UserError(f"{where}: nested too deeply; {_EXPECTED}") from error
+    return row
+
+
+def read_question(value: Any, *, root: pathlib.Path) -> Row:
+    """Reads a row of any format as a question to be answered: the answer at its end is left out.
+
+    Args as of `read_row`.
+
+    Raises:
+      UserError: a malformed row, or one that asks nothing.
+    """
+    try:
+        row = _read(_without_nulls(value), "", root)
+    except RecursionError as error:
+        raise UserError(f"nested too deeply; {_EXPECTED}") from error
+    messages = list(row.messages)
+    if messages and messages[-1]["role"] == ASSISTANT:
+        messages.pop()
+    if not messages or messages[-1]["role"] != USER:
+        raise UserError("no turn of the user before the last answer, so nothing is asked")
+    _check_order(messages)
+    return dataclasses.replace(row, messages=messages)
 
 
 def _read(value: Any, where: str, root: pathlib.Path) -> Row:
+    """A row whose turns may come in any order."""
     row = {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, Mapping):
         raise UserError(f"{_EXPECTED}; got {type(value).__name__}")
@@ -81,7 +107,6 @@ def _read(value: Any, where: str, root: pathlib.Path) -> Row:
     _fill(messages, row.get("objects"), images)
     if key == "text" or [message["role"] for message in messages] == [ASSISTANT]:
         return Row(text=messages[0]["content"], images=images, where=where)
-    _check_turns(messages)
     return Row(messages=messages, images=images, where=where)
 
 
@@ -184,11 +209,20 @@ def _fill(messages: list[dict[str, str]], objects: Any, images: list[ImageSource
 
 def _check_turns(messages: Sequence[Mapping[str, str]]) -> None:
     """Raises UserError unless question and answer alternate, none empty, the answer last."""
-    first = int(messages[0]["role"] == SYSTEM)
-    turns = list(enumerate(messages, 1))[first:]
-    if not any(message["role"] == ASSISTANT for _, message in turns):
+    if not any(message["role"] == ASSISTANT for message in messages):
         raise UserError("no turn of the assistant, so nothing to learn; add its answer")
-    for place, (number, message) in enumerate(turns):
+    _check_order(messages)
+    if messages[-1]["role"] != ASSISTANT:
+        raise UserError(
+            f"message {len(messages)}: the conversation ends with role {messages[-1]['role']!r};"
+            " for training the last turn must be the assistant's: add it or drop the question"
+        )
+
+
+def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
+    """Raises UserError unless question and answer alternate, none empty."""
+    first = int(messages[0]["role"] == SYSTEM)
+    for place, (number, message) in enumerate(list(enumerate(messages, 1))[first:]):
         expected = (USER, ASSISTANT)[place % 2]
         if message["role"] != expected:
             raise UserError(
@@ -201,11 +235,6 @@ def _check_turns(messages: Sequence[Mapping[str, str]]) -> None:
             raise UserError(
                 f"message {number}: empty question; for text without one use {{'text': '...'}}"
             )
-    if messages[-1]["role"] != ASSISTANT:
-        raise UserError(
-            f"message {len(messages)}: the conversation ends with role {messages[-1]['role']!r};"
-            " for training the last turn must be the assistant's: add it or drop the question"
-        )
 
 
 def _answer(number: int, text: str) -> str:
