@@ -1,7 +1,7 @@
 """Answering with the medium models: vision, prefill, decoding.
 
     python benchmarks/bench_generate.py [--attention mla mha] [--dtype float32 bfloat16]
-        [--repeats 5] [--quantize int8]
+        [--repeats 5] [--quantize none int8]
     python benchmarks/bench_generate.py --study context|batch|experts|layouts [--layers N]
 
 Prints one JSON line per case.  Of each figure the median and the best, the first call (compilation)
@@ -288,7 +288,8 @@ def main() -> None:
     parser = medium.case_parser(__doc__)
     parser.add_argument("--study", choices=STUDIES, help="what a decoding step costs, by this")
     parser.add_argument("--layers", type=int, help="of the decoder, in place of the model's own")
-    parser.add_argument("--quantize", choices=KINDS, help="the weights (not with --study)")
+    kinds = dict(nargs="+", choices=("none", *KINDS), default=["none"])
+    parser.add_argument("--quantize", **kinds, help="weights (not with --study)")
     args = parser.parse_args()
     for attention in args.attention:
         config = medium.medium_config(attention)
@@ -297,15 +298,14 @@ def main() -> None:
             config = dataclasses.replace(config, decoder=decoder)
         for dtype in args.dtype:
             case = {"attention": attention, "dtype": dtype}
-            case |= {} if args.quantize is None else {"quantize": args.quantize}
             case |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
             if args.study:
                 for result in STUDIES[args.study](config, dtype, args.repeats):
                     print(json.dumps(result | case), flush=True)
                 continue
-            print(
-                json.dumps(measure(config, dtype, args.repeats, args.quantize) | case), flush=True
-            )
+            for kind in args.quantize:
+                found = measure(config, dtype, args.repeats, None if kind == "none" else kind)
+                print(json.dumps(found | {"quantize": kind} | case), flush=True)
 
 
 if __name__ == "__main__":
