@@ -3,6 +3,7 @@
     python eval.py --ckpt DIR --data synthetic
     python eval.py --ckpt DIR --data synthetic --families colour,grounding --questions 500 --json
     python eval.py --ckpt DIR --data synthetic --quantize int8
+    python eval.py --ckpt DIR --data synthetic --distributed     # in each process of a job
 
 DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  A table goes to
 standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
@@ -29,6 +30,7 @@ from vl2jax.compilation_cache import set_compilation_cache
 from vl2jax.contact_sheet import Card, draw_sheet
 from vl2jax.errors import UserError
 from vl2jax.generate import Generation, generate
+from vl2jax.multihost import agree, first_speaks, is_first, joined, leave, tell_first
 from vl2jax.progress import StatusLine, bar, human_time
 from vl2jax.quantize import KINDS
 from vl2jax.request import Request
@@ -42,7 +44,7 @@ from vl2jax.scoring import (
     score,
 )
 from vl2jax.session import Session
-from vl2jax.sharding import read_mesh
+from vl2jax.shares import Share, add_join_flags, choose_share, read_joining
 from vl2jax.side_by_side import difference, side_by_side
 from vl2jax.synthetic import Question
 
@@ -72,14 +74,23 @@ Answer = Callable[[Sequence[Sample]], list[Generation]]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Asks, scores, writes."""
+    """Asks, scores, writes; alone or with other processes."""
+    with joined(read_joining(args)), first_speaks():
+        own = ("process_id", "join_timeout")
+        agree({name: str(value) for name, value in vars(args).items() if name not in own}, "flags")
+        run_here(args, choose_share(args.mesh, rows=True))
+
+
+def run_here(args: argparse.Namespace, share: Share) -> None:
+    """This process's part; process 0 puts all together."""
     dataset = find_dataset(args.data)
     split = dataset.check_split(args.split or dataset.splits[0])
     named = list(dataset.families) if args.families is None else args.families
     families = dataset.check_families(named)
     directory = read_model_dir(args.ckpt)
     out = args.out or directory.path / "eval"
-    out.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
     set_compilation_cache(args.compilation_cache)
 
     def ask(family: str, index: int) -> Question:
@@ -87,24 +98,31 @@ def run(args: argparse.Namespace) -> None:
 
     questions = list(itertools.product(families, range(args.questions)))
 
-    def evaluate(kind: str | None) -> tuple[list[Outcome], dict[str, Any]]:
-        """Outcomes and scores of the model quantised so; it is gone from memory afterwards."""
-        session = Session(
-            directory.address, dtype=args.dtype, mesh=read_mesh(args.mesh), quantize=kind
-        )
+    def evaluate(kind: str | None) -> tuple[list[Outcome], dict[str, Any]] | None:
+        """Outcomes and scores of the model quantised so, which is gone from memory afterwards; None
+        on other processes than the first."""
+        session = Session(directory.address, dtype=args.dtype, mesh=share.mesh, quantize=kind)
         started = time.perf_counter()
-        found = answer_all(session, ask, questions, args.batch_size, args.max_new_tokens)
+        own = questions[share.index :: share.count]
+        found = answer_all(session, ask, own, args.batch_size, args.max_new_tokens)
+        if share.count > 1:
+            found = gather(f"outcomes/{kind}", found, questions)
+        if not is_first():
+            return None
         seconds = round(time.perf_counter() - started, 2)
         name = "answers.jsonl" if kind is None else f"answers-{kind}.jsonl"
         with (out / name).open("w", encoding="utf-8") as file:
             file.writelines(json_line(record(one, ask)) + "\n" for one in found)
         return found, {"seconds": seconds} | summarise(dataset, found)
 
+    plain, other = evaluate(None), evaluate(args.quantize) if args.quantize else None
+    if plain is None:
+        return
     about = {"ckpt": str(args.ckpt), "step": directory.step, "data": args.data, "split": split}
-    outcomes, found = evaluate(None)
+    outcomes, found = plain
     scores = about | {"seed": args.seed} | found
-    if args.quantize:
-        others, found = evaluate(args.quantize)
+    if other is not None:
+        others, found = other
         same = sum(a.text == b.text for a, b in zip(outcomes, others, strict=True))
         scores[args.quantize] = found | {"same_answers": same}
         scores["difference"] = difference(scores, found)
@@ -120,6 +138,21 @@ def run(args: argparse.Namespace) -> None:
     names = ["scores.json", "answers.jsonl", "sheet.png"]
     names += [f"answers-{args.quantize}.jsonl"] if args.quantize else []
     print(f"{out}: {', '.join(names)}", file=sys.stderr)
+
+
+def gather(
+    name: str, outcomes: Sequence[Outcome], wanted: Sequence[tuple[str, int]]
+) -> list[Outcome]:
+    """The outcomes of all processes on process 0, in the order of `wanted`; none on the others.
+
+    Args:
+      name: of the message; no two have the same.
+    """
+    said = tell_first(name, json.dumps([dataclasses.asdict(one) for one in outcomes]))
+    all_told = [record for text in said for record in json.loads(text)]
+    found = [Outcome(**one | {"score": Score(**one["score"])}) for one in all_told]
+    by_question = {(one.family, one.index): one for one in found}
+    return [by_question[key] for key in wanted] if is_first() else []
 
 
 def answer_all(
@@ -304,6 +337,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--quantize", choices=KINDS, help="compare with the model quantised so (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
+    add_join_flags(parser, whole)
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
     add("--json", action="store_true", help="scores as one JSON object instead of a table")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
@@ -312,7 +346,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size")
+    return leave(run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python sample.py --ckpt DIR --messages conversation.json --draw boxes.png
     python sample.py --ckpt DIR --batch questions.jsonl --out answers.jsonl
     python sample.py --ckpt DIR                     # an interactive chat
+    python sample.py --ckpt DIR --mesh expert=8 --distributed --prompt ...   # on many hosts
 
 The answer, and nothing else, is written to standard output.  --messages is a JSON list of messages
 in OpenAI's style or the original's, or an object with "messages" and "images"; an assistant's
@@ -22,23 +23,33 @@ import jax
 
 from vl2jax.answer_file import answer_file
 from vl2jax.answer_output import Output, draw_answer, ground, image_number
+from vl2jax.answer_shares import answer_by_processes
 from vl2jax.chat import Chat
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache, show_compilations
 from vl2jax.errors import UserError
+from vl2jax.multihost import agree, first_speaks, is_first, joined, leave
 from vl2jax.request import from_prompt, read_request
 from vl2jax.sample_flags import parse_flags
 from vl2jax.session import Session
-from vl2jax.sharding import read_mesh
+from vl2jax.shares import Share, choose_share, read_joining
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers; the exit code."""
+    """Answers, alone or with other processes; the exit code."""
+    with joined(read_joining(args)), first_speaks():
+        own = ("process_id", "join_timeout")
+        agree({name: str(value) for name, value in vars(args).items() if name not in own}, "flags")
+        return run_here(args, choose_share(args.mesh, rows=args.batch is not None))
+
+
+def run_here(args: argparse.Namespace, share: Share) -> int:
+    """This process's part; the exit code."""
     names = "max_new_tokens temperature top_p top_k repetition_penalty stop seed chunk_size"
     session = Session(
         args.ckpt,
         dtype=args.dtype,
-        mesh=read_mesh(args.mesh),
+        mesh=share.mesh,
         quantize=args.quantize,
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
@@ -51,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
         session.plan(args.batch_size if args.batch else 1)
         return 0
     if args.batch:
-        if args.process_count is None:
-            part = (jax.process_index(), jax.process_count())
-        else:
-            part = (args.process_index, args.process_count)
-        return 1 if answer_file(session, args.batch, args.out, args.batch_size, part) else 0
+        files = (args.batch, args.out, args.batch_size)
+        if jax.process_count() > 1:
+            return 1 if answer_by_processes(session, *files, share) else 0
+        part = (args.process_index or 0, args.process_count or 1)
+        return 1 if answer_file(session, *files, part) else 0
     output = Output(as_json=args.json, stream=args.stream, draw_on=args.draw_on)
     if args.prompt is None and not args.messages:
         Chat(session, output, system=args.system, images=args.image).run()
@@ -76,22 +87,24 @@ def answer_one(session: Session, output: Output, args: argparse.Namespace) -> No
     else:
         request = from_prompt(args.prompt, args.image, system=args.system, image_token=token)
     sample = session.prepare(request)
+    agree({"digest": session.prompt(sample).digest}, "prompt")
     if args.draw or args.draw_on:
         number = image_number(sample, args.draw_on)
     generation = session.answer(sample, output.show)
     output.finish(generation, sample)
-    if args.draw:
+    if args.draw and is_first():
         found = ground(generation.text, sample, args.draw_on)
         draw_answer(args.draw, session.image_source(request, number), session.exif, found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return run_cli(
+    code = run_cli(
         lambda: run(parse_flags(argv, __doc__)),
         out_of_memory="--dtype bfloat16, --quantize int8, --chunk_size 512, a smaller"
         " --max_new_tokens or --batch_size, or fewer images",
     )
+    return leave(code)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vl2jax.ambient import batch_shards
+from vl2jax.ambient import batch_shards, must_block
 from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
@@ -31,7 +31,7 @@ from vl2jax.errors import UserError
 from vl2jax.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.lineage import init_params
 from vl2jax.metrics import MetricsLog, NoLog, Throughput
-from vl2jax.multihost import agree, is_first, joined, leave, must_block, wait_for_all
+from vl2jax.multihost import agree, is_first, joined, leave, wait_for_all
 from vl2jax.processor import Processor
 from vl2jax.report import describe_run, model_flops
 from vl2jax.run_config import RunConfig, read_run_config, read_sources

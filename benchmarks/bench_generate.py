@@ -2,7 +2,7 @@
 
     python benchmarks/bench_generate.py [--attention mla mha] [--dtype float32 bfloat16]
         [--repeats 5] [--quantize none int8]
-    python benchmarks/bench_generate.py --growth
+    python benchmarks/bench_generate.py --study context|batch|experts|layouts [--layers N]
 
 Prints one JSON line per case.  Of each figure the median and the best, the first call (compilation)
 not counted.
@@ -26,8 +26,10 @@ import jax.numpy as jnp
 import medium
 import numpy as np
 
+from vl2jax.apart import pays, take_apart
 from vl2jax.batch import TEXT, Batch
 from vl2jax.buckets import length_bucket
+from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
 from vl2jax.decode import BURST, DecodeState, programs
 from vl2jax.image import image_layout
@@ -63,17 +65,30 @@ def picture_batch(config: VL2Config) -> Batch:
 class Case:
     """A model with random weights and what is timed of it."""
 
-    def __init__(self, config: VL2Config, dtype: str, quantize: str | None = None):
+    def __init__(
+        self,
+        config: VL2Config,
+        dtype: str,
+        apart: bool | None = None,
+        quantize: str | None = None,
+    ):
+        """`apart`: whether layers have arrays of their own; None: as `sample.py` has it."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.params = make_params(config, dtype)
         if quantize == "int8":
             self.params = jax.jit(quantize_tree)(self.params)
-        self.steps = programs(config, self.dtype, jax.default_backend())
+        apart = pays(self.params) if apart is None else apart
+        if apart:
+            self.params = take_apart(config.decoder, self.params)
+        self.steps = programs(config, self.dtype, jax.default_backend(), None, apart)
 
     def vision(self, tiles: int = 4) -> Callable[[], object]:
         """Tower and adaptor on some tiles."""
         model, side = VL2(self.config, self.dtype), self.config.vision.image_size
-        table = jax.jit(lambda params, x: model.apply(params, x, method=VL2.image_table))
+        table = jax.jit(
+            lambda params, x: model.apply(params, x, method=VL2.image_table),
+            compiler_options=compiler_options(self.dtype),
+        )
         pixels = np.random.default_rng(0).integers(0, 256, (tiles, side, side, 3), dtype=np.uint8)
         return lambda: table(self.params, pixels)
 
@@ -87,22 +102,37 @@ class Case:
         batch = picture_batch(self.config)
         return lambda: self._start(batch, 0)
 
-    def decode(self, rows: int, prompt: int = PROMPT) -> Callable[[], float]:
-        """Seconds of `NEW` steps, prefill not counted."""
+    def decode(self, rows: int, prompt: int = PROMPT, burst: int = BURST) -> Callable[[], float]:
+        """Seconds of `NEW` steps, so many per dispatch; prefill not counted."""
         batch = text_batch(self.config, rows, prompt)
         nothing = jnp.asarray([-1], jnp.int32)
 
         def run() -> float:
             state = jax.block_until_ready(self._start(batch, NEW))
             start = time.perf_counter()
-            for _ in range(NEW // BURST):
-                state, tokens = self.steps.burst(
-                    *(self.params, _GREEDY, state, nothing, BURST, False)
-                )
+            for _ in range(NEW // burst):
+                arguments = (self.params, _GREEDY, state, nothing, burst, 0)
+                state, tokens = self.steps.burst(*arguments)
                 np.asarray(tokens)
             return time.perf_counter() - start
 
         return run
+
+    def compiled_burst(self, rows: int):
+        """The program of `decode`, compiled anew."""
+        state = jax.eval_shape(lambda: self.steps.idle(rows, length_bucket(PROMPT + NEW)))
+        nothing = jnp.asarray([-1], jnp.int32)
+        traced = self.steps.burst.trace(self.params, _GREEDY, state, nothing, BURST, 0)
+        return traced.lower().compile()
+
+    def prefill_mb(self, chunk: int, slots: int) -> float:
+        """Temporary memory of a prefill step of `chunk` tokens into a cache of `slots`."""
+        shape = jax.ShapeDtypeStruct
+        x = shape((1, chunk, self.config.decoder.hidden_size), self.dtype)
+        caches = jax.eval_shape(lambda: self.steps.caches(1, slots))
+        positions = shape((1, chunk), jnp.int32)
+        compiled = self.steps.prefill.lower(self.params, x, positions, caches).compile()
+        return round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)
 
     def _prefilled(self, batch: Batch, chunk: int):
         rows, length = batch.tokens.shape
@@ -191,43 +221,87 @@ def measure(config: VL2Config, dtype: str, repeats: int, quantize: str | None) -
     }
 
 
-def growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[tuple[str, int, dict]]:
-    """Milliseconds of a decoding step; of contexts also the seconds of a prefill in chunks."""
+def step_ms(case: Case, repeats: int, *args, **options) -> float:
+    """The best of some `Case.decode`, of one step."""
+    return round(1000 * min(seconds_of(case.decode(*args, **options), repeats)) / NEW, 2)
 
-    def step_ms(case: Case, rows: int, prompt: int) -> float:
-        return round(1000 * min(seconds_of(case.decode(rows, prompt), repeats)) / NEW, 2)
 
-    case = Case(config, dtype)
-    for context in (256, 512, 1024, 2048, 4032):
-        prefill = seconds_of(case.prefill(context // 32 * 32, context // 4), repeats)
+def context_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
+    """A decoding step after prompts of many lengths, and their prefill in chunks of 256."""
+    case, chunk = Case(config, dtype), 256
+    for context in (256, 512, 1024, 2048, 3840):
+        prefill = seconds_of(case.prefill(context, chunk), repeats)
         cache = jax.eval_shape(lambda n=context: case.steps.caches(1, n))
         mb = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) / 1e6
-        found = {"step_ms": step_ms(case, 1, context), "cache_mb": round(mb, 2)}
-        yield "context", context, found | {"chunked_prefill_s": duration(prefill)}
+        yield {
+            "context": context,
+            "step_ms": step_ms(case, repeats, 1, context),
+            "cache_mb": round(mb, 2),
+            "chunked_prefill_s": duration(prefill),
+            "temporaries_mb": case.prefill_mb(chunk, context),
+        }
+
+
+def batch_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
+    """A decoding step of many rows."""
+    case = Case(config, dtype)
     for rows in (1, 2, 4, 8, 16, 32, 64):
-        ms = step_ms(case, rows, PROMPT)
-        yield "batch", rows, {"step_ms": ms, "tokens_per_s": round(1000 * rows / ms, 1)}
+        ms = step_ms(case, repeats, rows)
+        yield {"batch": rows, "step_ms": ms, "tokens_per_s": round(1000 * rows / ms, 1)}
+
+
+def expert_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
+    """A decoding step of one row and of eight, six of many experts being used."""
     for experts in (8, 16, 32, 64):
         decoder = {"n_routed_experts": experts, "num_experts_per_tok": 6}
         decoder = dataclasses.replace(config.decoder, **decoder)
-        other = Case(dataclasses.replace(config, decoder=decoder), dtype)
-        yield "experts", experts, {"step_ms": step_ms(other, 1, PROMPT)}
+        case = Case(dataclasses.replace(config, decoder=decoder), dtype)
+        ms = {f"step_ms_b{rows}": step_ms(case, repeats, rows) for rows in (1, 8)}
+        yield {"experts": experts} | ms
+
+
+def layouts(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
+    """Layers in stacks and apart, bursts and one dispatch per token."""
+    for apart in (False, True):
+        case = Case(config, dtype, apart)
+        for rows in (1, 8):
+            start = time.perf_counter()
+            case.compiled_burst(rows)
+            yield {
+                "layers": "apart" if apart else "stacked",
+                "rows": rows,
+                "compile_s": round(time.perf_counter() - start, 1),
+                "step_ms": step_ms(case, repeats, rows),
+                "step_ms_dispatched_alone": step_ms(case, repeats, rows, burst=1),
+            }
+
+
+STUDIES = {
+    "context": context_growth,
+    "batch": batch_growth,
+    "experts": expert_growth,
+    "layouts": layouts,
+}
 
 
 def main() -> None:
     parser = medium.case_parser(__doc__)
-    parser.add_argument("--growth", action="store_true", help="cost of context, batch and experts")
+    parser.add_argument("--study", choices=STUDIES, help="what a decoding step costs, by this")
+    parser.add_argument("--layers", type=int, help="of the decoder, in place of the model's own")
     kinds = dict(nargs="+", choices=("none", *KINDS), default=["none"])
-    parser.add_argument("--quantize", **kinds, help="weights (not with --growth)")
+    parser.add_argument("--quantize", **kinds, help="weights (not with --study)")
     args = parser.parse_args()
     for attention in args.attention:
         config = medium.medium_config(attention)
+        if args.layers:
+            decoder = dataclasses.replace(config.decoder, num_hidden_layers=args.layers)
+            config = dataclasses.replace(config, decoder=decoder)
         for dtype in args.dtype:
             case = {"attention": attention, "dtype": dtype}
             case |= {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-            if args.growth:
-                for name, value, result in growth(config, dtype, args.repeats):
-                    print(json.dumps({name: value, **result, **case}), flush=True)
+            if args.study:
+                for result in STUDIES[args.study](config, dtype, args.repeats):
+                    print(json.dumps(result | case), flush=True)
                 continue
             for kind in args.quantize:
                 found = measure(config, dtype, args.repeats, None if kind == "none" else kind)

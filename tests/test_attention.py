@@ -125,7 +125,7 @@ def test_query_chunks_change_nothing(monkeypatch):
 
     grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
     (_, whole), gradients = grad(q, k, v)
-    monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k: 16)
+    monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k, ordered: 16)
     (_, chunked), gradients_chunked = grad(q, k, v)
     real = np.asarray(segments) > 0
     _assert_close(chunked[real], whole[real])
@@ -148,10 +148,10 @@ def _plain(q, k, v, scale, see=None):
 
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "ordered"])
 def test_attend_equals_the_plain_softmax(monkeypatch, masked, shared, chunk):
     """Values and gradients; widths of keys and values differ."""
-    monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k: chunk)
+    monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k, ordered: chunk)
     keys = jax.random.split(jax.random.key(5), 3)
     heads = 1 if shared else 3
     q = jax.random.normal(keys[0], (2, 13, 3, 8))
@@ -159,7 +159,8 @@ def test_attend_equals_the_plain_softmax(monkeypatch, masked, shared, chunk):
     v = jax.random.normal(keys[2], (2, 13, heads, 5))
     positions = jnp.tile(jnp.arange(13), (2, 1))
     segments = 1 + positions // 6
-    see = attend.Visibility(positions, segments, positions, segments) if masked else None
+    see = attend.Visibility(positions, segments, positions, segments, ordered=masked == "ordered")
+    see = see if masked else None
 
     def run(implementation):
         def total(q, k, v):

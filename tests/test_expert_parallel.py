@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vl2jax import experts
+from vl2jax import experts, hlo
 from vl2jax.ambient import AXES
-from vl2jax.expert_parallel import choose_exchange, expert_parallel
+from vl2jax.expert_parallel import choose_exchange, expert_parallel, rows_sent
 from vl2jax.sharding import make_mesh, param_shardings
 
 B, T, D, F, E, K = 8, 6, 12, 8, 8, 3
@@ -105,12 +105,44 @@ def test_rows_of_other_places_do_no_harm(case):
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
-def test_the_form_suits_platform_and_width():
-    def form(platform: str, width: int) -> str:
-        device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
-        mesh = jax.sharding.AbstractMesh((width,), ("expert",), abstract_device=device)
-        return choose_exchange(mesh)
+def form(platform: str, width: int, top_k: int = 6) -> str:
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((width,), ("expert",), abstract_device=device)
+    return choose_exchange(mesh, top_k)
 
+
+def test_the_form_suits_platform_and_width():
     assert form("cpu", 1) == form("tpu", 1) == "none"
     assert form("cpu", 8) == form("tpu", 4) == "gather"
     assert form("tpu", 8) == form("cuda", 32) == "ragged"
+    assert form("tpu", 4, top_k=2) == "ragged" and form("tpu", 8, top_k=12) == "gather"
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_compiled_programs_send_what_the_choice_counts_on(case, width):
+    """Bytes of their collectives, out and back, are as `rows_sent` has them."""
+    x, weights, routing, w = case
+    mesh = make_mesh({"data": 1, "fsdp": 1, "expert": width, "tensor": 1}, jax.devices()[:width])
+    n, out, back = B * T // width, D * 4 + K * 8, D * 4  # rows with their choices; sums
+    found = {}
+    with jax.set_mesh(mesh):
+        here = jax.sharding.get_abstract_mesh()
+        for name in ("gather", "all_to_all"):
+            f = functools.partial(
+                expert_parallel, here, implementation=experts.dense, exchange=name
+            )
+            text = (
+                jax.jit(f).lower(x, weights, routing["random"], placed(mesh, w)).compile().as_text()
+            )
+            found[name] = sum(c.count * c.sent for c in hlo.analyse(text).collectives)
+            assert found[name] == pytest.approx(n * rows_sent(name, width, K) * (out + back)), name
+    assert found[form("cpu", width, K)] <= min(found.values())
+
+
+@pytest.mark.parametrize("width", [2, 4, 8, 16])
+def test_a_ragged_exchange_sends_what_the_choice_counts_on(width):
+    """The CPU has no such operation; counted is where tokens must go, six of 64 experts each."""
+    scores = np.random.default_rng(0).random((4096, 64))
+    places = np.argsort(scores, axis=1)[:, :6] // (64 // width)
+    others = [len(set(row) - {0}) for row in places.tolist()]  # of tokens at place 0
+    assert np.mean(others) == pytest.approx(rows_sent("ragged", width, 6), rel=0.05)

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vl2jax import hlo
 from vl2jax.ambient import AXES
+from vl2jax.hlo_text import group_of
 from vl2jax.sharding import make_mesh
 
 LAYERS, ROWS, WIDTH = 7, 16, 32
@@ -88,7 +89,7 @@ def test_loops_that_depend_on_data_are_named():
     ],
 )
 def test_groups_in_every_notation(text, group):
-    assert hlo._group(text) == group
+    assert group_of(text) == group
 
 
 def test_kernels_tell_their_cost_or_are_named():

@@ -10,6 +10,7 @@ import smallest
 from vl2jax.batch import Batch
 from vl2jax.decode import BURST, DecodeState, programs
 from vl2jax.decoder import init_caches
+from vl2jax.kernels import compiling_for
 from vl2jax.model import abstract_params
 from vl2jax.run_config import read_run_config
 from vl2jax.run_setup import choose_architecture, make_recipe
@@ -21,7 +22,8 @@ ROWS, SLOTS = 2, 64
 
 
 def _lowered(step, *arguments) -> str:
-    return step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    with compiling_for("gpu"):
+        return step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,8 @@ def test_prefill_and_decode_lower_for_cuda(architecture):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(architecture)
     )
     shape = jax.ShapeDtypeStruct
-    caches = jax.eval_shape(lambda: init_caches(architecture.decoder, ROWS, SLOTS, dtype))
+    with compiling_for("gpu"):
+        caches = jax.eval_shape(lambda: init_caches(architecture.decoder, ROWS, SLOTS, dtype))
     x = shape((ROWS, SLOTS, architecture.decoder.hidden_size), dtype)
     _all_plain(_lowered(steps.prefill, params, x, shape((ROWS, SLOTS), jnp.int32), caches))
     state = DecodeState(
@@ -66,7 +69,7 @@ def test_prefill_and_decode_lower_for_cuda(architecture):
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS)),
     )
     sampling, eos = SamplingParams.create(), shape((1,), jnp.int32)
-    text = _lowered(steps.burst, params, sampling, state, eos, jnp.int32(BURST), jnp.bool_(False))
+    text = _lowered(steps.burst, params, sampling, state, eos, jnp.int32(BURST), jnp.int32(0))
     _all_plain(text)
     assert f"tensor<{ROWS}x{BURST}xi32>" in text
 

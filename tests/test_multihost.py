@@ -5,26 +5,22 @@ restore, a kill and the restart after it.
 """
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 from conftest import ROOT
+from processes import finish, free_port, long_test
 
 from vl2jax.checkpoint import complete_steps
 from vl2jax.errors import UserError
 from vl2jax.metrics import read_metrics
 from vl2jax.multihost import Joining
 from vl2jax.store import ParamStore, read_array
-
-LONG = os.environ.get("VL2JAX_PROCESSES") == "all"
-long_test = pytest.mark.skipif(not LONG, reason="set VL2JAX_PROCESSES=all")
 
 FLAGS = [
     "--config=tests/smallest.py",
@@ -41,35 +37,12 @@ FLAGS = [
 
 
 def start(workdir, devices: int, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "train.py", *FLAGS, f"--workdir={workdir}", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
+    return processes.start("train.py", devices, *FLAGS, f"--workdir={workdir}", *arguments)
 
 
 def start_two(workdir, *arguments: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
-    join = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--join_timeout=60"]
-    first = start(workdir, 4, *arguments, *join, "--process_id=0")
-    return [first, start(workdir, 4, *arguments, *join, "--process_id=1", *second)]
-
-
-def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of each; SIGKILL for what hangs."""
-    found = []
-    for process in processes:
-        try:
-            output, errors = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-        found.append((process.returncode, output, errors))
-    return found
+    flags = [*FLAGS, f"--workdir={workdir}", *arguments]
+    return processes.start_two("train.py", 4, *flags, second=second)
 
 
 def curve(workdir) -> np.ndarray:
@@ -135,11 +108,11 @@ def test_saved_data_is_that_of_both(both):
 
 
 def test_another_configuration_in_one_process(tmp_path):
-    processes = start_two(tmp_path, second=("--config.optim.lr=0.5",))
-    (code0, _, errors0), (code1, output1, errors1) = finish(*processes)
+    started = start_two(tmp_path, second=("--config.optim.lr=0.5",))
+    (code0, _, errors0), (code1, output1, errors1) = finish(*started)
     assert code0 == code1 == 1 and "devices " not in output1
     assert (
-        "error: process 1 was started with another configuration than process 0: config.optim.lr"
+        "error: process 1 was started with config other than process 0's: config.optim.lr"
         " is 0.5, there 0.001; start all with the same command"
     ) in errors1
     assert "error: process 1 of 2 has ended, so process 0 ends too" in errors0
@@ -187,21 +160,28 @@ def test_restored_by_one_process(both, tmp_path, devices):
 
 @long_test
 def test_killed_and_started_again(both, tmp_path):
-    """SIGKILL of one ends the other soon and clearly; the restart gives the whole run's end."""
-    _, one, steps, _ = both
+    """SIGKILL of one ends the other soon and clearly; restarts end where a run in one go ends.
+
+    To the bit, against two processes. One process differs in the last digits of float32: gloo adds
+    what processes hold in another order than a single process adds what its devices hold.
+    """
+    two, _, steps, _ = both
     options = (f"--config.steps={steps}", "--config.checkpoint.every=5")
     for victim in (1, 0):
-        processes = start_two(tmp_path, *options)
+        started = start_two(tmp_path, *options)
         while not any(step >= (5 if victim else 10) for step in complete_steps(tmp_path)):
-            assert all(process.poll() is None for process in processes)
+            assert all(process.poll() is None for process in started)
             time.sleep(0.02)
-        processes[victim].send_signal(signal.SIGKILL)
+        started[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        ended = finish(*processes)
+        ended = finish(*started)
         assert time.monotonic() - killed < 30
         assert ended[victim][0] == -signal.SIGKILL and ended[1 - victim][0] == 1
         assert f"error: process {victim} of 2 has ended" in ended[1 - victim][2]
     ended = finish(*start_two(tmp_path, *options))
     assert [code for code, *_ in ended] == [0, 0], ended
-    np.testing.assert_allclose(curve(tmp_path), curve(one), rtol=1e-5, atol=1e-6)
-    assert_same(saved(tmp_path, steps), saved(one, steps))
+    np.testing.assert_array_equal(curve(tmp_path), curve(two))
+    got, want = saved(tmp_path, steps), saved(two, steps)
+    assert got.keys() == want.keys()
+    for path, value in want.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)

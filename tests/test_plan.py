@@ -10,7 +10,8 @@ from conftest import ROOT
 
 from vl2jax.chips import CHIPS, collective_seconds, find_chip
 from vl2jax.errors import UserError
-from vl2jax.hlo import Array, Collective
+from vl2jax.hlo import Collective
+from vl2jax.hlo_text import Array
 from vl2jax.kernel_costs import kernel_cost
 from vl2jax.plan_programs import tpu_devices
 

@@ -61,6 +61,14 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def must_block() -> bool:
+    """Whether every step must have ended before the next begins.
+
+    Over gloo (CPU), steps of several processes that are never waited for come to hang.
+    """
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
 def mesh_of(tree) -> contextlib.AbstractContextManager:
     """Puts the mesh in force that the arrays of a tree lie on, where they lie on one.
 

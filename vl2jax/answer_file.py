@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +48,12 @@ class Row:
         return self.answer is None or self.answer.done
 
     @property
+    def read(self) -> dict[str, Any]:
+        """What was read, in short: processes that answer it together must have read the same."""
+        found = self.error if self.answer is None else self.answer.prompt.digest
+        return self.names | {"found": found}
+
+    @property
     def line(self) -> str:
         if self.answer is None:
             return json_line(self.names | {"error": {"message": self.error}})
@@ -55,7 +61,12 @@ class Row:
 
 
 def answer_file(
-    session: Session, source: Path, target: Path, batch_size: int, part: tuple[int, int] = (0, 1)
+    session: Session,
+    source: Path,
+    target: Path,
+    batch_size: int,
+    part: tuple[int, int] = (0, 1),
+    skip: int = 0,
 ) -> int:
     """Answers each line of `source`, or each element of the list that it is, as
     `request.parse_question` reads it.
@@ -67,28 +78,39 @@ def answer_file(
       batch_size: rows that are answered together.
       part: index and count of processes; each answers every count-th row, into a file of its own
         (`part_of`).
+      skip: first rows that are answered elsewhere; those behind are shared.
 
     Returns:
-      The number of bad rows.
+      The number of bad rows in its file.
 
     Raises:
       UserError: no rows, or a `target` that answers other rows or was made with other flags.
     """
     target = part_of(target, part)
-    settings = json.dumps(session.settings, sort_keys=True).encode()
+    asked = Asked(source, session.settings, part, skip)
+    with opened(target) as out:
+        total, done, bad = resume(asked, out, target)
+        if done:
+            print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
+        bad += Run(session, asked).write(out, batch_size, done, total)
+    print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
+    return bad
+
+
+@contextlib.contextmanager
+def opened(target: Path) -> Iterator[BinaryIO]:
+    """A file of answers, to be read and continued by this process alone.
+
+    Raises:
+      UserError: another process has it.
+    """
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(target.open("a+b"))
         try:
             lock_directory(target, stack)
         except BlockingIOError as error:
             raise UserError(f"{target}: another process is writing it") from error
-        total, done, bad = _resume(source, out, target, settings, part)
-        if done:
-            print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
-        run = _Run(session, source, settings, part)
-        bad += run.write(out, batch_size, done, total)
-    print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
-    return bad
+        yield out
 
 
 def part_of(target: Path, part: tuple[int, int]) -> Path:
@@ -99,13 +121,45 @@ def part_of(target: Path, part: tuple[int, int]) -> Path:
     return target.with_name(f"{target.stem}-{index:05}-of-{count:05}{target.suffix}")
 
 
-def _lines(source: Path, part: tuple[int, int]) -> Iterator[tuple[int, bytes]]:
-    """Numbers (from 1) and lines of this process's share; blank ones do not count."""
-    index, count = part
+class Asked:
+    """The rows of a file that one process is asked, and how each is known again.
+
+    Attributes:
+      source: the file.
+    """
+
+    def __init__(
+        self, source: Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1), skip=0
+    ):
+        """
+        Args:
+          settings: all that answers depend on besides their rows.
+          part, skip: see `answer_file`.
+        """
+        self.source = source
+        self._settings = json.dumps(settings, sort_keys=True).encode()
+        self._part, self._skip = part, skip
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Numbers (from 1) and lines; blank ones do not count."""
+        index, count = self._part
+        return itertools.islice(_lines(self.source), self._skip + index, None, count)
+
+    def key(self, line: bytes) -> str:
+        """By which an answer is known to be that of a line, with these settings."""
+        return hashlib.blake2b(self._settings + b"\0" + line.strip(), digest_size=8).hexdigest()
+
+    def check(self) -> None:
+        """Raises UserError if the file has no rows at all."""
+        if not any(True for _ in itertools.islice(_lines(self.source), 1)):
+            raise UserError(f"{self.source}: no rows; expected one JSON object per line")
+
+
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers (from 1) and lines of a file; blank ones do not count."""
     with source.open("rb") as lines:
         entries = lines if (listed := _list(source)) is None else map(_line, listed)
-        rows = ((number, line) for number, line in enumerate(entries, 1) if line.strip())
-        yield from itertools.islice(rows, index, None, count)
+        yield from ((number, line) for number, line in enumerate(entries, 1) if line.strip())
 
 
 def _line(entry: Any) -> bytes:
@@ -128,32 +182,29 @@ def _list(source: Path) -> list[Any] | None:
     return value if keys & {*CONVERSATION_KEYS} else None
 
 
-def _key(line: bytes, settings: bytes) -> str:
-    return hashlib.blake2b(settings + b"\0" + line.strip(), digest_size=8).hexdigest()
+def resume(asked: Asked, out: BinaryIO, target: Path) -> tuple[int, int, int]:
+    """Rows in all, rows answered before, and bad ones of these; cuts off half a line.
 
-
-def _resume(
-    source: Path, out: BinaryIO, target: Path, settings: bytes, part: tuple[int, int]
-) -> tuple[int, int, int]:
-    """Rows in all, rows answered before, and bad ones of these; cuts off half a line."""
-    if not any(True for _, line in itertools.islice(_lines(source, (0, 1)), 1)):
-        raise UserError(f"{source}: no rows; expected one JSON object per line")
+    Raises:
+      UserError: no rows, or `out` answers others, or with other settings.
+    """
+    asked.check()
     out.seek(0)
     bad = done = end = total = 0
     written = iter(out)
-    for number, line in _lines(source, part):
+    for number, line in asked.lines():
         total += 1
         answer = next(written, b"")
         if not answer.endswith(b"\n"):
             continue
-        if (found := _parsed(answer)).get("key") != _key(line, settings):
+        if (found := _parsed(answer)).get("key") != asked.key(line):
             raise UserError(
-                f"{target}: line {total} does not answer row {number} of {source} with these"
+                f"{target}: line {total} does not answer row {number} of {asked.source} with these"
                 " flags; remove it, or choose another --out"
             )
         done, end, bad = total, end + len(answer), bad + ("error" in found)
     if next(written, b"").endswith(b"\n"):
-        raise UserError(f"{target} answers more rows than {source} has; choose another --out")
+        raise UserError(f"{target} answers more rows than {asked.source} has; choose another --out")
     out.truncate(end)
     return total, done, bad
 
@@ -166,17 +217,25 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class _Run:
+class Run:
     """The rows under way, in order."""
 
-    def __init__(self, session: Session, source: Path, settings: bytes, part: tuple[int, int]):
-        self._session, self._source = session, source
-        self._settings, self._part = settings, part
+    def __init__(
+        self, session: Session, asked: Asked, agree: Callable[[Any, str], None] | None = None
+    ):
+        """
+        Args:
+          agree: called with what this process has read of each row, and a name of the row.
+        """
+        self._session, self._asked, self._agree = session, asked, agree
         self._rows: deque[Row] = deque()
         self._tokens = 0
 
-    def write(self, out: BinaryIO, batch_size: int, done: int, total: int) -> int:
-        """Answers all rows but the first `done`; the number of bad ones among them."""
+    def write(self, out: BinaryIO | None, batch_size: int, done: int, total: int) -> int:
+        """Answers all rows but the first `done`; the number of bad ones among them.
+
+        Without `out` nothing is written: another process has the same answers and does that.
+        """
         status, started = StatusLine(), time.monotonic()
         before, bad = done, 0
         if done == total:
@@ -187,9 +246,10 @@ class _Run:
             self._tokens += sum(row.done and len(row.answer.tokens) for row, _ in events)
             while self._rows and self._rows[0].done:
                 row = self._rows.popleft()
-                # Half a surrogate pair in an id is written as the escape that it was read as.
-                out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
-                out.flush()
+                if out is not None:
+                    # Half a surrogate pair in an id is written as the escape it was read as.
+                    out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
+                    out.flush()
                 done, bad = done + 1, bad + (row.answer is None)
             now = time.monotonic()
             if status.due(now) or (status.is_terminal and done == total):
@@ -199,20 +259,22 @@ class _Run:
 
     def _answers(self, engine: Engine, skip: int) -> Iterator[RowAnswer]:
         """The good rows; all rows go to the end of the queue on their way."""
-        token = self._session.processor.tokenizer.image_token
-        for number, line in itertools.islice(_lines(self._source, self._part), skip, None):
-            names: dict[str, Any] = {"row": number, "key": _key(line, self._settings)}
+        token, asked = self._session.processor.tokenizer.image_token, self._asked
+        for number, line in itertools.islice(asked.lines(), skip, None):
+            names: dict[str, Any] = {"row": number, "key": asked.key(line)}
             if (identity := _parsed(line).get("id")) is not None:  # of a bad row as well
                 names["id"] = identity
             try:
-                request = parse_question(line, self._source.parent, image_token=token)
+                request = parse_question(line, asked.source.parent, image_token=token)
                 sample = self._session.prepare(request)
+                row = Row(names, sample, self._session.row(engine, sample))
             except (UserError, OSError) as error:
-                self._rows.append(Row(names, error=str(error)))
-                continue
-            answer = self._session.row(engine, sample)
-            self._rows.append(Row(names, sample, answer))
-            yield answer
+                row = Row(names, error=str(error))
+            if self._agree is not None:
+                self._agree(row.read, f"row {number}")
+            self._rows.append(row)
+            if row.answer is not None:
+                yield row.answer
 
     def _line(self, done: int, total: int, fresh: int, seconds: float) -> str:
         text = f"answering {done / total:4.0%} {bar(done / total)} {done} of {total} rows"

@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vl2jax.ambient import current_mesh
 from vl2jax.attend_tpu import serves, splash
-from vl2jax.kernels import on_tpu
+from vl2jax.kernels import on_cpu, on_tpu
 from vl2jax.layers import PRODUCT, product
 
 # Queries per step. On CPU the scores of a step should stay in the cache; elsewhere a step should
 # be large.
 CPU_SCORES = 1 << 21
 QUERY_CHUNK, WHOLE = 256, 1024
+# Most extents of keys among the steps of an ordered sequence: each is code of its own, and with
+# eight of them 1/16 of the scores is computed in vain, of one half.
+EXTENTS = 8
 
 
 @flax.struct.dataclass
@@ -29,12 +33,15 @@ class Visibility:
     Attributes:
       q_positions, q_segments: int32[B, T].
       k_positions, k_segments: int32[B, S]. Segment 0 is padding, which nobody sees.
+      ordered: whether query i and key i are the same token and no query sees a later key: then
+        whole chunks of those are not even looked at.
     """
 
     q_positions: jax.Array
     q_segments: jax.Array
     k_positions: jax.Array
     k_segments: jax.Array
+    ordered: bool = flax.struct.field(pytree_node=False, default=False)
 
     def mask(self) -> jax.Array:
         """bool[B, T, S], True where the query sees the key."""
@@ -48,7 +55,7 @@ def attend(
 ) -> jax.Array:
     """`softmax(q k^T scale) v`, softmax in float32.
 
-    A query that sees no key (padding) gets the mean of all values, as in the original.  The
+    A query that sees no key (padding) gets the mean of all values that are looked at.  The
     backward pass computes the scores again, so that nothing of size [T, S] outlives a step.
 
     Args:
@@ -69,10 +76,31 @@ def attend(
         if visibility is not None:
             repeated = (visibility.q_positions, visibility.q_segments)
             positions, segments = (jnp.repeat(a, heads, axis=1) for a in repeated)
-            visibility = visibility.replace(q_positions=positions, q_segments=segments)
+            visibility = visibility.replace(
+                q_positions=positions, q_segments=segments, ordered=False
+            )
+    elif length == 1 and on_cpu() and current_mesh() is None:
+        return _attend_one(q, k, v, visibility, scale)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     y = _attend(q, k, v, visibility, scale).swapaxes(1, 2)
     return y.reshape(rows, length, heads, -1)
+
+
+def _attend_one(q, k, v, visibility, scale) -> jax.Array:
+    """One query per row, heads as rows: along two axes of heads and rows XLA's CPU compiler makes
+    such a product float32, and a single query of bfloat16 wants company (see `layers.matmul`)."""
+    rows, length, heads, _ = q.shape
+    if q.dtype == jnp.bfloat16:
+        length = 2
+        q = jnp.pad(q, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    if visibility is not None:
+        visibility = jax.tree.map(lambda a: jnp.repeat(a, heads, axis=0), visibility)
+        repeated = (visibility.q_positions, visibility.q_segments)
+        positions, segments = (jnp.repeat(a, length, axis=1) for a in repeated)
+        visibility = visibility.replace(q_positions=positions, q_segments=segments, ordered=False)
+    q, k, v = (a.swapaxes(1, 2).reshape(rows * heads, 1, a.shape[1], -1) for a in (q, k, v))
+    y = _attend(q, k, v, visibility, scale)[:, :, :1]
+    return y.reshape(rows, heads, 1, -1).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,18 +111,24 @@ def _attend(q, k, v, visibility, scale):
 
 def _attend_forward(q, k, v, visibility, scale):
     def run(chunk_of, q, k, v, visibility):
-        chunk = chunk_of(q, k)
+        chunk = chunk_of(q, k, _ordered(visibility))
 
-        def step(rows):
-            q, seen = rows
-            scores = _scores(q, k, scale, visibility, seen)
-            highest = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - highest)
-            norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
-            y = product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
-            return y.astype(v.dtype), highest, norm
+        def part(rows, k, v, visibility):
+            def step(rows):
+                q, seen = rows
+                scores = _scores(q, k, scale, visibility, seen)
+                highest = jnp.max(scores, axis=-1, keepdims=True)
+                weights = jnp.exp(scores - highest)
+                norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+                y = product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
+                return y.astype(v.dtype), highest, norm
 
-        return _chunked(step, (q, _queries(visibility)), chunk)
+            return _chunked(step, rows, chunk)
+
+        rows, out = (q, _queries(visibility)), []
+        for queries, keys in _extents(q.shape[2], chunk, visibility):
+            out.append(part(_cut(rows, queries), *_cut((k, v), keys), _first(visibility, keys)))
+        return jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *out)
 
     out = _on_each_platform(run, q, k, v, visibility)
     y, highest, norm = (checkpoint_name(a, PRODUCT) for a in out)
@@ -103,24 +137,34 @@ def _attend_forward(q, k, v, visibility, scale):
 
 def _attend_backward(scale, residuals, g):
     def run(chunk_of, q, k, v, visibility, *saved):
-        chunk = chunk_of(q, k)
+        chunk = chunk_of(q, k, _ordered(visibility))
 
-        def step(carry, rows):
-            q, seen, y, highest, norm, g = rows
-            scores = _scores(q, k, scale, visibility, seen)
-            weights = jnp.exp(scores - highest) * norm  # 0 where the chunk is padded
-            d_weights = product("BHTV,BHSV->BHTS", g, v)
-            shift = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
-            d_scores = (weights * (d_weights - shift) * scale).astype(q.dtype)
-            d_q = product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
-            d_k = carry[0] + product("BHTS,BHTK->BHSK", d_scores, q)
-            d_v = carry[1] + product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
-            return (d_k, d_v), d_q
+        def part(carry, rows, k, v, visibility):
+            def step(carry, rows):
+                q, seen, y, highest, norm, g = rows
+                scores = _scores(q, k, scale, visibility, seen)
+                weights = jnp.exp(scores - highest) * norm  # 0 where the chunk is padded
+                d_weights = product("BHTV,BHSV->BHTS", g, v)
+                shift = jnp.sum(
+                    g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True
+                )
+                d_scores = (weights * (d_weights - shift) * scale).astype(q.dtype)
+                d_q = product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
+                d_k = carry[0] + product("BHTS,BHTK->BHSK", d_scores, q)
+                d_v = carry[1] + product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
+                return (d_k, d_v), d_q
 
-        zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
-        rows = (q, _queries(visibility), *saved)
-        (d_k, d_v), d_q = _chunked_scan(step, zeros, rows, chunk)
-        return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+            return _chunked_scan(step, carry, rows, chunk)
+
+        sums = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
+        rows, d_q = (q, _queries(visibility), *saved), []
+        for queries, keys in _extents(q.shape[2], chunk, visibility):
+            inputs = (_cut(rows, queries), *_cut((k, v), keys), _first(visibility, keys))
+            some, of_part = part(_cut(sums, keys), *inputs)
+            sums = tuple(a.at[:, :, keys].set(b) for a, b in zip(sums, some, strict=True))
+            d_q.append(of_part)
+        d_k, d_v = sums
+        return jnp.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
     q, k, v, visibility, *saved = residuals
     gradients = _on_each_platform(run, q, k, v, visibility, *saved, g.astype(v.dtype))
@@ -128,6 +172,34 @@ def _attend_backward(scale, residuals, g):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _ordered(visibility: Visibility | None) -> bool:
+    return visibility is not None and visibility.ordered
+
+
+def _extents(length: int, chunk: int, visibility: Visibility | None) -> list[tuple[slice, slice]]:
+    """Queries and the keys that any of them may see; whole chunks, in order."""
+    if not _ordered(visibility) or chunk >= length:
+        return [(slice(0, length), slice(None))]
+    chunks = -(-length // chunk)
+    step = chunk * -(-chunks // EXTENTS)
+    ends = [min(start + step, length) for start in range(0, length, step)]
+    return [(slice(start, end), slice(end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _cut(tree, part: slice):
+    """A part of axis 2 of all leaves."""
+    return jax.tree.map(lambda a: a[:, :, part], tree)
+
+
+def _first(visibility: Visibility | None, keys: slice) -> Visibility | None:
+    """The same queries, only the first keys."""
+    if visibility is None:
+        return None
+    return visibility.replace(
+        k_positions=visibility.k_positions[:, keys], k_segments=visibility.k_segments[:, keys]
+    )
 
 
 def _queries(visibility: Visibility | None):
@@ -148,12 +220,17 @@ def _scores(q, k, scale, visibility, seen) -> jax.Array:
     return scores + jnp.where(mask, 0, jnp.finfo(jnp.float32).min)[:, None]
 
 
-def _cpu_chunk(q: jax.Array, k: jax.Array) -> int:
-    target = max(CPU_SCORES // math.prod(k.shape[:3]), 64)
-    return -(-q.shape[2] // -(-q.shape[2] // target))
+def _cpu_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
+    length, per_query = q.shape[2], math.prod(k.shape[:3])
+    target = max(CPU_SCORES // per_query, 64)
+    if ordered:  # `EXTENTS` steps: many scores are saved, products stay thick
+        most = max(4 * CPU_SCORES // per_query, 64)
+        target = min(max(length // EXTENTS, 64), 256, most)
+    return -(-length // -(-length // target))
 
 
-def _default_chunk(q: jax.Array, k: jax.Array) -> int:
+def _default_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
+    del k, ordered
     return q.shape[2] if q.shape[2] <= WHOLE else QUERY_CHUNK
 
 

@@ -9,9 +9,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ambient import constrain
+from vl2jax.ambient import constrain, current_mesh
 from vl2jax.attend import Visibility, attend
 from vl2jax.config import DecoderConfig
+from vl2jax.kernels import on_cpu
 from vl2jax.layers import Kernel, Linear, RMSNorm, einsum
 from vl2jax.quantize import Weight
 from vl2jax.rope import apply_rope, softmax_scale
@@ -19,6 +20,7 @@ from vl2jax.sharding import CACHE_RULES
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
 _LATENT_NORM_EPS = 1e-6
+_FEW = 64  # queries of all heads and rows, see `_absorbed_few`
 
 
 @flax.struct.dataclass
@@ -26,7 +28,7 @@ class KVCache:
     """Keys and values of all layers of a run; slot s of a row holds the token at position s.
 
     Attributes:
-      keys, values: [n, B, S, H, K].
+      keys, values: [n, B, H, S, K], as products with them want it.
     """
 
     keys: jax.Array
@@ -69,6 +71,7 @@ class Context:
                 q_segments=self.segment_ids,
                 k_positions=self.positions,
                 k_segments=self.segment_ids,
+                ordered=True,
             )
         shape = (self.positions.shape[0], cache_slots)
         return Visibility(
@@ -76,32 +79,68 @@ class Context:
             q_segments=jnp.ones_like(self.positions),
             k_positions=jax.lax.broadcasted_iota(jnp.int32, shape, 1),
             k_segments=jnp.ones(shape, jnp.int32),
+            # A chunk that fills the cache begins at its first slot.
+            ordered=1 < self.positions.shape[1] == cache_slots,
         )
 
 
 def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) -> Cache:
-    """Zeros: a cache for `layers` layers, `rows` rows of up to `slots` tokens."""
+    """Zeros: a cache for `layers` layers, `rows` rows of up to `slots` tokens.
+
+    On CPU bfloat16 is kept as its bits, uint16: to write one token, XLA's compiler would make all
+    of the cache float32 and bfloat16 again.
+    """
+    dtype = jnp.uint16 if on_cpu() and dtype == jnp.bfloat16 else dtype
 
     def zeros(name: str, *shape: int) -> jax.Array:
-        return constrain(jnp.zeros((layers, rows, slots, *shape), dtype), *CACHE_RULES[name])
+        return constrain(jnp.zeros((layers, rows, *shape), dtype), *CACHE_RULES[name])
 
     if cfg.use_mla:
-        return LatentCache(zeros("latent", cfg.kv_lora_rank + cfg.qk_rope_head_dim))
-    shape = (cfg.num_attention_heads, cfg.qk_head_dim)
-    return KVCache(zeros("keys", *shape), zeros("values", *shape))
+        return LatentCache(zeros("latent", slots, cfg.kv_lora_rank + cfg.qk_rope_head_dim))
+    heads, width = cfg.num_attention_heads, cfg.qk_head_dim
+    return KVCache(*(zeros(name, heads, slots, width) for name in ("keys", "values")))
 
 
 def _write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Puts `new` [B, T, ...] into slots `positions` of one layer of `stack` [n, B, S, ...].
+    """Puts `new` [B, ..., T, K] into slots `positions` of one layer of `stack` [n, B, ..., S, K].
 
-    With T > 1 (a prefill chunk) all rows start at the same position.
+    With T > 1 (a prefill chunk) all rows start at the same position.  What a row that is done
+    writes beyond the last slot is lost, or on CPU replaces that slot.
     """
-    new = new.astype(stack.dtype)
-    if new.shape[1] == 1:
-        rows = jnp.arange(new.shape[0])
-        return stack.at[layer, rows, positions[:, 0]].set(new[:, 0], mode="drop")
-    start = (layer, 0, positions[0, 0], *(0,) * (new.ndim - 2))
-    return jax.lax.dynamic_update_slice(stack, new[None], start)
+    new = _as_stored(new, stack.dtype)
+    between = (0,) * (new.ndim - 3)
+    if new.shape[-2] > 1:
+        return jax.lax.dynamic_update_slice(
+            stack, new[None], (layer, 0, *between, positions[0, 0], 0)
+        )
+    rows = jnp.arange(new.shape[0])
+    if not on_cpu() or current_mesh() is not None:
+        at = stack.at[layer, rows, ..., positions[:, 0], :]
+        return at.set(new[..., 0, :], mode="drop")
+
+    def put(row: jax.Array, stack: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_slice_in_dim(new, row, 1)[None]
+        start = (layer, row, *between, positions[row, 0], 0)
+        return jax.lax.dynamic_update_slice(stack, one, start)
+
+    # In place, where a scatter would go through all of `stack`; and not fused with what reads it,
+    # which would write all of it anew.
+    stack = jax.lax.fori_loop(0, len(rows), put, stack, unroll=min(len(rows), 8))
+    return jax.lax.optimization_barrier(stack)
+
+
+def _as_stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Values in the dtype of a cache, see `init_cache`."""
+    if dtype != jnp.uint16:
+        return x.astype(dtype)
+    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)
+
+
+def _as_read(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `_as_stored`."""
+    if x.dtype == jnp.uint16:
+        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(dtype)
 
 
 class MHA(nn.Module):
@@ -129,10 +168,10 @@ class MHA(nn.Module):
         k = apply_rope(k, context.cos, context.sin, interleaved=False)
         slots = None
         if cache is not None:
-            keys = _write(cache.keys, layer, k, context.positions)
-            values = _write(cache.values, layer, v, context.positions)
-            cache, slots = KVCache(keys, values), keys.shape[2]
-            k, v = keys[layer].astype(self.dtype), values[layer].astype(self.dtype)
+            keys = _write(cache.keys, layer, k.swapaxes(1, 2), context.positions)
+            values = _write(cache.values, layer, v.swapaxes(1, 2), context.positions)
+            cache, slots = KVCache(keys, values), keys.shape[-2]
+            k, v = (_as_read(a[layer], self.dtype).swapaxes(1, 2) for a in (keys, values))
         y = attend(q, k, v, softmax_scale(cfg), context.visibility(slots))
         return Linear((cfg.hidden_size,), num_in=2, **kinds, name="o_proj")(y), cache
 
@@ -190,8 +229,8 @@ class MLA(nn.Module):
         slots, absorb = None, bool(self.absorb)
         if cache is not None:
             stack = _write(cache.latent, layer, latent, context.positions)
-            cache, slots = LatentCache(stack), stack.shape[2]
-            latent = stack[layer].astype(self.dtype)  # [B, S, C + R]
+            cache, slots = LatentCache(stack), stack.shape[-2]
+            latent = _as_read(stack[layer], self.dtype)  # [B, S, C + R]
             absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
 
         shape = (rank, heads, nope + cfg.v_head_dim)
@@ -219,11 +258,33 @@ def _expanded(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
 def _absorbed(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
     """W_UK goes into the query and W_UV into the output: nothing is expanded per cached token."""
     rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
+    if on_cpu() and current_mesh() is None and q_nope.shape[0] * q_nope.shape[2] <= _FEW:
+        return _absorbed_few(q_nope, q_rope, latent, w_kv_b, scale, visibility)
     w_uk = jax.tree.map(lambda a: a[..., :nope], w_kv_b)
     w_uv = jax.tree.map(lambda a: a[..., nope:], w_kv_b)
     q = jnp.concatenate([_einsum("BTHN,CHN->BTHC", q_nope, w_uk), q_rope], axis=-1)
     y = attend(q, latent[:, :, None], latent[:, :, None, :rank], scale, visibility)
     return _einsum("BTHC,CHV->BTHV", y, w_uv)
+
+
+def _absorbed_few(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
+    """The same as products without a batch axis: each head's query meets the weights of all heads,
+    zeros in the place of theirs.
+
+    Where there are few queries this costs less than bringing the weights' heads to the front,
+    which XLA's CPU compiler does for a product by heads, anew for every token.
+    """
+    rows, length, heads, nope = q_nope.shape
+    rank, width = w_kv_b.shape[0], w_kv_b.shape[-1]
+    own = jnp.eye(heads, dtype=q_nope.dtype)[None, None, :, :, None]
+    w = jax.tree.map(lambda a: a.reshape(a.shape[0], -1), w_kv_b)
+    padded = jnp.pad(q_nope, ((0, 0), (0, 0), (0, 0), (0, width - nope)))
+    spread = (padded[..., None, :] * own).reshape(-1, heads * width)
+    q = _einsum("MX,CX->MC", spread, w).reshape(rows, length, heads, rank)
+    q = jnp.concatenate([q, q_rope], axis=-1)
+    y = attend(q, latent[:, :, None], latent[:, :, None], scale, visibility)[..., :rank]
+    y = _einsum("MC,CX->MX", y.reshape(-1, rank), w).reshape(rows, length, heads, heads, width)
+    return jnp.sum(y[..., nope:] * own, axis=-2)
 
 
 def _einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:

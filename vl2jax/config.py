@@ -165,6 +165,15 @@ class DecoderConfig:
                 runs.append(LayerRun(f"{'moe' if moe else 'dense'}_{layer}", moe, layer, 1))
         return tuple(runs)
 
+    @property
+    def single_runs(self) -> tuple[LayerRun, ...]:
+        """Every layer as a run of its own, named like `layer_runs`; see `apart.py`."""
+        kinds = [self.is_moe(layer) for layer in range(self.num_hidden_layers)]
+        return tuple(
+            LayerRun(f"{'moe' if moe else 'dense'}_{layer}", moe, layer, 1)
+            for layer, moe in enumerate(kinds)
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VL2Config:

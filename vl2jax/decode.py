@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ambient import constrain
+from vl2jax.ambient import constrain, must_block
 from vl2jax.batch import FIRST_TILE_ROW
 from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
@@ -67,9 +67,10 @@ class Programs:
       idle: ([B], [S]) -> a state without a row at work.
       insert: (state (donated), other, rows) -> the state with row i of `other` as row `rows[i]`;
         of equal numbers the last counts.
-      burst: (params, sampling, state (donated), eos, count, until_any) -> state, tokens
-        [B, BURST], `NOTHING` behind the last step. Takes up to `count` steps, fewer if all rows
-        are done, or (`until_any`) one more than before.
+      take: (state, rows) -> the state of these rows alone.
+      burst: (params, sampling, state (donated), eos, count, stop_at) -> state, tokens [B, BURST],
+        `NOTHING` behind the last step. Takes up to `count` steps, fewer if only `stop_at` rows, or
+        less, are not done.
     """
 
     table: Callable
@@ -82,15 +83,25 @@ class Programs:
     begin: Callable
     idle: Callable
     insert: Callable
+    take: Callable
     burst: Callable
 
 
 @functools.cache
 def programs(
-    config: VL2Config, dtype: jnp.dtype, backend: str, cache_dtype: jnp.dtype | None = None
+    config: VL2Config,
+    dtype: jnp.dtype,
+    backend: str,
+    cache_dtype: jnp.dtype | None = None,
+    layers_apart: bool = False,
 ) -> Programs:
-    """Jitted steps for one architecture and dtype; `cache_dtype` None: that of the activations."""
-    model, cfg = VL2(config, dtype), config.decoder
+    """Jitted steps for one architecture and dtype.
+
+    Args:
+      cache_dtype: None: that of the activations.
+      layers_apart: what `are_apart` says of the parameters.
+    """
+    model, cfg = VL2(config, dtype, layers_apart=layers_apart), config.decoder
     cache_dtype = cache_dtype or dtype
 
     def decode(params, x, positions, caches):
@@ -117,7 +128,7 @@ def programs(
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def caches(rows, slots):
-        return init_caches(cfg, rows, slots, cache_dtype)
+        return init_caches(cfg, rows, slots, cache_dtype, layers_apart)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def spread(caches, rows, slots):
@@ -156,7 +167,8 @@ def programs(
         seen, done = jnp.zeros((rows, cfg.vocab_size), bool), jnp.ones(rows, bool)
         keys = jax.vmap(jax.random.key)(numbers.astype(jnp.uint32))
         return DecodeState(
-            init_caches(cfg, rows, slots, cache_dtype), numbers, numbers, seen, done, keys
+            init_caches(cfg, rows, slots, cache_dtype, layers_apart),
+            *(numbers, numbers, seen, done, keys),
         )
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -173,10 +185,14 @@ def programs(
         caches = jax.tree.map(functools.partial(put, 1), state.caches, other.caches)
         return joined.replace(caches=caches, keys=jax.random.wrap_key_data(joined.keys))
 
-    @functools.partial(jit, donate_argnums=2)
-    def burst(params, sampling: SamplingParams, state: DecodeState, eos, count, until_any):
-        before = state.done
+    @jax.jit
+    def take(state, rows):
+        caches = jax.tree.map(lambda a: a[:, rows], state.caches)
+        rest = jax.tree.map(lambda a: a[rows], state.replace(caches=None))
+        return rest.replace(caches=caches)
 
+    @functools.partial(jit, donate_argnums=2)
+    def burst(params, sampling: SamplingParams, state: DecodeState, eos, count, stop_at):
         def step(carry):
             i, state, out = carry
             x = model.apply(params, state.tokens[:, None], method=VL2.embed_tokens)
@@ -189,16 +205,20 @@ def programs(
 
         def unfinished(carry):
             i, state, _ = carry
-            one_more = until_any & (state.done & ~before).any()
-            return (i < count) & ~state.done.all() & ~one_more
+            return (i < count) & (jnp.sum(~state.done) > stop_at)
 
         out = jnp.full((state.tokens.shape[0], BURST), NOTHING, jnp.int32)
         _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
         return state, constrain(out)
 
-    return Programs(
-        *(table, encode, embed, caches, spread, prefill, pick, begin, idle, insert, burst)
-    )
+    steps = (table, encode, embed, caches, spread, prefill)
+    steps += (pick, begin, idle, insert, take, burst)
+    return Programs(*map(_waited_for, steps) if must_block() else steps)
+
+
+def _waited_for(step: Callable) -> Callable:
+    """A step that has ended when its call returns."""
+    return lambda *args: jax.block_until_ready(step(*args))
 
 
 def _no_tiles(config: VL2Config) -> jax.Array:
@@ -207,11 +227,10 @@ def _no_tiles(config: VL2Config) -> jax.Array:
 
 
 def _fit(caches: Caches, slots: int) -> Caches:
-    """Caches [n, B, S, ...] cut or padded to `slots` slots."""
+    """Caches [n, B, ..., S, K] cut or padded to `slots` slots."""
 
     def fit(a: jax.Array) -> jax.Array:
-        a = a[:, :, :slots]
-        grow = slots - a.shape[2]
-        return jnp.pad(a, ((0, 0), (0, 0), (0, grow), *((0, 0),) * (a.ndim - 3)))
+        a = a[..., :slots, :]
+        return jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, slots - a.shape[-2]), (0, 0)))
 
     return jax.tree.map(fit, caches)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vl2jax.ambient import BATCH_AXES, constrain
 from vl2jax.attention import MHA, MLA, Cache, Context, init_cache
-from vl2jax.config import DecoderConfig
+from vl2jax.config import DecoderConfig, LayerRun
 from vl2jax.layers import GatedMLP, Kernel, RMSNorm, matmul, remat_layer
 from vl2jax.moe import EXPERT_STACKS, Balance, MoE
 from vl2jax.rope import rope_table
@@ -17,9 +17,17 @@ from vl2jax.rope import rope_table
 Caches = dict[str, Cache]  # by name of the run
 
 
-def init_caches(cfg: DecoderConfig, rows: int, slots: int, dtype) -> Caches:
+def runs_of(cfg: DecoderConfig, layers_apart: bool) -> tuple[LayerRun, ...]:
+    """How layers are grouped: into stacks, or each by itself (`apart.py`)."""
+    return cfg.single_runs if layers_apart else cfg.layer_runs
+
+
+def init_caches(
+    cfg: DecoderConfig, rows: int, slots: int, dtype, layers_apart: bool = False
+) -> Caches:
     """Empty caches of all runs for `rows` rows of up to `slots` tokens."""
-    return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in cfg.layer_runs}
+    runs = runs_of(cfg, layers_apart)
+    return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in runs}
 
 
 class DecoderLayer(nn.Module):
@@ -61,7 +69,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and output head."""
+    """Embedding, layers, final norm and output head.
+
+    Attributes:
+      layers_apart: parameters and caches are of single layers, not of stacks (`apart.py`).
+    """
 
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -69,6 +81,7 @@ class Decoder(nn.Module):
     moe_implementation: str = "blocked"
     max_segments: int = 1
     remat: str = "none"
+    layers_apart: bool = False
 
     def setup(self):
         cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -90,7 +103,7 @@ class Decoder(nn.Module):
                 max_segments=self.max_segments,
                 name=run.name,
             )
-            for run in cfg.layer_runs
+            for run in runs_of(cfg, self.layers_apart)
         ]
         self.norm = RMSNorm(cfg.rms_norm_eps, **kinds)
         self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, self.param_dtype)
@@ -126,7 +139,7 @@ class Decoder(nn.Module):
         context = Context(positions, segment_ids, cos, sin)
         balance_ids = segment_ids if balance_ids is None else balance_ids
         written, balances = {}, []
-        for run, layers in zip(cfg.layer_runs, self.runs, strict=True):
+        for run, layers in zip(runs_of(cfg, self.layers_apart), self.runs, strict=True):
             cache = None if caches is None else caches[run.name]
             numbers = jnp.arange(run.count)
             (x, written[run.name]), balance = layers((x, cache), numbers, context, balance_ids)

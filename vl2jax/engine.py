@@ -15,6 +15,7 @@ import numpy as np
 
 from vl2jax.ambient import mesh_of
 from vl2jax.answer import Answer
+from vl2jax.apart import are_apart
 from vl2jax.batch import TEXT
 from vl2jax.buckets import length_bucket, round_up, row_bucket
 from vl2jax.config import VL2Config
@@ -100,7 +101,8 @@ class Engine:
         self._most, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-        self.steps = programs(config, dtype, jax.default_backend(), cache_dtype)
+        apart = are_apart(config.decoder, params)
+        self.steps = programs(config, dtype, jax.default_backend(), cache_dtype, apart)
         self.dtype = dtype
         self.pictures = Pictures(self.steps, params)
         self._prefixes = Prefixes()
@@ -146,7 +148,7 @@ class Engine:
             if not self._active:
                 return
             with mesh_of(self._params):
-                events = self._burst(bool(waiting))
+                events = self._burst(waiting)
             yield events
 
     @property
@@ -264,21 +266,39 @@ class Engine:
             last = steps.pick(last, hidden, lengths - 1 - start)
         return last, caches
 
-    def _burst(self, until_any: bool) -> Events:
-        """Decodes some tokens of all active rows; `until_any`: others wait for a place."""
+    def _burst(self, waiting: deque) -> Events:
+        """Decodes some tokens of all active rows, fewer where rows end that others can replace or
+        that fewer rows could go on without."""
+        if not waiting:
+            self._shrink()
         active = self._active
-        rooms = [row.room for _, row in active]
-        count = min(BURST, min(rooms) if until_any else max(rooms))
+        smaller = 0 if len(self._rows) == 1 else len(self._rows) // 2
+        stop_at = len(active) - 1 if waiting else min(smaller, len(active) - 1)
+        rooms = sorted(row.room for _, row in active)
+        count = min(BURST, rooms[len(active) - stop_at - 1])
         done = np.array([row is None for row in self._rows])
         state = self._state.replace(done=done)
         self._state, tokens = self.steps.burst(
-            self._params, self._sampling, state, self._eos_array, count, until_any
+            self._params, self._sampling, state, self._eos_array, count, stop_at
         )
         tokens = np.asarray(tokens)
         taken = int((tokens[0] != NOTHING).sum())
         events = [(row, row.push(tokens[place, :taken].tolist())) for place, row in active]
         self._retire()
         return events
+
+    def _shrink(self) -> None:
+        """Leaves places out that nobody will take, once half of them are free."""
+        places = [place for place, _ in self._active]
+        count = row_bucket(len(places), self._most)
+        if 2 * count > len(self._rows):
+            return
+        rows = [self._rows[place] for place in places]
+        padding = count - len(places)
+        self._rows = [*rows, *[None] * padding]
+        self._state = self.steps.take(
+            self._state, np.array([*places, *places[:1] * padding], np.int32)
+        )
 
     def _retire(self) -> None:
         """Frees the places of rows that are done."""
@@ -297,7 +317,7 @@ def _fill(waiting: deque, source: Iterator[RowAnswer], most: int) -> None:
 
 
 def _slots(caches: Caches) -> int:
-    return jax.tree.leaves(caches)[0].shape[2]
+    return jax.tree.leaves(caches)[0].shape[-2]
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:

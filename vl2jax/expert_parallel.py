@@ -22,9 +22,10 @@ from vl2jax.experts import ExpertWeights
 from vl2jax.layers import EXCHANGED
 from vl2jax.quantize import Int8, Weight, split_like
 
-# From this many places on, sending rows only where they are needed moves so much less than sending
-# them everywhere (with six experts per token: 55% at 8, 32% at 16) that it is done where it can be.
-RAGGED_FROM = 8
+# Where it can be done, rows are sent only where they are needed if that moves at most this part of
+# what sending them everywhere moves: with six experts per token from 8 places on (55%; 82% at 4,
+# 32% at 16). Above that it is not worth the sorting and the scattered sums.
+RAGGED_WORTH = 0.6
 RAGGED_PLATFORMS = ("tpu", "cuda", "rocm", "gpu")
 
 # Of a device's rows: x [n, D], weights float32 [n, K], experts int32 [n, K] -> sums [n, D].
@@ -60,7 +61,7 @@ def expert_parallel(
     Returns:
       [B, T, D] in the dtype of x.
     """
-    exchange = exchange or choose_exchange(mesh)
+    exchange = exchange or choose_exchange(mesh, experts.shape[-1])
     shards, shape = batch_shards(mesh), x.shape
     rows: tuple[str, ...] | None = batch_axes(mesh)
     if shape[0] % shards:
@@ -89,13 +90,28 @@ def expert_parallel(
     return y.reshape(shape)
 
 
-def choose_exchange(mesh: AbstractMesh) -> str:
-    """The form that moves least among those that the platform has."""
+def choose_exchange(mesh: AbstractMesh, top_k: int) -> str:
+    """The form that moves least among those that the platform has; the plain one if not by much."""
     width, device = axis_size(mesh, "expert"), mesh.abstract_device
     if width == 1:
         return "none"
-    can = device is not None and device.platform in RAGGED_PLATFORMS
-    return "ragged" if can and width >= RAGGED_FROM else "gather"
+    if device is None or device.platform not in RAGGED_PLATFORMS:
+        return "gather"
+    part = rows_sent("ragged", width, top_k) / rows_sent("gather", width, top_k)
+    return "ragged" if part <= RAGGED_WORTH else "gather"
+
+
+def rows_sent(exchange: str, width: int, top_k: int) -> float:
+    """Rows that a device sends for each of its tokens; as many come back.
+
+    Args:
+      exchange: "gather" and "all_to_all" send a token to all other places, "ragged" to those that
+        have experts of its choice: how many, is what is to be expected of an even choice.
+      width: places on the axis.
+      top_k: experts per token.
+    """
+    others = width - 1
+    return others * (1 - (1 - 1 / width) ** top_k) if exchange == "ragged" else float(others)
 
 
 def _on_one_device(mesh, implementation, exchange, x, weights, experts, w, layer=None):

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vl2jax.ambient import axis_size, current_mesh
 from vl2jax.experts_chunked import CHUNKS, chunked_sum
+from vl2jax.experts_few import few, serves
 from vl2jax.experts_gmm import MAX_ROWS, grouped_ffn
-from vl2jax.kernels import on_tpu
+from vl2jax.kernels import on_cpu, on_tpu
 from vl2jax.layers import PRODUCT, matmul, product
 from vl2jax.quantize import Int8, Weight, cast, widen
 
@@ -136,11 +137,14 @@ def _widened(w: ExpertWeights, first, n_experts: int, dtype: jnp.dtype) -> Exper
 def automatic(
     x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights, **options
 ) -> jax.Array:
-    """`gmm` in a program for TPU, `blocked` elsewhere, and there for few tokens and int8 weights:
-    it widens the used experts alone."""
-    n_experts = options.get("n_experts") or w.gate.shape[0]
-    few = isinstance(w.gate, Int8) and experts_TK.size < n_experts
-    implementation = gmm if on_tpu() and not few else blocked
+    """`gmm` in a program for TPU, `few` for few tokens on CPU, else `blocked`; for few tokens and
+    int8 weights `blocked` anywhere: it widens the used experts alone."""
+    n_experts, int8 = options.get("n_experts") or w.gate.shape[0], isinstance(w.gate, Int8)
+    implementation = blocked
+    if on_tpu() and not (int8 and experts_TK.size < n_experts):
+        implementation = gmm
+    if on_cpu() and not int8 and current_mesh() is None and serves(*experts_TK.shape, n_experts):
+        implementation = few
     return implementation(x_TD, weights_TK, experts_TK, w, **options)
 
 

@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: products, memory traffic and collectives, loops included.
+"""Counts what a compiled program does: products, memory traffic, collectives; loops included.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here everything is counted as often as it
 runs: a loop over layers as many times as there are layers.
@@ -9,80 +9,17 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    "collective-permute",
-)
+from vl2jax.hlo_text import Array, Computation, Instruction, group_of, parameters_of, parse
+
 _FREE = {  # instructions that move nothing
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "opt-barrier", "domain", "iota"),
 }
-_ITEMSIZE = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLS = re.compile(
-    r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
-)
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of an instruction's type.
-
-    Attributes:
-      dtype: as XLA writes it.
-      shape: dimensions.
-      in_memory: it lies in the device's main memory, not in a memory on the chip.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    in_memory: bool
-
-    @property
-    def nbytes(self) -> float:
-        bits = re.search(r"\d+", self.dtype)
-        size = _ITEMSIZE.get(self.dtype) or (int(bits[0]) / 8 if bits else 0)
-        return math.prod(self.shape) * size
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation; `rest` is what follows its operands."""
-
-    name: str
-    opcode: str
-    arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
-    arguments: str
-    rest: str
-    is_root: bool
-
-    @property
-    def nbytes(self) -> float:
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
-    def op_name(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
-
-    @property
-    def kind(self) -> str | None:
-        """Which of `COLLECTIVES` it is; their second halves (-done) are none."""
-        name = self.opcode.removesuffix("-start")
-        return name if name in COLLECTIVES else None
-
-    @property
-    def called(self) -> tuple[str, ...]:
-        names = [a or b for a, b in _CALLS.findall(self.rest)]
-        return tuple(part.strip().lstrip("%") for name in names for part in name.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +27,7 @@ class Collective:
     """A collective operation.
 
     Attributes:
-      kind: of `COLLECTIVES`.
+      kind: of `hlo_text.COLLECTIVES`.
       nbytes: of the whole on one device: what is gathered, reduced, exchanged or passed on.
       group: numbers of the devices that take part together, one group of them.
       count: how often it runs.
@@ -148,7 +85,7 @@ def analyse(
         not known (it is counted once, and named).
       kernel_cost: of kernels that are known.
     """
-    counter = _Counter(_parse(text), open_trips, kernel_cost)
+    counter = _Counter(parse(text), open_trips, kernel_cost)
     counter.visit(counter.entry, 1.0, inside_fusion=False)
     return Cost(
         counter.flops,
@@ -157,61 +94,6 @@ def analyse(
         tuple(dict.fromkeys(counter.open_loops)),
         tuple(dict.fromkeys(counter.unknown)),
     )
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, their instructions by name; and the name of the entry."""
-    computations, entry, current = {}, "", None
-    for line in _whole_lines(text):
-        header = _COMPUTATION.match(line)
-        if header:
-            current = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
-    return computations, entry
-
-
-def _whole_lines(text: str):
-    """Lines of the text; those of an attribute that is written over several lines joined."""
-    held = ""
-    for line in text.splitlines():
-        begins = line == "}" or line.startswith(("%", "ENTRY", "HloModule"))
-        if begins or _INSTRUCTION.match(line):
-            yield held
-            held = line
-        else:
-            held += line
-    yield held
-
-
-def _instruction(name: str, text: str, is_root: bool) -> Instruction:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    opcode, _, _ = text[end:].lstrip().partition("(")
-    start = text.index("(", end)
-    close = _closing(text, start)
-    arguments = re.sub(r"/\*.*?\*/", "", text[start + 1 : close])
-    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    arrays = tuple(
-        Array(
-            dtype,
-            tuple(int(size) for size in shape.split(",") if size),
-            not re.search(r"S\([1-4,6-9]", layout or ""),
-        )
-        for dtype, shape, layout in _ARRAY.findall(text[:end])
-    )
-    rest = text[close + 1 :]
-    return Instruction(name, opcode, arrays, operands, arguments, rest, is_root)
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
-    depth = 0
-    for place in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if place[0] == "(" else -1
-        if not depth:
-            return place.start()
-    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
 
 
 class _Counter:
@@ -280,7 +162,7 @@ class _Counter:
             self.open_loops.append(instruction.op_name)
         return 1 if trips is None else trips
 
-    def _operands(self, computation: Mapping[str, Instruction], instruction: Instruction):
+    def _operands(self, computation: Computation, instruction: Instruction):
         return [computation[name] for name in instruction.operands if name in computation]
 
     def _flops(self, computation, instruction: Instruction) -> float:
@@ -333,7 +215,7 @@ class _Counter:
             nbytes = operands[0].nbytes
         if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        group = _group(instruction.rest)
+        group = group_of(instruction.rest)
         self.collectives[key] = Collective(kind, nbytes, group, count, instruction.op_name)
         return True
 
@@ -345,7 +227,7 @@ class _Counter:
         operands = self._operands(computation, instruction)
         if opcode == "fusion":
             inner = self.computations[instruction.called[0]]
-            parameters = _parameters(inner)
+            parameters = parameters_of(inner)
             read = sum(
                 self._read(inner, parameters[place])
                 for place, operand in enumerate(operands)
@@ -374,7 +256,7 @@ class _Counter:
         arrays = [a for o in operands for a in o.arrays] + list(results)
         return sum(a.nbytes for a in arrays if a.in_memory)
 
-    def _read(self, inner: Mapping[str, Instruction], parameter: Instruction) -> float:
+    def _read(self, inner: Computation, parameter: Instruction) -> float:
         """Bytes of a fusion's parameter that it reads: of slices only what is sliced."""
         total = 0.0
         for user in inner.values():
@@ -388,14 +270,14 @@ class _Counter:
                 total += self._read(inner, user)
             elif user.opcode == "fusion":
                 nested = self.computations[user.called[0]]
-                parameters = _parameters(nested)
+                parameters = parameters_of(nested)
                 places = [p for p, name in enumerate(user.operands) if name == parameter.name]
                 total += sum(self._read(nested, parameters[p]) for p in places)
             elif user.opcode != "tuple":
                 total += parameter.nbytes
         return min(total, parameter.nbytes)
 
-    def _written(self, inner: Mapping[str, Instruction], result: Instruction) -> float:
+    def _written(self, inner: Computation, result: Instruction) -> float:
         """Bytes that a fusion writes for one of its results."""
         if result.opcode == "parameter" or result.opcode == "custom-call" or result.kind:
             return 0.0
@@ -410,11 +292,6 @@ class _Counter:
             if root.opcode != "tuple":
                 return self._written(nested, root)
         return result.nbytes
-
-
-def _parameters(computation: Mapping[str, Instruction]) -> dict[int, Instruction]:
-    found = (i for i in computation.values() if i.opcode == "parameter")
-    return {int(i.arguments): i for i in found}
 
 
 def _convolution_flops(left: Array, right: Array, instruction: Instruction) -> float:
@@ -453,33 +330,3 @@ def _taps(out: int, kernel: int, size: int, stride: int, dilate: int, spread: in
     where = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * dilate - low
     inside = (where >= 0) & (where <= (size - 1) * spread) & (where % spread == 0)
     return int(inside.sum())
-
-
-def _group(rest: str) -> tuple[int, ...]:
-    """Devices of the first group of a collective."""
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
-    if pairs:
-        return int(pairs[1]), int(pairs[2])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    if listed:
-        return tuple(int(n) for n in listed[1].split(","))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
-    if iota:
-        shape, source = (_ints(iota[1]), _ints(iota[2]))
-        numbers = np.arange(math.prod(source)).reshape(source)
-        numbers = numbers.transpose(_ints(iota[3])) if iota[3] else numbers
-        return tuple(numbers.reshape(shape)[0].tolist())
-    mesh = re.search(
-        r"replica_groups=@?mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))? \{([^}]*)\}", rest
-    )
-    if mesh:
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        chosen = re.findall(r"'(\w+)'", mesh[3])
-        index = tuple(slice(None) if name in chosen else 0 for name in sizes)
-        return tuple(numbers[index].ravel().tolist())
-    return (0,)
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))

@@ -8,7 +8,8 @@ import math
 
 from vl2jax.attend_tpu import MAX_BLOCK
 from vl2jax.experts_gmm import tile_columns, tile_rows
-from vl2jax.hlo import Array, KernelCost
+from vl2jax.hlo import KernelCost
+from vl2jax.hlo_text import Array
 
 
 def kernel_cost(rows_per_device: float, groups_per_layer: int) -> KernelCost:

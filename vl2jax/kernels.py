@@ -23,6 +23,11 @@ def on_tpu() -> bool:
     return (_platform.value or jax.default_backend()) == "tpu"
 
 
+def on_cpu() -> bool:
+    """Whether the program that is being traced is for CPU."""
+    return (_platform.value or jax.default_backend()) == "cpu"
+
+
 def per_device(run: Callable, in_specs, out_specs) -> Callable:
     """`run` on each device's part, for the compiler cannot split a kernel by itself.
 

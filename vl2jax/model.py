@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from vl2jax.adaptor import Adaptor
 from vl2jax.ambient import BATCH_AXES, constrain, mesh_of
+from vl2jax.apart import are_apart
 from vl2jax.batch import TEXT, Batch
 from vl2jax.config import VL2Config
 from vl2jax.decoder import Caches, Decoder
@@ -52,6 +53,7 @@ class VL2(nn.Module):
       tile_pools: G, pools of tiles in a batch: the g-th part of its rows reads the g-th part of its
         tile slots, and `image_index` counts within it. On a mesh, one for each part of the batch,
         so that no projected tile leaves its device.
+      layers_apart: the decoder's parameters and caches are of single layers (`apart.py`).
     """
 
     config: VL2Config
@@ -61,6 +63,7 @@ class VL2(nn.Module):
     max_segments: int = 1
     remat: str = "none"
     tile_pools: int = 1
+    layers_apart: bool = False
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -77,6 +80,7 @@ class VL2(nn.Module):
             moe_implementation=self.moe_implementation,
             max_segments=self.max_segments,
             remat=self.remat,
+            layers_apart=self.layers_apart,
         )
         width = cfg.adaptor.n_embed
         init = nn.initializers.normal(width**-0.5)
@@ -169,12 +173,13 @@ def forward(
     """
     dtype = jnp.dtype(dtype or compute_dtype(params))
     with mesh_of(params):
-        return _forward(config, dtype, moe_implementation, params, batch)
+        apart = are_apart(config.decoder, params)
+        return _forward(config, dtype, moe_implementation, apart, params, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(config, dtype, moe_implementation, params, batch) -> jax.Array:
-    model = VL2(config, dtype, moe_implementation=moe_implementation)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(config, dtype, moe_implementation, layers_apart, params, batch) -> jax.Array:
+    model = VL2(config, dtype, moe_implementation=moe_implementation, layers_apart=layers_apart)
     return model.apply(params, batch).logits
 
 

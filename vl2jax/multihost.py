@@ -22,7 +22,9 @@ import jax
 from vl2jax.errors import UserError
 
 _BYE = b"bye\n"
-_LINK, _AGREED = "vl2jax/link", "vl2jax/config"  # keys in JAX's store of the run
+_LINK, _TOLD = "vl2jax/link", "vl2jax/told"  # keys in JAX's store of the run
+_LONG = 30 * 24 * 3600 * 1000  # milliseconds; of a process that is lost the link tells
+_PIECE = 2**18  # characters of a message that are sent together
 _JAX_GIVES_UP_LATER = 60  # seconds; it ends the process without a word that helps
 
 
@@ -78,14 +80,18 @@ def joined(joining: Joining) -> Iterator[None]:
     _initialize(joining)
     if jax.process_count() == 1:
         yield
-        return
-    link = _Link(joining.timeout)
-    try:
-        yield
-    except jax.errors.JaxRuntimeError:
-        time.sleep(5)  # of a lost peer the link knows more, and ends this process meanwhile
-        raise
-    link.close()
+    else:
+        link = _Link(joining.timeout)
+        try:
+            with _own_output():
+                yield
+        except jax.errors.JaxRuntimeError:
+            time.sleep(5)  # of a lost peer the link knows more, and ends this process meanwhile
+            raise
+        tell_first("end", "")
+        tell_all("end")
+        link.close()
+    jax.distributed.shutdown()  # what comes later need not know of the others
 
 
 def _initialize(joining: Joining) -> None:
@@ -108,6 +114,8 @@ def _initialize(joining: Joining) -> None:
         "num_processes": joining.num_processes if known else None,
         "process_id": joining.process_id if joining.process_id >= 0 else None,
     }
+    # JAX would take SIGTERM for itself, and a program that does not ask it would not stop.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given,
@@ -123,38 +131,108 @@ def _initialize(joining: Joining) -> None:
         alarm.cancel()
 
 
-def agree(what: Mapping[str, Any]) -> None:
-    """Refuses to go on where processes were started with different settings.
+def agree(what: Mapping[str, Any], name: str = "config") -> None:
+    """Refuses to go on where processes were started with different settings, or read other things.
 
     Args:
       what: nested settings, fit for JSON.
+      name: of what is compared; no two have the same.
 
     Raises:
       UserError: this process has others than process 0.
     """
     if jax.process_count() == 1:
         return
-    if jax.process_index() == 0:
-        _store().key_value_set(_AGREED, json.dumps(what))
-        return
-    theirs = _flat(json.loads(_store().blocking_key_value_get(_AGREED, 60_000)))
-    ours = _flat(json.loads(json.dumps(what)))
+    ours = json.loads(json.dumps(what))
+    theirs = json.loads(tell_all(f"agree/{name}", json.dumps(what)))
+    ours, theirs = _flat(ours, name), _flat(theirs, name)
     different = [
         f"{name} is {ours.get(name)!r}, there {theirs.get(name)!r}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
-    if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise UserError(
-            f"process {jax.process_index()} was started with another configuration than process 0:"
-            f" {', '.join(different[:3])}{more}; start all with the same command"
+    if not different:
+        return
+    more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+    how, fix = f"has read {name} otherwise than process 0", "all need the same files"
+    if name in ("config", "flags"):
+        how = f"was started with {name} other than process 0's"
+        fix = "start all with the same command"
+    raise UserError(f"process {jax.process_index()} {how}: {', '.join(different[:3])}{more}; {fix}")
+
+
+def tell_all(name: str, text: str = "") -> str:
+    """What process 0 says, on every process.
+
+    Args:
+      name: of the message; no two have the same.
+      text: the message; counts on process 0 only.
+    """
+    if jax.process_count() == 1:
+        return text
+    if is_first():
+        _store().key_value_set(f"{_TOLD}/{name}", text)
+        return text
+    return _store().blocking_key_value_get(f"{_TOLD}/{name}", _LONG)
+
+
+def tell_first(name: str, text: str) -> list[str]:
+    """What every process says, on process 0, which waits for it; nothing on the others.
+
+    Args:
+      name: of the message; no two have the same.
+      text: of any length.
+    """
+    me, count = jax.process_index(), jax.process_count()
+    if me:
+        pieces = [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
+        for number, piece in enumerate(pieces):
+            _store().key_value_set(f"{_TOLD}/{name}/{me}/{number}", piece)
+        _store().key_value_set(f"{_TOLD}/{name}/{me}", str(len(pieces)))
+        return []
+
+    def said(process: int) -> str:
+        key = f"{_TOLD}/{name}/{process}"
+        pieces = int(_store().blocking_key_value_get(key, _LONG))
+        return "".join(
+            _store().blocking_key_value_get(f"{key}/{number}", _LONG) for number in range(pieces)
         )
+
+    return [text, *(said(process) for process in range(1, count))]
 
 
 def is_first() -> bool:
     """Whether this process speaks for the run: it prints, logs and writes single files."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """Drops what other processes than process 0 print; an error that is raised comes through."""
+    if is_first():
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _own_output() -> Iterator[None]:
+    """Leaves standard output to Python: what libraries print there (gloo) goes to the errors."""
+    sys.stdout.flush()
+    kept = sys.stdout
+    with os.fdopen(os.dup(1), "w", encoding=kept.encoding, errors=kept.errors) as own:
+        os.dup2(2, 1)
+        try:
+            with contextlib.redirect_stdout(own):
+                yield
+        finally:
+            own.flush()
+            os.dup2(own.fileno(), 1)
 
 
 def wait_for_all(name: str) -> None:
@@ -165,17 +243,12 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def must_block() -> bool:
-    """Whether every step must have ended before the next begins.
-
-    Over gloo (CPU), steps of several processes that are never waited for come to hang.
-    """
-    return jax.process_count() > 1 and jax.default_backend() == "cpu"
-
-
 def leave(code: int) -> int:
-    """What a program ends with: after an error it does not wait for the other processes."""
-    if code and jax.distributed.is_initialized():
+    """What a program ends with: where it has not parted from the others it does not wait for them.
+
+    That is so after an error; those that are left are then told by the connection that closes.
+    """
+    if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -183,7 +256,7 @@ def leave(code: int) -> int:
 
 
 def _end(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.__stderr__, flush=True)  # whatever `first_speaks` does
     os._exit(1)
 
 
@@ -194,7 +267,7 @@ def _store():
     return distributed.global_state.client
 
 
-def _flat(tree: Any, path: str = "config") -> dict[str, Any]:
+def _flat(tree: Any, path: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {path: tree}
     found: dict[str, Any] = {}
@@ -274,5 +347,5 @@ class _Link:
                 peer.sendall(f"{number}\n".encode())
         _end(
             f"process {number} of {self._count} has ended, so process {self._me} ends too; its own"
-            " output says why. Start all processes again: the run goes on from its last checkpoint"
+            " output says why. Start all processes again: the run goes on from what it has saved"
         )

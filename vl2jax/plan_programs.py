@@ -140,7 +140,7 @@ def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
     )
     eos = place((1,), jnp.int32)
-    arguments = (params, SamplingParams.create(), state, eos, jnp.int32(1), jnp.bool_(False))
+    arguments = (params, SamplingParams.create(), state, eos, jnp.int32(1), jnp.int32(0))
     step = programs(architecture, dtype, "tpu").burst
     return _compile(mesh, step, arguments, {"parameters": params, "cache": caches})
 
@@ -175,7 +175,8 @@ def _placed(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 
 def _caches(mesh: Mesh, architecture: VL2Config, rows: int, slots: int, dtype):
     """Caches, split as `init_caches` splits them."""
-    shapes = jax.eval_shape(lambda: init_caches(architecture.decoder, rows, slots, dtype))
+    with compiling_for("tpu"):
+        shapes = jax.eval_shape(lambda: init_caches(architecture.decoder, rows, slots, dtype))
     divides = rows % batch_shards(mesh) == 0
 
     def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -55,6 +55,11 @@ class Prompt:
         keys[visual] = _OF_A_PICTURE | (digests[tile[visual]] ^ at)
         return keys
 
+    @property
+    def digest(self) -> str:
+        """Short, and equal where two prompts have the same input."""
+        return hashlib.blake2b(self.keys.tobytes(), digest_size=8).hexdigest()
+
     def placed(self, slots: Sequence[int]) -> np.ndarray:
         """The image index if tile i lies in slot `slots[i]` of a pool: int32[T]."""
         index = self.image_index.copy()

@@ -122,6 +122,7 @@ def jit_eval_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState
         functools.partial(eval_step, recipe),
         in_shardings=(shardings.params, shardings.router, batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(recipe.model.dtype, mesh.devices.flat[0].platform),
     )
 
 

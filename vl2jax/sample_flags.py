@@ -10,6 +10,7 @@ from vl2jax.cli import Parser, whole
 from vl2jax.errors import UserError
 from vl2jax.quantize import KINDS
 from vl2jax.sampling import SamplingParams
+from vl2jax.shares import add_join_flags, read_joining
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--quantize", choices=KINDS, help="weights in memory as int8: half of bfloat16 (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
+    add_join_flags(parser, whole)
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")
     add("--nostream", dest="stream", action="store_false", help="show the answer when it is whole")
     add("--json", action="store_true", help="one JSON object per answer, on one line")
@@ -67,6 +69,7 @@ def parse_flags(argv: Sequence[str] | None, description: str) -> argparse.Namesp
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
+    read_joining(args)
     _check_modes(args)
     _check_values(args)
     return args
@@ -76,6 +79,7 @@ def _check_modes(args: argparse.Namespace) -> None:
     """Raises UserError for flags that exclude or need each other."""
     modes = [f"--{x}" for x in ("prompt", "messages", "batch") if getattr(args, x) is not None]
     is_batch, is_one = args.batch is not None, args.prompt is not None or args.messages is not None
+    joins = args.distributed or args.coordinator
     for wrong, message in (
         (len(modes) > 1, f"{' and '.join(modes)} exclude each other"),
         (is_batch and args.out is None, "--batch needs --out, a file for the answers"),
@@ -88,6 +92,14 @@ def _check_modes(args: argparse.Namespace) -> None:
         (
             args.process_count and args.process_index >= args.process_count,
             "--process_index must be below --process_count",
+        ),
+        (
+            joins and not (modes or args.plan),
+            "a chat is held with one process; give --prompt, --messages or --batch",
+        ),
+        (
+            args.process_count and joins,
+            "--process_count is for processes that do not know of each other",
         ),
         (args.image and is_batch, "--image is not for --batch; its rows name their images"),
         (args.system and (is_batch or args.messages), "--system: put it into the file instead"),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vl2jax.apart import pays, take_apart
 from vl2jax.api import Model, load
 from vl2jax.checkpoint import flat_shapes, read_model_dir
 from vl2jax.collate import Sample
@@ -108,6 +109,8 @@ class Session:
                     quantize=self._quantize,
                     on_leaf=lambda _, n: progress.update(n),
                 )
+            if pays(self._model.params):
+                take_apart(self._model.config.decoder, self._model.params)
         return self._model
 
     def plan(self, rows: int) -> None:
@@ -159,9 +162,12 @@ class Session:
     def row(self, engine: Engine, sample: Sample) -> RowAnswer:
         """A prepared request as a row for `engine.run`."""
         options = {k: v for k, v in self._options.items() if k in _OF_A_ROW}
+        return engine.row(self.prompt(sample), **options)
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """A prepared request as the engine takes it."""
         size = self._directory.config.tokens_per_tile
-        prompt = Prompt(sample.tokens, sample.image_index, sample.tiles, size)
-        return engine.row(prompt, **options)
+        return Prompt(sample.tokens, sample.image_index, sample.tiles, size)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -52,8 +52,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 # Caches of decoding, axis by axis: n layers, B rows, S slots, H heads.
 CACHE_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
-    "keys": (None, BATCH_AXES, None, "tensor", None),  # n B S H K
-    "values": (None, BATCH_AXES, None, "tensor", None),  # n B S H K
+    "keys": (None, BATCH_AXES, "tensor", None, None),  # n B H S K
+    "values": (None, BATCH_AXES, "tensor", None, None),  # n B H S K
     "latent": (None, BATCH_AXES, None, None),  # n B S C + R
 }
 
@@ -120,18 +120,14 @@ def _written(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
 
 
-def read_mesh(text: str) -> Mesh | None:
-    """The mesh that `--mesh` asks for: "expert=4,tensor=2"; None for "".
-
-    Axes that are left out are 1, but `data` takes the devices that are left.
+def mesh_sizes(text: str) -> tuple[dict[str, int], int]:
+    """Sizes of the axes that `--mesh` names, and what they multiply to, a -1 left out.
 
     Raises:
-      UserError: an unknown axis, no number, or sizes that do not fit the devices.
+      UserError: an unknown axis, or no number.
     """
-    if not text:
-        return None
     sizes = {}
-    for part in text.split(","):
+    for part in text.split(",") if text else ():
         axis, _, size = (piece.strip() for piece in part.partition("="))
         if axis not in AXES or not size.removeprefix("-").isdecimal():
             raise UserError(
@@ -139,8 +135,26 @@ def read_mesh(text: str) -> Mesh | None:
                 f" {', '.join(AXES)}; for instance expert={jax.device_count()}"
             )
         sizes[axis] = int(size)
+    return sizes, math.prod(size for size in sizes.values() if size != -1)
+
+
+def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """The mesh that `--mesh` asks for: "expert=4,tensor=2"; None for "".
+
+    Axes that are left out are 1, but `data` takes the devices that are left.
+
+    Args:
+      text: the flag.
+      devices: None: all there are.
+
+    Raises:
+      UserError: an unknown axis, no number, or sizes that do not fit the devices.
+    """
+    if not text:
+        return None
+    sizes, _ = mesh_sizes(text)
     data = 1 if -1 in sizes.values() else -1
-    return make_mesh({"data": data, "fsdp": 1, "expert": 1, "tensor": 1} | sizes)
+    return make_mesh({"data": data, "fsdp": 1, "expert": 1, "tensor": 1} | sizes, devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

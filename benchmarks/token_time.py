@@ -1,0 +1,114 @@
+"""Where a token's time goes: instructions of a compiled decoding step, by part of the model.
+
+    python benchmarks/token_time.py [--attention mla mha] [--dtype float32 bfloat16] [--rows 1 8]
+        [--instructions N]
+
+Prints one JSON line per case: `step_ms` is of the shortest of `--repeats` bursts without the
+profiler, `parts_us` what each part's instructions take in a burst under it (they may overlap, and
+the profiler costs time as well).  `--instructions N` also lists the N costliest of their kinds.  A
+fusion that spans parts counts as the one that it ends in.
+"""
+
+import collections
+import glob
+import json
+import re
+import tempfile
+
+import bench_generate
+import jax
+import medium
+
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (\S+) ([\w\-]+)\(")
+_SKIPPED = ("while", "call", "conditional")  # they contain others
+_PARTS = (
+    ("attention", "self_attn"),
+    ("routed experts", "mlp/experts"),
+    ("shared experts", "mlp/shared_experts"),
+    ("router", "mlp/gate/"),
+    ("dense MLP", "mlp/"),
+    ("norms", "layernorm"),
+    ("head", "VL2.logits"),
+)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that an instruction's `op_name` tells of."""
+    return next((part for part, mark in _PARTS if mark in name), "sampling and the rest")
+
+
+def instructions(text: str) -> dict[str, tuple[str, str, str]]:
+    """Name -> (kind, shape, `op_name`) of a compiled program; of a fusion that of what it fuses."""
+    found, inner, computation = {}, {}, ""
+    for line in text.splitlines():
+        if line.startswith("%"):
+            computation = line[1:].split(" ")[0]
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, shape, kind = match.groups()
+        told = re.search(r'op_name="([^"]*)"', line)
+        called = re.search(r"calls=%([\w.\-]+)", line)
+        own = told.group(1) if told else ""
+        if called and part_of(own) == part_of(""):
+            own = inner.get(called.group(1), own)
+        if part_of(own) != part_of("") or computation not in inner:
+            inner[computation] = own
+        found[name] = (kind, shape.split("{")[0], own)
+    return found
+
+
+def profile(case: bench_generate.Case, rows: int, repeats: int) -> dict:
+    """Milliseconds of a step, and microseconds of its parts and of its kinds of instruction."""
+    run, steps = case.decode(rows), bench_generate.NEW
+    seconds = min(bench_generate.seconds_of(run, repeats))
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        (file,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
+        events = [
+            (dict(event.stats), event.duration_ns)
+            for plane in jax.profiler.ProfileData.from_file(file).planes
+            for line in plane.lines
+            for event in line.events
+        ]
+    known = instructions(case.compiled_burst(rows).as_text())
+    parts, kinds = collections.Counter(), collections.Counter()
+    for stats, nanoseconds in events:
+        name = stats.get("hlo_op")
+        if "burst" not in str(stats.get("hlo_module")) or name not in known:
+            continue
+        kind, shape, told = known[name]
+        if kind not in _SKIPPED:
+            parts[part_of(told)] += nanoseconds
+            kinds[f"{part_of(told)}: {re.sub(r'[.0-9]+$', '', name)} {shape}"] += nanoseconds
+    return {
+        "step_ms": round(1000 * seconds / steps, 2),
+        "parts_us": _microseconds(parts, steps),
+        "kinds_us": _microseconds(kinds, steps),
+    }
+
+
+def _microseconds(counter: collections.Counter, steps: int) -> dict[str, float]:
+    return {name: round(ns / steps / 1000, 1) for name, ns in counter.most_common()}
+
+
+def main() -> None:
+    parser = medium.case_parser(__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 8))
+    parser.add_argument("--instructions", type=int, default=0)
+    args = parser.parse_args()
+    for attention in args.attention:
+        for dtype in args.dtype:
+            case = bench_generate.Case(medium.medium_config(attention), dtype)
+            for rows in args.rows:
+                found = profile(case, rows, args.repeats)
+                kinds = found.pop("kinds_us")
+                what = {"attention": attention, "dtype": dtype, "rows": rows}
+                if args.instructions:
+                    found["kinds_us"] = dict(list(kinds.items())[: args.instructions])
+                print(json.dumps(what | found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

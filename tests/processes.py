@@ -1,0 +1,49 @@
+"""Programs of the repository as several processes of one run, started as a user starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+long_test = pytest.mark.skipif(
+    os.environ.get("VL2JAX_PROCESSES") != "all", reason="set VL2JAX_PROCESSES=all"
+)
+
+
+def start(program: str, devices: int, *arguments) -> subprocess.Popen:
+    """One process, with so many devices."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, program, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start_two(
+    program: str, devices: int, *arguments, second: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Processes 0 and 1 of a run; `second`: further arguments of the latter."""
+    join = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--join_timeout=60"]
+    first = start(program, devices, *arguments, *join, "--process_id=0")
+    return [first, start(program, devices, *arguments, *join, "--process_id=1", *second)]
+
+
+def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of each; SIGKILL for what hangs."""
+    found = []
+    for process in processes:
+        try:
+            output, errors = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+        found.append((process.returncode, output, errors))
+    return found

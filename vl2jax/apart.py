@@ -1,0 +1,57 @@
+"""Layers whose parameters are arrays of their own, for decoding on CPU.
+
+Out of a stack of layers XLA's CPU compiler copies what a layer needs before it computes with it,
+which takes longer than the computation where there are few tokens.  So a program that answers takes
+the stacks apart, once, in memory: each layer becomes a run of one layer, and nothing else changes.
+"""
+
+from typing import Any
+
+import flax.traverse_util
+import jax
+
+from vl2jax.ambient import current_mesh, mesh_of
+from vl2jax.config import DecoderConfig
+
+
+def are_apart(cfg: DecoderConfig, variables: dict) -> bool:
+    """Whether these variables have each layer of the decoder by itself (see `take_apart`)."""
+    names = {run.name for run in cfg.single_runs}
+    return names <= set(variables["params"]["decoder"])
+
+
+def pays(variables: dict) -> bool:
+    """Whether decoding is faster with layers apart: on CPU, in the memory of one device."""
+    with mesh_of(variables):
+        return jax.default_backend() == "cpu" and current_mesh() is None
+
+
+def take_apart(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
+    """Variables with each layer of the decoder by itself, named by its kind and number.
+
+    The given tree is used up: each stack leaves it before its layers are made, so that the whole is
+    never in memory twice unless someone else holds it.
+
+    Args:
+      cfg: of the decoder.
+      variables: `{"params": ..., "router": ...}`, layers stacked; leaves may be pytrees.
+
+    Returns:
+      Variables for `VL2(config, layers_apart=True)`: `decoder/moe_1` [n, ...] has become
+      `decoder/moe_1` to `decoder/moe_n`, [1, ...] each.
+    """
+    for collection in variables.values():
+        decoder = collection.get("decoder", {})
+        for run in cfg.layer_runs:
+            stacks = flax.traverse_util.flatten_dict(decoder.pop(run.name, {}))
+            layers = [{} for _ in range(run.count)]
+            while stacks:
+                path, stack = stacks.popitem()
+                for i, layer in enumerate(layers):
+                    layer[path] = jax.tree.map(lambda a, i=i: a[i : i + 1], stack)
+                jax.block_until_ready(layers[-1][path])
+            singles = (one for one in cfg.single_runs if 0 <= one.first - run.first < run.count)
+            for single, layer in zip(singles, layers, strict=True):
+                if layer:
+                    decoder[single.name] = flax.traverse_util.unflatten_dict(layer)
+    return variables
