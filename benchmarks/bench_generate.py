@@ -68,7 +68,7 @@ class Case:
         """`apart`: whether layers have arrays of their own; None: as `sample.py` has it."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.params = make_params(config, dtype)
-        apart = pays(self.params) if apart is None else apart
+        apart = pays(config.decoder, self.params) if apart is None else apart
         if apart:
             self.params = take_apart(config.decoder, self.params)
         self.steps = programs(config, self.dtype, jax.default_backend(), None, apart)

@@ -105,7 +105,7 @@ class Session:
                     self._mesh,
                     on_leaf=lambda _, n: progress.update(n),
                 )
-            if pays(self._model.params):
+            if pays(self._model.config.decoder, self._model.params):
                 take_apart(self._model.config.decoder, self._model.params)
         return self._model
 
