@@ -77,7 +77,7 @@ class Case:
         self.params = make_params(config, dtype)
         if quantize == "int8":
             self.params = jax.jit(quantize_tree)(self.params)
-        apart = pays(self.params) if apart is None else apart
+        apart = pays(config.decoder, self.params) if apart is None else apart
         if apart:
             self.params = take_apart(config.decoder, self.params)
         self.steps = programs(config, self.dtype, jax.default_backend(), None, apart)

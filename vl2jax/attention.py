@@ -20,7 +20,7 @@ from vl2jax.sharding import CACHE_RULES
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
 _LATENT_NORM_EPS = 1e-6
-_FEW = 64  # queries of all heads and rows, see `_absorbed_few`
+_FEW = 16  # queries of all heads and rows, see `_absorbed_few`
 
 
 @flax.struct.dataclass

@@ -109,7 +109,7 @@ class Session:
                     quantize=self._quantize,
                     on_leaf=lambda _, n: progress.update(n),
                 )
-            if pays(self._model.params):
+            if pays(self._model.config.decoder, self._model.params):
                 take_apart(self._model.config.decoder, self._model.params)
         return self._model
 
