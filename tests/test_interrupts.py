@@ -60,6 +60,7 @@ class Terminal:
         raise AssertionError(f"no {pattern!r} in {self.text[self._from :]!r}")
 
     def interrupt(self):
+        time.sleep(0.5)  # between showing its prompt and listening readline hears no signal
         self.process.send_signal(signal.SIGINT)
 
 
