@@ -5,10 +5,13 @@ import math
 
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFilter
 import PIL.ImageFont
 
 Rgb = tuple[int, int, int]
 
+OUTLINE = 1  # pixels of dark line around a shape: its form is then the same in every colour
+LINE = (30, 30, 30)
 _FINE = 4  # shapes are drawn this many times larger, then reduced: smooth edges
 _FAINTEST = 48  # alpha below this is nothing: a box must not count what nobody sees
 _LARGEST_FONT, _SMALLEST_FONT = 120, 6
@@ -17,6 +20,21 @@ _LARGEST_FONT, _SMALLEST_FONT = 120, 6
 @functools.lru_cache(maxsize=1024)
 def shape_mask(shape: str, side: int) -> PIL.Image.Image:
     """Alpha of a shape that fills a box of about `side` pixels; mode L, shared: never change it."""
+    return _crop(_fine(shape, side).reduce(_FINE))
+
+
+@functools.lru_cache(maxsize=1024)
+def inner_mask(shape: str, side: int) -> PIL.Image.Image:
+    """Likewise, of the size of `shape_mask`, what `OUTLINE` pixels all around leave of the shape."""
+    fine = _fine(shape, side)
+    room = PIL.Image.new("L", (fine.width + 2 * _FINE, fine.height + 2 * _FINE), 0)
+    room.paste(fine, (_FINE, _FINE))  # so that edges of the picture are edges of the shape
+    thinner = room.filter(PIL.ImageFilter.MinFilter(2 * OUTLINE * _FINE + 1))
+    thinner = thinner.crop((_FINE, _FINE, _FINE + fine.width, _FINE + fine.height))
+    return thinner.reduce(_FINE).crop(_bounds(fine.reduce(_FINE)))
+
+
+def _fine(shape: str, side: int) -> PIL.Image.Image:
     fine = PIL.Image.new("L", (side * _FINE, side * _FINE), 0)
     pen = PIL.ImageDraw.Draw(fine)
     edge = side * _FINE - 1
@@ -24,7 +42,7 @@ def shape_mask(shape: str, side: int) -> PIL.Image.Image:
         pen.ellipse((0, 0, edge, edge), fill=255)
     else:
         pen.polygon([(x * edge, y * edge) for x, y in _OUTLINES[shape]], fill=255)
-    return _crop(fine.reduce(_FINE))
+    return fine
 
 
 def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
@@ -72,8 +90,15 @@ def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
 
 
 def _crop(mask: PIL.Image.Image) -> PIL.Image.Image:
-    mask = mask.point([value if value >= _FAINTEST else 0 for value in range(256)])
-    return mask.crop(mask.getbbox())
+    return _seen(mask).crop(_bounds(mask))
+
+
+def _seen(mask: PIL.Image.Image) -> PIL.Image.Image:
+    return mask.point([value if value >= _FAINTEST else 0 for value in range(256)])
+
+
+def _bounds(mask: PIL.Image.Image) -> tuple[int, int, int, int]:
+    return _seen(mask).getbbox()
 
 
 def shade(colour: Rgb, shift: tuple[int, int, int]) -> Rgb:
