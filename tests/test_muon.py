@@ -46,7 +46,8 @@ def test_orthogonal_has_singular_values_of_about_one(shape):
     np.testing.assert_allclose(y, u @ v, atol=0.3)
     inside = np.swapaxes(u, 1, 2) @ y @ np.swapaxes(v, 1, 2)  # diagonal: the directions are kept
     diagonal = np.diagonal(inside, axis1=1, axis2=2)
-    assert 0.6 < diagonal.min() and diagonal.max() < 1.3
+    assert diagonal.min() > 0.6
+    assert diagonal.max() < 1.3
     np.testing.assert_allclose(inside, diagonal[..., None] * np.eye(min(shape[1:])), atol=1e-4)
 
 
@@ -61,8 +62,7 @@ def test_a_step_of_matrices_and_of_the_rest():
 
     def draw():
         return {
-            path: jnp.asarray(rng.normal(size=shape), jnp.float32)
-            for path, shape in shapes.items()
+            path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()
         }
 
     muon, adam = scale_by_muon(0.9, 0.95, 1e-8), optax.scale_by_adam(0.9, 0.95, 1e-8)
@@ -88,7 +88,8 @@ def test_a_step_of_matrices_and_of_the_rest():
 
 def test_muon_is_an_algorithm_of_the_optimizer():
     """Decay, learning rate and multipliers are those of AdamW; moments can be bfloat16."""
-    params = {"vision/blocks/mlp/fc1/kernel": jnp.full((1, 4, 4), 2.0), "image_newline": jnp.ones(4)}
+    fc1 = "vision/blocks/mlp/fc1/kernel"
+    params = {fc1: jnp.full((1, 4, 4), 2.0), "image_newline": jnp.ones(4)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     cfg = OptimConfig(
         lr=0.5,
@@ -100,7 +101,7 @@ def test_muon_is_an_algorithm_of_the_optimizer():
     optimizer = make_optimizer(cfg, steps=2)
     state = optimizer.init(params)
     updates, state = optimizer.update(zeros, state, params)
-    np.testing.assert_allclose(updates["vision/blocks/mlp/fc1/kernel"], -0.5 * 0.1 * 0.1 * 2.0)
+    np.testing.assert_allclose(updates[fc1], -0.5 * 0.1 * 0.1 * 2.0)
     np.testing.assert_array_equal(updates["image_newline"], 0)
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype.name for leaf in floats} == {"bfloat16"}

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW (or Muon) with schedules, learning rates per part of the model, frozen parts.
+"""AdamW or Muon, with schedules, learning rates per part of the model, and frozen parts.
 
 Parameters are named by their path, "decoder/norm/scale"; a part of the model by the beginning of
 its paths ("vision", "adaptor", "decoder", or deeper: "decoder/lm_head").  The optimizer sees only

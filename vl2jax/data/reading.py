@@ -82,8 +82,9 @@ def mixed_order(
 ) -> grain.MapDataset:
     """(number of the source, number of the row), by number of this process's order.
 
-    Each source is shuffled anew in each epoch (unless it says `ordered`), and divided among processes before it is mixed, so
-    that all processes see the same mixture. Without `repeat` sources follow one another.
+    Each source is shuffled anew in each epoch, unless it says `ordered`, and divided among
+    processes before it is mixed, so that all processes see the same mixture. Without `repeat`
+    sources follow one another.
     """
     parts = []
     for number, source in enumerate(sources):

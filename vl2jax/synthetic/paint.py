@@ -25,7 +25,7 @@ def shape_mask(shape: str, side: int) -> PIL.Image.Image:
 
 @functools.lru_cache(maxsize=1024)
 def inner_mask(shape: str, side: int) -> PIL.Image.Image:
-    """Likewise, of the size of `shape_mask`, what `OUTLINE` pixels all around leave of the shape."""
+    """The same shape without `OUTLINE` pixels all around, in a mask of the same size."""
     fine = _fine(shape, side)
     room = PIL.Image.new("L", (fine.width + 2 * _FINE, fine.height + 2 * _FINE), 0)
     room.paste(fine, (_FINE, _FINE))  # so that edges of the picture are edges of the shape
@@ -48,22 +48,29 @@ def _fine(shape: str, side: int) -> PIL.Image.Image:
 def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
     corners = []
     for step in range(2 * points):
-        radius = 0.53 * (inner if step % 2 else 1.0)
+        radius = inner if step % 2 else 1.0
         angle = math.pi * step / points
-        corners.append((0.5 + radius * math.sin(angle), 0.53 - radius * math.cos(angle)))
-    return [(min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in corners]
+        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
+    return _fitted(corners)
+
+
+def _fitted(corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Stretched to fill the unit square: all shapes of a side have the same box."""
+    low, high = map(min, zip(*corners, strict=True)), map(max, zip(*corners, strict=True))
+    (x0, y0), (x1, y1) = low, high
+    return [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in corners]
 
 
 # Corners in the unit square, y down.
 _OUTLINES = {
-    "square": [(0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)],
-    "triangle": [(0.5, 0.02), (1.0, 0.95), (0.0, 0.95)],
+    "square": [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)],
+    "triangle": [(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)],
     "star": _star(),
     "cross": [
         *((0.32, 0.0), (0.68, 0.0), (0.68, 0.32), (1.0, 0.32), (1.0, 0.68), (0.68, 0.68)),
         *((0.68, 1.0), (0.32, 1.0), (0.32, 0.68), (0.0, 0.68), (0.0, 0.32), (0.32, 0.32)),
     ],
-    "diamond": [(0.5, 0.0), (0.92, 0.5), (0.5, 1.0), (0.08, 0.5)],
+    "diamond": [(0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)],
 }
 
 

@@ -1,6 +1,7 @@
 """What is in a picture: coloured shapes and perhaps a writing, none over another."""
 
 import dataclasses
+
 import PIL.Image
 import PIL.ImageDraw
 
@@ -29,10 +30,10 @@ DIGIT_HEIGHTS, DIGIT_HEIGHTS_BESIDE = (40, 50), (30, 36)
 # Things lie on a grid of so many pixels, the patches of the small model, where there is room: a
 # young vision tower then meets the same patches often, and learns them from few pictures.
 GRID = 14
-# Without a writing each shape stands in the middle of a window of its own, two patches wide; where
-# the two windows of a side of 76 pixels may begin, in patches.
+# Without a writing each shape stands in the middle of a window of its own: two patches wide, what
+# the adaptor makes one token of.  The two windows of a side of 76 pixels begin at these.
 WINDOW = 2 * GRID
-BEGINS = ((0, 2), (0, 3), (1, 3))
+BEGINS = (0, WINDOW)
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
 GAP = 2  # pixels between two things
 # Clear strips at the edges, over the side.  Patches of 14 leave 6 of 76 pixels at the right and
@@ -206,11 +207,11 @@ def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
     """Upper left corners of four windows, in random order."""
     begins = []
     for side in size:
-        first, second = (GRID * begin for begin in dice.pick(BEGINS))
+        first, second = BEGINS
         if side == 2 * LONGEST:  # two tiles of the small model: a window in each
-            second += LONGEST - GRID * dice.below(3)
+            first, second = dice.pick(BEGINS), LONGEST + dice.pick(BEGINS)
         elif side != LONGEST:
-            first, second = (round(begin * side / LONGEST) for begin in (first, second))
+            second = round(second * side / LONGEST)
         begins.append((first, second))
     return dice.sample([(x, y) for x in begins[0] for y in begins[1]], 4)
 

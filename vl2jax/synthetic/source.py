@@ -24,7 +24,7 @@ SORTED = 0.7
 
 # What training begins with: questions with answers of one word.  Their few tokens tell most about
 # the picture; beside boxes and descriptions they would be a small part of the gradient.
-FIRST_ROWS = 12000
+FIRST_ROWS = 9000
 FIRST_LESSON = frozenset(("colour", "shape", "count", "digit"))
 
 IMAGE = "<image>"
@@ -57,12 +57,12 @@ MIXTURE = {
     "digit": Family("one digit", families_texts.ask_digit, "digit", 24),
     "number": Family("two or three digits", families_texts.ask_number, "number", 10),
     "word": Family("a word, read and understood", families_texts.ask_word, "word", 10),
-    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 26, 3),
-    "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 14, 2),
+    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 30, 3),
+    "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 12, 2),
     "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 6, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
-    "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 6, 3),
-    "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 8, 4),
+    "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 4, 3),
+    "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 6, 4),
     "grounded_caption": Family(
         "all with boxes", families_texts.ask_grounded_caption, "shapes", 3, 4
     ),
@@ -97,12 +97,12 @@ _ON_SHAPES = tuple(name for name, family in MIXTURE.items() if family.pictures =
 PICTURES = {
     "shapes": Pictures(_scene(), (*_ON_SHAPES, "text"), 48),
     "digit": Pictures(_scene("digit", alone=0.8), ("digit", *_ON_SHAPES), 20),
-    "number": Pictures(_scene("number", alone=0.8), ("number", "absent", "count"), 4),
-    "word": Pictures(_scene("word", alone=0.8), ("word", "absent", "count", "text"), 4),
-    "chart": Pictures(families_pictures.make_chart, ("chart",), 4),
-    "in_context": Pictures(families_pictures.make_in_context, ("in_context",), 4),
+    "number": Pictures(_scene("number", alone=0.8), ("number", "absent", "count"), 3),
+    "word": Pictures(_scene("word", alone=0.8), ("word", "absent", "count", "text"), 3),
+    "chart": Pictures(families_pictures.make_chart, ("chart",), 3),
+    "in_context": Pictures(families_pictures.make_in_context, ("in_context",), 3),
     "three": Pictures(families_pictures.make_three, ("three_images",), 2),
-    "none": Pictures(lambda dice, split: Situation(split), ("text",), 4),
+    "none": Pictures(lambda dice, split: Situation(split), ("text",), 3),
 }
 _SPLITS = {name: number for number, name in enumerate(ALLOWED)}
 
