@@ -9,7 +9,7 @@ import ml_collections
 
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 
-SIDE = 76  # seven patches and six pixels over, as 384 has 27 and six over
+SIDE = 76  # five patches of 14 and six pixels over, as 384 has 27 and six over
 
 
 def architecture() -> VL2Config:
@@ -45,7 +45,7 @@ def architecture() -> VL2Config:
     )
     shapes = ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
     return VL2Config(
-        vision=VisionConfig(image_size=SIDE, patch_size=10, width=96, layers=2, heads=4),
+        vision=VisionConfig(image_size=SIDE, patch_size=14, width=96, layers=2, heads=4),
         adaptor=AdaptorConfig(input_dim=96, n_embed=decoder.hidden_size),
         decoder=decoder,
         candidate_resolutions=tuple((wide * SIDE, high * SIDE) for wide, high in shapes),
@@ -60,10 +60,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.tokenizer = ""
     config.seed = 0
-    config.steps = 2600
+    config.steps = 4000
     config.profile = ""
     config.dry_run = False
-    config.batch = dict(rows=10, length=320, tiles=64, segments=8, microbatches=1)
+    config.batch = dict(rows=5, length=320, tiles=36, segments=8, microbatches=1)
     config.data = dict(
         train="synthetic",
         heldout="synthetic",
@@ -77,9 +77,10 @@ def get_config() -> ml_collections.ConfigDict:
         preview=0,
     )
     config.optim = dict(
-        lr=1e-3,
+        lr=3e-3,
+        algorithm="muon",
         schedule="cosine",
-        warmup_steps=100,
+        warmup_steps=50,
         final_lr_fraction=0.02,
         weight_decay=0.1,
         b1=0.9,

@@ -14,6 +14,6 @@ def get_config():
     config.model.vision_config.width = config.model.projector_config.input_dim = 16
     config.model.vision_config.layers = 1
     config.batch.rows, config.batch.tiles = 2, 16
-    config.optim.warmup_steps = 2
+    config.optim.warmup_steps, config.optim.lr, config.optim.algorithm = 2, 1e-3, "adamw"
     config.steps, config.eval.every, config.checkpoint.every = 6, 3, 2
     return config

@@ -19,7 +19,7 @@ ORDER = [
     *("vision", "adaptor", "attention", "losses", "experts_few", "experts_gmm", "experts_chunked"),
     *("experts", "expert_parallel", "moe", "decoder"),
     "model",
-    *("optim", "recipe", "run_config", "balance", "train_step"),
+    *("muon", "optim", "recipe", "run_config", "balance", "train_step"),
     *("buckets", "sampling", "answer", "row", "decode", "pictures", "prefix", "engine"),
     "generate",
     *("store", "checkpoint", "api", "footprint"),

@@ -289,6 +289,15 @@ def test_an_endless_source_is_shuffled_as_any_other(processor):
     assert max(max(batch.rows) for batch in packed) < 200
 
 
+def test_a_source_that_says_so_is_read_in_order(processor):
+    rows = Rows("a", 2**40)
+    rows.ordered = True
+    batches = start(rows, processor)
+    packed = take(batches, 3)
+    batches.close()
+    assert max(int(name[2:]) for name in names(packed)) < 100
+
+
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [

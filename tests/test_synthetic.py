@@ -14,7 +14,7 @@ from convert import random_hf
 from vl2jax import grounding
 from vl2jax.errors import UserError
 from vl2jax.processor import Processor
-from vl2jax.synthetic import FAMILIES, HELD_OUT, Synthetic, question, tokens
+from vl2jax.synthetic import FAMILIES, HELD_OUT, Synthetic, paint, question, source, tokens
 from vl2jax.synthetic.__main__ import main
 from vl2jax.synthetic.families_pictures import Chart
 from vl2jax.synthetic.phrases import PHRASES
@@ -70,11 +70,38 @@ def test_rows_have_these_literal_words():
         return asked.row.messages[0]["content"], asked.answer, asked.kind
 
     assert first("text") == ("Add 9 and 4.", "13", "text")
-    assert first("colour") == ("<image>\nWhich color does the cross have?", "black", "text")
-    asked = "<image>\n在图中定位<|ref|>红色的菱形<|/ref|>。"
-    assert first("absent") == (asked, "图中没有红色的菱形。", "absent")
-    assert first("three_images")[1] == "image_1"
+    assert first("colour") == ("<image>\n请说出十字形的颜色。", "黑色", "text")
+    asked = "<image>\nLocate <|ref|>the red circle<|/ref|> in the given image."
+    assert first("absent") == (asked, "There is no red circle in the image.", "absent")
+    assert first("three_images")[1] == "image_3"
     assert question("count", 1).row.where == "synthetic heldout count 1"
+
+
+def test_lessons_begin_with_answers_of_one_word(monkeypatch):
+    monkeypatch.setattr(source, "FIRST_ROWS", 100)
+    plain, taught = Synthetic("train", 2), Synthetic("train", 2, lessons=True)
+    assert taught.ordered
+    assert not plain.ordered
+    for index in range(100):
+        situation, turns = taught.conversation(index)
+        assert len(situation.scenes) == 1
+        for turn in turns:
+            assert re.fullmatch(r"[a-z]+|\d|[一-鿿]+", turn.answer)
+    for index in range(100, 140):
+        assert taught.conversation(index) == plain.conversation(index)
+    words = Synthetic("train", 2, families=["word"], lessons=True)  # nothing of the first lesson
+    assert words.conversation(0) == Synthetic("train", 2, families=["word"]).conversation(0)
+
+
+def test_shapes_have_boxes_of_their_side_and_a_line_around_them():
+    for shape, side in itertools.product(SHAPES, (16, 21, 27)):
+        outer, inner = paint.shape_mask(shape, side), paint.inner_mask(shape, side)
+        assert outer.size == inner.size == (side, side)
+        outer, inner = (np.asarray(mask).astype(int) for mask in (outer, inner))
+        assert (inner <= outer).all()
+        assert inner[side // 2, side // 2] == 255
+        assert max(inner[0].max(), inner[-1].max(), inner[:, 0].max(), inner[:, -1].max()) == 0
+        assert 0.25 < inner.sum() / outer.sum() < 0.95
 
 
 def test_threads_see_the_same_rows():
@@ -400,12 +427,12 @@ def test_mistakes_are_named(make, message):
 
 def test_the_command_writes_llava_json(tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["--out", str(out), "-n", "60"]) == 0
-    assert "wrote 60 rows" in capsys.readouterr().out
+    assert main(["--out", str(out), "-n", "80"]) == 0
+    assert "wrote 80 rows" in capsys.readouterr().out
     entries = json.loads((out / "data.json").read_text(encoding="utf-8"))
-    assert len(entries) == 60
+    assert len(entries) == 80
     kinds = set()
-    for entry, row in zip(entries, map(Synthetic().__getitem__, range(60)), strict=True):
+    for entry, row in zip(entries, map(Synthetic().__getitem__, range(80)), strict=True):
         paths = entry.get("image", [])
         paths = [paths] if isinstance(paths, str) else paths
         kinds.add(type(entry.get("image")))

@@ -164,7 +164,7 @@ def make_data(
 
     def source(name: str) -> Source:
         if name == "synthetic":
-            return Synthetic(split, seed=config.seed)
+            return Synthetic(split, seed=config.seed, lessons=training)
         return open_source(name, images_root=data.images_root or None)
 
     sources = [(source(name), weight) for name, weight in read_sources(names, f"data.{split}")]

@@ -82,13 +82,14 @@ def mixed_order(
 ) -> grain.MapDataset:
     """(number of the source, number of the row), by number of this process's order.
 
-    Each source is shuffled anew in each epoch, and divided among processes before it is mixed, so
-    that all processes see the same mixture. Without `repeat` sources follow one another.
+    Each source is shuffled anew in each epoch, unless it says `ordered`, and divided among
+    processes before it is mixed, so that all processes see the same mixture. Without `repeat`
+    sources follow one another.
     """
     parts = []
     for number, source in enumerate(sources):
         part = grain.MapDataset.range(len(source))
-        if shuffle:
+        if shuffle and not getattr(source, "ordered", False):
             own_seed = np.random.SeedSequence((seed, number)).generate_state(1)[0]
             part = part.shuffle(seed=int(own_seed))
         if repeat:

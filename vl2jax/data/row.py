@@ -26,7 +26,10 @@ class Row:
 
 
 class Source(Protocol):
-    """Rows by number.  `source[i]` raises `UserError` for a malformed row, naming `where`."""
+    """Rows by number.  `source[i]` raises `UserError` for a malformed row, naming `where`.
+
+    One with an attribute `ordered` that is true is read in order, never shuffled.
+    """
 
     def __len__(self) -> int: ...
 

@@ -115,7 +115,7 @@ def _box_of(thing: Thing) -> tuple[int, int, int, int]:
     return x, y, x + width, y + height
 
 
-def _is_clear(scene: Scene, marked: Thing, margin: int = 4) -> bool:
+def _is_clear(scene: Scene, marked: Thing, margin: int = 3) -> bool:
     """Whether the rectangle around a thing touches nothing else and lies in the picture."""
     x0, y0, x1, y1 = marked.box
     if x0 < margin or y0 < margin or x1 + margin > scene.size[0] or y1 + margin > scene.size[1]:

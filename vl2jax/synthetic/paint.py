@@ -5,10 +5,13 @@ import math
 
 import PIL.Image
 import PIL.ImageDraw
+import PIL.ImageFilter
 import PIL.ImageFont
 
 Rgb = tuple[int, int, int]
 
+OUTLINE = 1  # pixels of dark line around a shape: its form is then the same in every colour
+LINE = (30, 30, 30)
 _FINE = 4  # shapes are drawn this many times larger, then reduced: smooth edges
 _FAINTEST = 48  # alpha below this is nothing: a box must not count what nobody sees
 _LARGEST_FONT, _SMALLEST_FONT = 120, 6
@@ -17,6 +20,21 @@ _LARGEST_FONT, _SMALLEST_FONT = 120, 6
 @functools.lru_cache(maxsize=1024)
 def shape_mask(shape: str, side: int) -> PIL.Image.Image:
     """Alpha of a shape that fills a box of about `side` pixels; mode L, shared: never change it."""
+    return _crop(_fine(shape, side).reduce(_FINE))
+
+
+@functools.lru_cache(maxsize=1024)
+def inner_mask(shape: str, side: int) -> PIL.Image.Image:
+    """The same shape without `OUTLINE` pixels all around, in a mask of the same size."""
+    fine = _fine(shape, side)
+    room = PIL.Image.new("L", (fine.width + 2 * _FINE, fine.height + 2 * _FINE), 0)
+    room.paste(fine, (_FINE, _FINE))  # so that edges of the picture are edges of the shape
+    thinner = room.filter(PIL.ImageFilter.MinFilter(2 * OUTLINE * _FINE + 1))
+    thinner = thinner.crop((_FINE, _FINE, _FINE + fine.width, _FINE + fine.height))
+    return thinner.reduce(_FINE).crop(_bounds(fine.reduce(_FINE)))
+
+
+def _fine(shape: str, side: int) -> PIL.Image.Image:
     fine = PIL.Image.new("L", (side * _FINE, side * _FINE), 0)
     pen = PIL.ImageDraw.Draw(fine)
     edge = side * _FINE - 1
@@ -24,28 +42,35 @@ def shape_mask(shape: str, side: int) -> PIL.Image.Image:
         pen.ellipse((0, 0, edge, edge), fill=255)
     else:
         pen.polygon([(x * edge, y * edge) for x, y in _OUTLINES[shape]], fill=255)
-    return _crop(fine.reduce(_FINE))
+    return fine
 
 
 def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
     corners = []
     for step in range(2 * points):
-        radius = 0.53 * (inner if step % 2 else 1.0)
+        radius = inner if step % 2 else 1.0
         angle = math.pi * step / points
-        corners.append((0.5 + radius * math.sin(angle), 0.53 - radius * math.cos(angle)))
-    return [(min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)) for x, y in corners]
+        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
+    return _fitted(corners)
+
+
+def _fitted(corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Stretched to fill the unit square: all shapes of a side have the same box."""
+    low, high = map(min, zip(*corners, strict=True)), map(max, zip(*corners, strict=True))
+    (x0, y0), (x1, y1) = low, high
+    return [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in corners]
 
 
 # Corners in the unit square, y down.
 _OUTLINES = {
-    "square": [(0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)],
-    "triangle": [(0.5, 0.02), (1.0, 0.95), (0.0, 0.95)],
+    "square": [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)],
+    "triangle": [(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)],
     "star": _star(),
     "cross": [
         *((0.32, 0.0), (0.68, 0.0), (0.68, 0.32), (1.0, 0.32), (1.0, 0.68), (0.68, 0.68)),
         *((0.68, 1.0), (0.32, 1.0), (0.32, 0.68), (0.0, 0.68), (0.0, 0.32), (0.32, 0.32)),
     ],
-    "diamond": [(0.5, 0.0), (0.92, 0.5), (0.5, 1.0), (0.08, 0.5)],
+    "diamond": [(0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)],
 }
 
 
@@ -72,8 +97,15 @@ def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
 
 
 def _crop(mask: PIL.Image.Image) -> PIL.Image.Image:
-    mask = mask.point([value if value >= _FAINTEST else 0 for value in range(256)])
-    return mask.crop(mask.getbbox())
+    return _seen(mask).crop(_bounds(mask))
+
+
+def _seen(mask: PIL.Image.Image) -> PIL.Image.Image:
+    return mask.point([value if value >= _FAINTEST else 0 for value in range(256)])
+
+
+def _bounds(mask: PIL.Image.Image) -> tuple[int, int, int, int]:
+    return _seen(mask).getbbox()
 
 
 def shade(colour: Rgb, shift: tuple[int, int, int]) -> Rgb:

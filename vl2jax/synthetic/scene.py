@@ -1,7 +1,6 @@
 """What is in a picture: coloured shapes and perhaps a writing, none over another."""
 
 import dataclasses
-import math
 
 import PIL.Image
 import PIL.ImageDraw
@@ -20,18 +19,21 @@ ALLOWED = {
     COMBINATIONS: HELD_OUT,
 }
 # Width and height in pixels -> how often; None is any size up to a tile with a shorter side.
-SIZES = {(76, 76): 80, None: 5, (152, 76): 4, (76, 152): 4, (114, 76): 3, (90, 72): 2, (72, 90): 2}
+SIZES = {(76, 76): 84, None: 3, (152, 76): 4, (76, 152): 4, (114, 76): 2, (90, 72): 2, (72, 90): 1}
 SHORTEST, LONGEST = 60, 76
 # Shapes in a picture -> how often, alone and beside a writing.
 COUNTS = {1: 30, 2: 28, 3: 24, 4: 18}
 COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
-# Sides of shapes over the shorter side of the picture.  Without a writing each shape has a quarter
-# of the picture to itself.
-SIDES, SIDES_BESIDE = (0.24, 0.29, 0.37), (0.20, 0.26)
+# Sides of shapes over the shorter side of the picture.
+SIDES, SIDES_BESIDE = (0.27, 0.35), (0.27,)
 DIGIT_HEIGHTS, DIGIT_HEIGHTS_BESIDE = (40, 50), (30, 36)
-# Things lie on a grid of so many pixels, half a patch of the small model, where there is room: a
+# Things lie on a grid of so many pixels, the patches of the small model, where there is room: a
 # young vision tower then meets the same patches often, and learns them from few pictures.
-GRID = 5
+GRID = 14
+# Without a writing each shape stands in the middle of a window of its own: two patches wide, what
+# the adaptor makes one token of.  The two windows of a side of 76 pixels begin at these.
+WINDOW = 2 * GRID
+BEGINS = (0, WINDOW)
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
 GAP = 2  # pixels between two things
 # Clear strips at the edges, over the side.  Patches of 14 leave 6 of 76 pixels at the right and
@@ -106,7 +108,8 @@ class Scene:
         """The picture, mode RGB."""
         picture = PIL.Image.new("RGB", self.size, self.background)
         for thing in self.things:
-            picture.paste(thing.rgb, thing.box, paint.shape_mask(thing.shape, thing.side))
+            picture.paste(paint.LINE, thing.box, paint.shape_mask(thing.shape, thing.side))
+            picture.paste(thing.rgb, thing.box, paint.inner_mask(thing.shape, thing.side))
         if self.writing:
             mask = paint.text_mask(self.writing.text, *self.writing.room)
             picture.paste(self.writing.rgb, self.writing.box, mask)
@@ -182,7 +185,7 @@ def _place_things(
 ) -> list[Thing]:
     count = dice.weighted(COUNTS_BESIDE if beside else COUNTS)
     sides = SIDES_BESIDE if beside else SIDES
-    quarters = dice.sample([0, 1, 2, 3], 4)
+    windows = _draw_windows(dice, size)
     things = []
     for number, (colour, shape) in enumerate(_pick_pairs(dice, ALLOWED[split], count)):
         for smaller in (round(side * min(size)) for side in (dice.pick(sides), sides[0])):
@@ -190,7 +193,7 @@ def _place_things(
             if beside:
                 box = place(dice, ink, size, taken)
             else:
-                box = _place_in_quarter(dice, ink, size, quarters[number])
+                box = _place_in_window(ink, size, windows[number])
             if box:
                 taken.append(box)
                 shift = tuple(dice.between(-12, 12) for _ in range(3))
@@ -200,19 +203,29 @@ def _place_things(
     return things
 
 
-def _place_in_quarter(
-    dice: Dice, ink: tuple[int, int], size: tuple[int, int], quarter: int
+def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Upper left corners of four windows, in random order."""
+    begins = []
+    for side in size:
+        first, second = BEGINS
+        if side == 2 * LONGEST:  # two tiles of the small model: a window in each
+            first, second = dice.pick(BEGINS), LONGEST + dice.pick(BEGINS)
+        elif side != LONGEST:
+            second = round(second * side / LONGEST)
+        begins.append((first, second))
+    return dice.sample([(x, y) for x in begins[0] for y in begins[1]], 4)
+
+
+def _place_in_window(
+    ink: tuple[int, int], size: tuple[int, int], window: tuple[int, int]
 ) -> Box | None:
-    """A random box of the size of `ink` in a quarter of the picture; None if that is too small."""
+    """The box of the size of `ink` in the middle of a window; None where that is too small."""
     corner = []
-    for axis, second in enumerate(divmod(quarter, 2)):
-        start, end = size[axis] * _NEAR, size[axis] * (1 - _FAR)
-        middle = (start + end) / 2
-        start, end = (middle, end) if second else (start, middle)
-        low, high = math.ceil(start + GAP / 2), math.floor(end - GAP / 2) - ink[axis]
-        if high < low:
+    for side, begin, extent in zip(size, window, ink, strict=True):
+        room = WINDOW if side >= LONGEST else WINDOW * side // LONGEST
+        if extent > room:
             return None
-        corner.append(_on_grid(dice, low, high))
+        corner.append(begin + (room - extent) // 2)
     x, y = corner
     return x, y, x + ink[0], y + ink[1]
 

@@ -22,6 +22,11 @@ MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a shor
 # give little away; the rest are shuffled.
 SORTED = 0.7
 
+# What training begins with: questions with answers of one word.  Their few tokens tell most about
+# the picture; beside boxes and descriptions they would be a small part of the gradient.
+FIRST_ROWS = 9000
+FIRST_LESSON = frozenset(("colour", "shape", "count", "digit"))
+
 IMAGE = "<image>"
 
 
@@ -52,12 +57,12 @@ MIXTURE = {
     "digit": Family("one digit", families_texts.ask_digit, "digit", 24),
     "number": Family("two or three digits", families_texts.ask_number, "number", 10),
     "word": Family("a word, read and understood", families_texts.ask_word, "word", 10),
-    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 26, 3),
-    "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 10, 2),
-    "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 4, 2),
+    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 30, 3),
+    "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 12, 2),
+    "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 6, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
-    "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 6, 3),
-    "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 8, 4),
+    "compare": Family("larger or smaller", families_shapes.ask_comparison, "shapes", 4, 3),
+    "caption": Family("all from left to right", families_texts.ask_caption, "shapes", 6, 4),
     "grounded_caption": Family(
         "all with boxes", families_texts.ask_grounded_caption, "shapes", 3, 4
     ),
@@ -90,14 +95,14 @@ def _scene(writing: str | None = None, alone: float = 0.0):
 
 _ON_SHAPES = tuple(name for name, family in MIXTURE.items() if family.pictures == "shapes")
 PICTURES = {
-    "shapes": Pictures(_scene(), (*_ON_SHAPES, "text"), 42),
-    "digit": Pictures(_scene("digit", alone=0.8), ("digit", *_ON_SHAPES), 26),
-    "number": Pictures(_scene("number", alone=0.8), ("number", "absent", "count"), 4),
-    "word": Pictures(_scene("word", alone=0.8), ("word", "absent", "count", "text"), 4),
-    "chart": Pictures(families_pictures.make_chart, ("chart",), 4),
-    "in_context": Pictures(families_pictures.make_in_context, ("in_context",), 4),
+    "shapes": Pictures(_scene(), (*_ON_SHAPES, "text"), 48),
+    "digit": Pictures(_scene("digit", alone=0.8), ("digit", *_ON_SHAPES), 20),
+    "number": Pictures(_scene("number", alone=0.8), ("number", "absent", "count"), 3),
+    "word": Pictures(_scene("word", alone=0.8), ("word", "absent", "count", "text"), 3),
+    "chart": Pictures(families_pictures.make_chart, ("chart",), 3),
+    "in_context": Pictures(families_pictures.make_in_context, ("in_context",), 3),
     "three": Pictures(families_pictures.make_three, ("three_images",), 2),
-    "none": Pictures(lambda dice, split: Situation(split), ("text",), 4),
+    "none": Pictures(lambda dice, split: Situation(split), ("text",), 3),
 }
 _SPLITS = {name: number for number, name in enumerate(ALLOWED)}
 
@@ -128,17 +133,25 @@ class Synthetic:
       split: "train", "heldout" (other pictures, all pairs of colour and shape) or "combinations"
         (only pairs that training never shows).
       families: names of `FAMILIES`; None for all.
+      lessons: whether the first `FIRST_ROWS` rows ask no more than `FIRST_LESSON`.
+
+    Attributes:
+      ordered: whether rows are to be read by number, not shuffled.
     """
 
-    def __init__(self, split: str = TRAIN, seed: int = 0, families: Sequence[str] | None = None):
+    def __init__(
+        self,
+        split: str = TRAIN,
+        seed: int = 0,
+        families: Sequence[str] | None = None,
+        *,
+        lessons: bool = False,
+    ):
         self._split = check_split(split)
         self._seed = _check_number("seed", seed)
-        self._families = {check_family(name) for name in families or MIXTURE}
-        self._pictures = {
-            name: pictures.weight
-            for name, pictures in PICTURES.items()
-            if any(MIXTURE[family].pictures == name for family in self._families)
-        }
+        self._families = frozenset(check_family(name) for name in families or MIXTURE)
+        self._pictures = _pictures_of(self._families)
+        self.ordered = lessons
 
     def __len__(self) -> int:
         return LENGTH
@@ -150,16 +163,22 @@ class Synthetic:
     def conversation(self, index: int) -> tuple[Situation, list[Turn]]:
         """What a row says and is about, before anything is drawn."""
         dice = Dice(self._seed, _SPLITS[self._split], 0, _check_number("index", index))
+        families, kinds = self._families, self._pictures
+        if self.ordered and index < FIRST_ROWS and families & FIRST_LESSON:
+            families = families & FIRST_LESSON
+            kinds = _pictures_of(families)
         while True:
-            kind = dice.weighted(self._pictures)
+            kind = dice.weighted(kinds)
             situation = PICTURES[kind].make(dice, self._split)
-            turns = situation and self._ask(kind, situation, dice)
+            turns = situation and self._ask(kind, families, situation, dice)
             if turns:
                 return situation, turns
 
-    def _ask(self, kind: str, situation: Situation, dice: Dice) -> list[Turn]:
+    def _ask(
+        self, kind: str, families: frozenset[str], situation: Situation, dice: Dice
+    ) -> list[Turn]:
         """Different questions about the same pictures."""
-        names = [name for name in PICTURES[kind].families if name in self._families]
+        names = [name for name in PICTURES[kind].families if name in families]
         own = next((name for name in names if MIXTURE[name].pictures == kind != "shapes"), None)
         language = pick_language(dice)
         weights = {name: MIXTURE[name].weight for name in names}
@@ -180,6 +199,15 @@ class Synthetic:
         if dice.chance(SORTED):
             order.sort(key=lambda key: MIXTURE[key[0]].reveals)
         return [found[key] for key in order]
+
+
+def _pictures_of(families: frozenset[str]) -> dict[str, float]:
+    """Weights of the pictures that have any of the families for their own."""
+    return {
+        name: pictures.weight
+        for name, pictures in PICTURES.items()
+        if any(MIXTURE[family].pictures == name for family in families)
+    }
 
 
 def question(family: str, index: int, split: str = "heldout", seed: int = 0) -> Question:
