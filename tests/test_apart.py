@@ -1,17 +1,19 @@
 """Forms for decoding on CPU: layers apart, experts of few tokens, caches kept as bits."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vl2jax import experts_few
+from vl2jax import attention, experts_few
 from vl2jax.apart import are_apart, pays, take_apart
 from vl2jax.attention import init_cache
 from vl2jax.decoder import init_caches
 from vl2jax.experts import ExpertWeights, automatic, dense
+from vl2jax.kernels import compiling_for
 from vl2jax.model import VL2
 
 
@@ -109,3 +111,18 @@ def test_a_bfloat16_cache_is_kept_as_bits(mini):
         np.testing.assert_allclose(read, values, rtol=0.02, atol=0.02)
         assert np.abs(values[:, :, :, 3]).max() > 0
     np.testing.assert_allclose(found[0][1], found[1][1], atol=0.05 * np.abs(found[1][1]).max())
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_a_token_is_written_alike_everywhere(heads):
+    """One per row, each at its own place: row by row on CPU, a scatter elsewhere."""
+    stack, shape = jnp.zeros((2, 3, *heads, 4, 5)), (3, *heads, 1, 5)
+    new = jnp.arange(1.0, math.prod(shape) + 1).reshape(shape)
+    positions = jnp.array([[0], [2], [3]])
+    here = attention._write(stack, 1, new, positions)
+    with compiling_for("gpu"):
+        elsewhere = attention._write(stack, 1, new, positions)
+    np.testing.assert_array_equal(here, elsewhere)
+    for row, slot in enumerate((0, 2, 3)):
+        np.testing.assert_array_equal(here[1, row, ..., slot, :], new[row, ..., 0, :])
+    assert np.count_nonzero(here) == new.size

@@ -3,6 +3,7 @@
 import os
 import random
 
+import jax
 import numpy as np
 import pytest
 
@@ -143,6 +144,20 @@ def test_a_row_that_is_done_gives_its_place(asked):
     assert max(busy) == 2
     for row, new, i in zip(rows, news, range(7), strict=True):
         assert row.answer.tokens == golden[i % len(prompts)][:new]
+
+
+def test_the_batch_shrinks_when_nobody_waits(asked):
+    """One long answer beside three short ones ends in a batch of its own."""
+    model, prompts, golden = asked
+    engine = Engine(model.config, model.params, rows=4)
+    sizes, news = [], [2, NEW, 2, 2]
+    rows = [engine.row(prompts[i], new) for i, new in enumerate(news)]
+    for _ in engine.run(rows):
+        sizes.append(jax.tree.leaves(engine._state.caches)[0].shape[1])
+    assert max(sizes) == 4
+    assert sizes[-1] == 1
+    for i, (row, new) in enumerate(zip(rows, news, strict=True)):
+        assert row.answer.tokens == golden[i][:new]
 
 
 def test_no_rows(asked):
