@@ -188,7 +188,7 @@ def test_counts_colours_and_shapes_are_true(conversations):
 
 
 def test_relations_comparisons_and_existence_are_true(conversations):
-    seen = {"relation": 0, "compare": 0, "exists": 0}
+    seen = {"relation": 0, "compare": 0, "exists": 0, "corner": 0}
     pair = r"(\w+ \w+)"
     for scene, turn in english(conversations):
         named = {f"{thing.colour} {thing.shape}": thing.box for thing in scene.things}
@@ -212,6 +212,12 @@ def test_relations_comparisons_and_existence_are_true(conversations):
             assert turn.answer == f"the {best}"
             assert max(area.values()) > 1.5 * min(area.values())
             seen["compare"] += 1
+        elif found := re.search(rf"(?:is|see|of) the {pair}(?: in)?[?.]", asked):
+            if found[1] in named:
+                x, y = (named[found[1]][i] + named[found[1]][i + 2] for i in (0, 1))
+                sides = "bottom" if y > scene.size[1] else "top"
+                assert turn.answer == f"{sides} {'right' if x > scene.size[0] else 'left'}"
+                seen["corner"] += 1
         elif found := re.search(rf"(?:there|see|show) an? {pair}", asked):
             assert turn.answer == ("yes" if found[1] in named else "no")
             seen["exists"] += 1

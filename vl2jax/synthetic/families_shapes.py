@@ -2,7 +2,7 @@
 
 from vl2jax.synthetic.dice import Dice
 from vl2jax.synthetic.phrases import ABSENT as REFUSAL
-from vl2jax.synthetic.phrases import SIDES, YES, box_list, phrase, question_only
+from vl2jax.synthetic.phrases import CORNERS, SIDES, YES, box_list, phrase, question_only
 from vl2jax.synthetic.scene import ALLOWED, Scene, Thing, to_thousandths
 from vl2jax.synthetic.turns import ABSENT, BOX, Situation, Turn
 from vl2jax.synthetic.words import (
@@ -69,11 +69,7 @@ def ask_place(situation: Situation, dice: Dice, language: str) -> Turn | None:
     scene = situation.scene
     if dice.chance(0.2):
         return _ask_places(scene, dice, language)
-    named = [*map(_full_name(language), unique_pairs(scene))]
-    for axis, name in (("shape", shape_name), ("colour", _coloured)):
-        for thing in scene.things:
-            if dice.chance(0.4) and len(scene.find(**{axis: getattr(thing, axis)})) == 1:
-                named.append((thing, name(getattr(thing, axis), language)))
+    named = _named(scene, dice, language)
     if not named:
         return None
     thing, name = dice.pick(named)
@@ -82,6 +78,33 @@ def ask_place(situation: Situation, dice: Dice, language: str) -> Turn | None:
         name = f"the {name}"
     texts = phrase(dice, "locate", language, name=name, boxes=box_list(boxes))
     return Turn(*texts, about=str(thing.box), kind=BOX, boxes=tuple(boxes))
+
+
+def ask_corner(situation: Situation, dice: Dice, language: str) -> Turn | None:
+    """Which corner a thing is in, if it is in one."""
+    scene = situation.scene
+
+    def in_corner(thing: Thing) -> bool:
+        places = (thing.centre(axis) / scene.size[axis] for axis in (0, 1))
+        return all(abs(place - 0.5) > APART / 2 for place in places)
+
+    named = [pair for pair in _named(scene, dice, language) if in_corner(pair[0])]
+    if not named:
+        return None
+    thing, name = dice.pick(named)
+    below, right = (thing.centre(axis) > scene.size[axis] / 2 for axis in (1, 0))
+    texts = phrase(dice, "corner", language, name=name, corner=CORNERS[language][below][right])
+    return Turn(*texts, about=str(thing.box))
+
+
+def _named(scene: Scene, dice: Dice, language: str) -> list[tuple[Thing, str]]:
+    """Things and names that mean them alone: all of a pair of its own, some by half of it."""
+    named = [*map(_full_name(language), unique_pairs(scene))]
+    for axis, name in (("shape", shape_name), ("colour", _coloured)):
+        for thing in scene.things:
+            if dice.chance(0.4) and len(scene.find(**{axis: getattr(thing, axis)})) == 1:
+                named.append((thing, name(getattr(thing, axis), language)))
+    return named
 
 
 def _ask_places(scene: Scene, dice: Dice, language: str) -> Turn | None:

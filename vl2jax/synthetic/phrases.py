@@ -128,6 +128,15 @@ PHRASES = {
             "<|ref|>所有{name}<|/ref|>在哪里？",
         ),
     ),
+    "corner": (
+        "{corner}",
+        (
+            "Which corner is the {name} in?",
+            "In which corner do you see the {name}?",
+            "Name the corner of the {name}.",
+        ),
+        ("{name}在哪个角？", "图中{name}在哪一角？", "请说出{name}所在的角。"),
+    ),
     "exists": (
         "{yes}",
         (
@@ -278,6 +287,10 @@ PHRASES = {
 # The answer to any question about something that is not there.
 ABSENT = {"en": "There is no {name} in the image.", "zh": "图中没有{name}。"}
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
+CORNERS = {  # by half from above, then from the left
+    "en": (("top left", "top right"), ("bottom left", "bottom right")),
+    "zh": (("左上", "右上"), ("左下", "右下")),
+}
 SIDES = {
     "en": ("to the left of", "to the right of", "above", "below"),
     "zh": ("左边", "右边", "上面", "下面"),

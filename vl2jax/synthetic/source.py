@@ -22,10 +22,11 @@ MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a shor
 # give little away; the rest are shuffled.
 SORTED = 0.7
 
-# What training begins with: questions with answers of one word.  Their few tokens tell most about
-# the picture; beside boxes and descriptions they would be a small part of the gradient.
+# What training begins with: questions with answers of a word or two.  These tell most about the
+# picture, what is there and where; beside boxes and descriptions they would be a small part of the
+# gradient.
 FIRST_ROWS = 9000
-FIRST_LESSON = frozenset(("colour", "shape", "count", "digit"))
+FIRST_LESSON = frozenset(("colour", "shape", "count", "corner", "digit"))
 
 IMAGE = "<image>"
 
@@ -58,6 +59,7 @@ MIXTURE = {
     "number": Family("two or three digits", families_texts.ask_number, "number", 10),
     "word": Family("a word, read and understood", families_texts.ask_word, "word", 10),
     "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 30, 3),
+    "corner": Family("the corner of a shape", families_shapes.ask_corner, "shapes", 12, 3),
     "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 12, 2),
     "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 6, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
