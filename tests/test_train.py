@@ -202,7 +202,10 @@ def test_dry_run_of_the_released_sizes(tmp_path, size):
     [
         (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
         (["--config=configs/vl2_tiny.py:last"], "vl2_tiny has the stages align, pretrain, sft"),
-        (["--config.optim.learning=1"], "config.optim has no field 'learning'; it has b1, b2"),
+        (
+            ["--config.optim.learning=1"],
+            "config.optim has no field 'learning'; it has algorithm, b1",
+        ),
         (["--config.optim.warmup_step=1"], "did you mean 'warmup_steps'?"),
         (["--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
         (["--config.mesh.data=7"], "mesh {'data': 7, 'fsdp': 1, 'expert': 1, 'tensor': 1}"),
