@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.tokenizer = ""
     config.seed = 0
-    config.steps = 3400
+    config.steps = 4200
     config.profile = ""
     config.dry_run = False
     config.batch = dict(rows=5, length=320, tiles=36, segments=8, microbatches=1)

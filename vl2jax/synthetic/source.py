@@ -22,11 +22,10 @@ MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a shor
 # give little away; the rest are shuffled.
 SORTED = 0.7
 
-# What training begins with: questions with answers of a word or two.  These tell most about the
-# picture, what is there and where; beside boxes and descriptions they would be a small part of the
-# gradient.
+# What training begins with: questions with answers of one word.  Their few tokens tell most about
+# the picture; beside boxes and descriptions they would be a small part of the gradient.
 FIRST_ROWS = 9000
-FIRST_LESSON = frozenset(("colour", "shape", "count", "corner", "digit"))
+FIRST_LESSON = frozenset(("colour", "shape", "count", "digit"))
 
 IMAGE = "<image>"
 
