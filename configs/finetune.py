@@ -32,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.optim = dict(
         lr=2e-5,
+        algorithm="adamw",
         schedule="cosine",
         warmup_steps=30,
         final_lr_fraction=0.1,

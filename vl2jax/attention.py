@@ -56,12 +56,15 @@ class Context:
     Attributes:
       positions, segment_ids: int32[B, T], see `Batch`.
       cos, sin: float32[B, T, R / 2], the rotation of each token.
+      padding_counts: whether anyone looks at what padding gives: then it is the mean of all values,
+        as in the original, which takes all keys.
     """
 
     positions: jax.Array
     segment_ids: jax.Array
     cos: jax.Array
     sin: jax.Array
+    padding_counts: bool = flax.struct.field(pytree_node=False, default=True)
 
     def visibility(self, cache_slots: int | None) -> Visibility:
         """Causal within the segment; with a cache, every slot up to the query's position."""
@@ -71,7 +74,7 @@ class Context:
                 q_segments=self.segment_ids,
                 k_positions=self.positions,
                 k_segments=self.segment_ids,
-                ordered=True,
+                ordered=not self.padding_counts,
             )
         shape = (self.positions.shape[0], cache_slots)
         return Visibility(

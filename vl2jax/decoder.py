@@ -119,6 +119,7 @@ class Decoder(nn.Module):
         segment_ids: jax.Array,
         caches: Caches | None = None,
         balance_ids: jax.Array | None = None,
+        padding_counts: bool = True,
     ) -> tuple[jax.Array, Caches | None, Balance | None]:
         """Runs the layers and the final norm.
 
@@ -128,6 +129,7 @@ class Decoder(nn.Module):
           caches: written and attended to; then segments are ignored, and slot = position.
           balance_ids: int32[B, T], segments of the tokens that count in the balance; None: all
             but padding.
+          padding_counts: see `Context`.
 
         Returns:
           [B, T, D]; the caches; the balance of all layers with experts (leading axis M), or None
@@ -136,7 +138,7 @@ class Decoder(nn.Module):
         cfg = self.cfg
         # Only `dynamic` RoPE asks for a length; with a cache the limit is never exceeded.
         cos, sin = rope_table(cfg, positions, 0 if caches is not None else x.shape[1])
-        context = Context(positions, segment_ids, cos, sin)
+        context = Context(positions, segment_ids, cos, sin, padding_counts)
         balance_ids = segment_ids if balance_ids is None else balance_ids
         written, balances = {}, []
         for run, layers in zip(runs_of(cfg, self.layers_apart), self.runs, strict=True):

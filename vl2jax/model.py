@@ -134,12 +134,26 @@ class VL2(nn.Module):
         return self.decoder.logits(hidden)
 
     def __call__(
-        self, batch: Batch, balance_ids: jax.Array | None = None, with_logits: bool = True
+        self,
+        batch: Batch,
+        balance_ids: jax.Array | None = None,
+        with_logits: bool = True,
+        padding_counts: bool = True,
     ) -> Output:
-        """One pass over whole sequences, without a cache."""
+        """One pass over whole sequences, without a cache.
+
+        Args:
+          balance_ids: see `Decoder`.
+          with_logits: whether logits are computed.
+          padding_counts: False where nobody looks at what padding gives, which is faster.
+        """
         x = self.embed(self.image_table(batch.tiles), batch.tokens, batch.image_index)
         hidden, _, balance = self.decoder(
-            x, batch.positions, batch.segment_ids, balance_ids=balance_ids
+            x,
+            batch.positions,
+            batch.segment_ids,
+            balance_ids=balance_ids,
+            padding_counts=padding_counts,
         )
         logits = self.logits(hidden) if with_logits else None
         return Output(hidden=hidden, logits=logits, balance=balance)

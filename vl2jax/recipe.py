@@ -98,6 +98,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
     )
     config.optim = dict(
         lr=row["lr"][i],
+        algorithm="adamw",
         schedule=SCHEDULE[i],
         warmup_steps=2000 if WARMUP[i] is None else round(WARMUP[i] * steps),
         final_lr_fraction=0.0,

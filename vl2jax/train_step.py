@@ -152,7 +152,9 @@ def eval_step(
 def _pool_loss(recipe, trained: Flat, params, router, pool: Batch, tokens, sequences):
     """The part of one pool in the loss; `trained` replaces its namesakes in `params`."""
     params = _put(params, trained)
-    output = recipe.model.apply({"params": params, "router": router}, pool, with_logits=False)
+    output = recipe.model.apply(
+        {"params": params, "router": router}, pool, with_logits=False, padding_counts=False
+    )
     sums = chunked_next_token_loss(
         output.hidden,
         params["decoder"]["lm_head"]["kernel"],
