@@ -25,9 +25,9 @@ import medium
 import optax
 
 from vl2jax.attention import MHA, MLA, Context
+from vl2jax.chunked_loss import chunked_next_token_loss
 from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
-from vl2jax.losses import chunked_next_token_loss
 from vl2jax.model import VL2, abstract_params
 from vl2jax.moe import MoE
 from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths

@@ -74,7 +74,7 @@ def cases() -> dict[str, list[tuple[str, ...]]]:
         train("small", "sft", "v5p:2x4x4", f"fsdp={32 // n},expert={n}", "rows=32", "tiles=0")
         for n in (1, 2, 4, 8, 16, 32)
     ]
-    slices = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8")
+    slices = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16")
     chips = [
         train(*("base", "sft", s, "fsdp=-1,expert=4"), f"rows={n}", f"tiles={10 * n}")
         for s in slices

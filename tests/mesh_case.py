@@ -73,7 +73,7 @@ def recipe(config: VL2Config, pools: int = 1, **options) -> Recipe:
         schedule=learning_rate(optim, 10),
         trained=trained_paths(optim, paths),
         bias_update_step=0.01,
-        loss_chunk=64,
+        loss_chunk=8,
     )
 
 

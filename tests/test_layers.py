@@ -11,10 +11,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from vl2jax.batch import TEXT, Batch
+from vl2jax.chunked_loss import chunked_next_token_loss
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.errors import UserError
 from vl2jax.layers import REMAT, GatedMLP, einsum
-from vl2jax.losses import chunked_next_token_loss
 from vl2jax.model import VL2
 
 SMALL = VL2Config(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vl2jax.batch import Batch
-from vl2jax.losses import chunked_next_token_loss, next_token_loss, shift_targets
+from vl2jax.chunked_loss import chunked_next_token_loss
+from vl2jax.losses import next_token_loss, shift_targets
 
 B, T, D, VOCAB = 3, 21, 10, 33
 

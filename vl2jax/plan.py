@@ -83,7 +83,7 @@ def plan(
     experts = -(-experts // mesh.shape["expert"])
     cost = analyse(
         built.text,
-        open_trips=lambda origin: _open_trips(config, what, origin, experts),
+        open_trips=lambda origin: _open_trips(config, what, origin, experts, batch_shards(mesh)),
         kernel_cost=kernel_cost(
             tokens / parts * decoder.num_experts_per_tok / batch_shards(mesh),
             decoder.n_routed_experts // mesh.shape["expert"],
@@ -124,10 +124,11 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Request
     return tokens, tokens * (per_token / 3 - (head if what == "prefill" else 0))
 
 
-def _open_trips(config: RunConfig, what: str, origin: str, experts: int) -> int | None:
+def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards: int) -> int | None:
     """Loops whose length depends on the data: a burst of decoding counts as whole; the loss goes
-    over blocks until no row has a supervised token left, here over all; experts are balanced, and
-    where they are worked off one by one (few rows of int8) all rows choose different ones."""
+    over blocks of a device's rows (one of `shards` parts) until none has a supervised token left,
+    here over all; experts are balanced, and where they are worked off one by one (few rows of
+    int8) all rows choose different ones."""
     if SCOPE in origin:
         return CHUNKS
     if ACTIVE in origin:
@@ -136,8 +137,8 @@ def _open_trips(config: RunConfig, what: str, origin: str, experts: int) -> int 
         return BURST
     if "jvp()" in origin:
         batch, chunk = config.batch, config.compute.loss_chunk
-        columns = min(max(chunk // (batch.rows // batch.microbatches), 1), batch.length)
-        return -(-batch.length // columns)
+        rows = batch.rows // batch.microbatches // shards
+        return -(-batch.length // min(max(chunk // rows, 1), batch.length))
     return None
 
 

@@ -101,7 +101,7 @@ class ComputeConfig:
       param_dtype: of the parameters that are trained.
       remat: what is kept for the backward pass, see `layers.REMAT`.
       moe_implementation: see `experts.IMPLEMENTATIONS`.
-      loss_chunk: tokens whose logits are held at a time.
+      loss_chunk: tokens whose logits a device holds at a time.
     """
 
     dtype: str = "bfloat16"

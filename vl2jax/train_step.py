@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from vl2jax.ambient import constrain
 from vl2jax.balance import balance_metrics, update_biases
 from vl2jax.batch import Batch
-from vl2jax.losses import chunked_next_token_loss
+from vl2jax.chunked_loss import chunked_next_token_loss
 from vl2jax.model import VL2, init_variables
 from vl2jax.sharding import param_spec
 
@@ -55,7 +55,7 @@ class Recipe:
       schedule: learning rate by step, for the metrics.
       trained: paths of the trained parameters.
       bias_update_step: u of the loss-free balancing; 0 keeps the biases.
-      loss_chunk: tokens whose logits are held at a time.
+      loss_chunk: tokens whose logits a device holds at a time.
     """
 
     model: VL2
