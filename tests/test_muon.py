@@ -13,6 +13,7 @@ from vl2jax.config import PRESETS
 from vl2jax.model import abstract_params
 from vl2jax.muon import RMS, matrix_axes, scale_by_muon_or_adam
 from vl2jax.optim import OptimConfig, make_optimizer
+from vl2jax.workdir import Workdir
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -102,3 +103,41 @@ def test_muon_is_an_algorithm_of_the_optimizer():
     np.testing.assert_array_equal(updates["image_newline"], 0)
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert {leaf.dtype.name for leaf in floats} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path, moments):
+    """What is kept of Muon and Adam is all that the next steps need."""
+    rng = np.random.default_rng(2)
+    shapes = {
+        "decoder/moe_1/mlp/experts/up_proj": (2, 3, 4, 6),
+        "decoder/lm_head/kernel": (6, 9),
+        "decoder/norm/scale": (6,),
+    }
+    params = {path: jnp.asarray(rng.normal(size=s), jnp.float32) for path, s in shapes.items()}
+    cfg = OptimConfig(lr=0.1, algorithm="muon", warmup_steps=3, moments_dtype=moments)
+    optimizer = make_optimizer(cfg, steps=8)
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.tree.map(lambda x: jnp.sin(3 * x), params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def steps(n, *now):
+        for _ in range(n):
+            now = step(*now)
+        return now
+
+    saved = steps(3, params, optimizer.init(params))
+    like_params, like_state = jax.eval_shape(lambda: (params, optimizer.init(params)))
+    with Workdir(tmp_path, keep=1, keep_every=None) as workdir:
+        workdir.save(3, params=saved[0], opt_state=saved[1], data_state={})
+    with Workdir(tmp_path, keep=1, keep_every=None) as workdir:
+        found = workdir.restore(like_params=like_params, like_opt_state=like_state)[1:3]
+    assert jax.tree.structure(found) == jax.tree.structure(saved)
+    want, fresh = steps(3, *saved), steps(3, saved[0], optimizer.init(params))
+    for got, expected in zip(jax.tree.leaves(steps(3, *found)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for path in shapes:  # without the state they are others
+        assert np.any(fresh[0][path] != want[0][path])
