@@ -74,10 +74,11 @@ def cases() -> dict[str, list[tuple[str, ...]]]:
         train("small", "sft", "v5p:2x4x4", f"fsdp={32 // n},expert={n}", "rows=32", "tiles=0")
         for n in (1, 2, 4, 8, 16, 32)
     ]
-    slices = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16")
+    slices = dict.fromkeys(("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"), "fsdp=-1,expert=4")
+    slices["v5p:8x8x16"] = "data=2,fsdp=-1,expert=4"  # widths of the model divide by 128, not 256
     chips = [
-        train(*("base", "sft", s, "fsdp=-1,expert=4"), f"rows={n}", f"tiles={10 * n}")
-        for s in slices
+        train("base", "sft", s, mesh, f"rows={n}", f"tiles={10 * n}")
+        for s, mesh in slices.items()
         for n in [per_chip(s)]
     ]
     return {"train": trained, "sample": sampled, "width": widths, "chips": chips}
