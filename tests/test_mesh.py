@@ -36,6 +36,14 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """All meshes compile more than one process can map (vm.max_map_count): XLA then crashes."""
+    yield
+    if ALL:
+        jax.clear_caches()
+
+
 def mesh_of(name: str) -> jax.sharding.Mesh:
     return make_mesh(dict(zip(AXES, MESHES[name], strict=True)))
 
