@@ -75,6 +75,19 @@ def test_random_mixes(asked):
             assert text == want.text == row.answer.text, (number, i)
 
 
+def test_a_long_prompt_drawn_forward(asked):
+    """It stands behind as many short ones as there are places, but is prefilled with the first:
+    one of these equals another, whose beginning it waits for."""
+    model, prompts, golden = asked
+    long = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    a, b, c = [i for i, prompt in enumerate(prompts) if 32 < len(prompt) <= 62][:3]
+    chosen, engine = [a, b, c, b, long], Engine(model.config, model.params, rows=4)
+    assert len(prompts[long]) > 64
+    rows, _ = answers(engine, [prompts[i] for i in chosen], [2] * 5)
+    for i, row in zip(chosen, rows, strict=True):
+        assert row.answer.tokens == golden[i][:2]
+
+
 def test_pictures_and_shared_beginnings_pass_once(asked):
     """Questions about one picture: its tiles are encoded once, its tokens prefilled once."""
     model, prompts, _ = asked

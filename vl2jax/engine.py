@@ -167,10 +167,11 @@ class Engine:
     def _admit(self, waiting: deque) -> Events:
         """Prefills the next group and puts it into free places."""
         free = self._free(waiting)
-        slots = length_bucket(max(row.total for row in itertools.islice(waiting, self._most)))
         group = self._choose_group(waiting, len(free))
         for row in group.rows:
             waiting.remove(row)
+        soon = [*group.rows, *itertools.islice(waiting, self._most)]
+        slots = length_bucket(max(row.total for row in soon))
         count = row_bucket(len(group.rows), len(self._rows))
         last, caches = self._prefill(group, count)
         if group.keep:
