@@ -60,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.tokenizer = ""
     config.seed = 0
-    config.steps = 5200
+    config.steps = 4200
     config.profile = ""
     config.dry_run = False
     config.batch = dict(rows=5, length=320, tiles=36, segments=8, microbatches=1)
@@ -77,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
         preview=0,
     )
     config.optim = dict(
-        lr=2e-3,
+        lr=3e-3,
         algorithm="muon",
         schedule="cosine",
         warmup_steps=50,

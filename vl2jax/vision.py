@@ -104,9 +104,7 @@ class VisionTower(nn.Module):
         x = PatchEmbed(cfg, **kinds, name="patch_embed")(normalize(tiles))
         self.sow("intermediates", "patch_embed_out", x)
         shape = (cfg.grid**2, cfg.width)
-        # As large as what a patch gives: beside it, the usual 1 / sqrt(width) is hardly seen, and
-        # a model trained from random weights knew what is in a picture long before where.
-        init = nn.initializers.normal(1.0)
+        init = nn.initializers.normal(cfg.width**-0.5)
         position = self.param("pos_embed", init, shape, self.param_dtype)
         x += position.astype(self.dtype)[None]
         blocks = nn.scan(

@@ -219,14 +219,13 @@ def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
 def _place_in_window(
     ink: tuple[int, int], size: tuple[int, int], window: tuple[int, int]
 ) -> Box | None:
-    """The box of the size of `ink` in the upper left corner of a window; None where that is too
-    small."""
+    """The box of the size of `ink` in the middle of a window; None where that is too small."""
     corner = []
     for side, begin, extent in zip(size, window, ink, strict=True):
         room = WINDOW if side >= LONGEST else WINDOW * side // LONGEST
         if extent > room:
             return None
-        corner.append(begin)
+        corner.append(begin + (room - extent) // 2)
     x, y = corner
     return x, y, x + ink[0], y + ink[1]
 

@@ -22,14 +22,10 @@ MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a shor
 # give little away; the rest are shuffled.
 SORTED = 0.7
 
-# What training begins with, lesson by lesson: how many rows, and what they ask.  Answers of one
-# word tell most about the picture with few tokens; beside boxes and descriptions they would be a
-# small part of the gradient.  Places come next, and last all the rest.
-WORDS_FIRST = frozenset(("colour", "shape", "count", "digit"))
-LESSONS = (
-    (9000, WORDS_FIRST),
-    (24000, WORDS_FIRST | {"grounding", "quarter", "absent"}),
-)
+# What training begins with: questions with answers of one word.  Their few tokens tell most about
+# the picture; beside boxes and descriptions they would be a small part of the gradient.
+FIRST_ROWS = 9000
+FIRST_LESSON = frozenset(("colour", "shape", "count", "digit"))
 
 IMAGE = "<image>"
 
@@ -61,8 +57,8 @@ MIXTURE = {
     "digit": Family("one digit", families_texts.ask_digit, "digit", 24),
     "number": Family("two or three digits", families_texts.ask_number, "number", 10),
     "word": Family("a word, read and understood", families_texts.ask_word, "word", 10),
-    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 45, 3),
-    "quarter": Family("the quarter it is in", families_shapes.ask_quarter, "shapes", 20, 3),
+    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 30, 3),
+    "corner": Family("the corner of a shape", families_shapes.ask_corner, "shapes", 12, 3),
     "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 12, 2),
     "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 6, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
@@ -138,7 +134,7 @@ class Synthetic:
       split: "train", "heldout" (other pictures, all pairs of colour and shape) or "combinations"
         (only pairs that training never shows).
       families: names of `FAMILIES`; None for all.
-      lessons: whether the first rows ask no more than `LESSONS` say.
+      lessons: whether the first `FIRST_ROWS` rows ask no more than `FIRST_LESSON`.
 
     Attributes:
       ordered: whether rows are to be read by number, not shuffled.
@@ -169,8 +165,9 @@ class Synthetic:
         """What a row says and is about, before anything is drawn."""
         dice = Dice(self._seed, _SPLITS[self._split], 0, _check_number("index", index))
         families, kinds = self._families, self._pictures
-        if self.ordered and (lesson := _lesson(index) & families):
-            families, kinds = lesson, _pictures_of(lesson)
+        if self.ordered and index < FIRST_ROWS and families & FIRST_LESSON:
+            families = families & FIRST_LESSON
+            kinds = _pictures_of(families)
         while True:
             kind = dice.weighted(kinds)
             situation = PICTURES[kind].make(dice, self._split)
@@ -203,15 +200,6 @@ class Synthetic:
         if dice.chance(SORTED):
             order.sort(key=lambda key: MIXTURE[key[0]].reveals)
         return [found[key] for key in order]
-
-
-def _lesson(index: int) -> frozenset[str]:
-    """The families of the lesson that a row belongs to; none behind the last."""
-    for rows, families in LESSONS:
-        if index < rows:
-            return families
-        index -= rows
-    return frozenset()
 
 
 def _pictures_of(families: frozenset[str]) -> dict[str, float]:
