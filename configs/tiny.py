@@ -20,8 +20,8 @@ def architecture() -> VL2Config:
         intermediate_size=256,
         moe_intermediate_size=64,
         num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         n_shared_experts=2,
         n_routed_experts=12,
         num_experts_per_tok=3,
@@ -33,7 +33,7 @@ def architecture() -> VL2Config:
         norm_topk_prob=True,
         routed_scaling_factor=2.0,
         q_lora_rank=None,
-        kv_lora_rank=32,
+        kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
         v_head_dim=32,
@@ -60,10 +60,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.tokenizer = ""
     config.seed = 0
-    config.steps = 4200
+    config.steps = 4800
     config.profile = ""
     config.dry_run = False
-    config.batch = dict(rows=5, length=320, tiles=36, segments=8, microbatches=1)
+    config.batch = dict(rows=6, length=240, tiles=36, segments=8, microbatches=1)
     config.data = dict(
         train="synthetic",
         heldout="synthetic",
@@ -88,7 +88,7 @@ def get_config() -> ml_collections.ConfigDict:
         eps=1e-8,
         clip_norm=1.0,
         moments_dtype="float32",
-        lr_multipliers={},
+        lr_multipliers={"vision/pos_embed": 0.1},
         frozen=(),
     )
     config.balance = dict(aux_loss_alpha=0.0001, bias_update_step=0.003)

@@ -78,7 +78,9 @@ def test_rows_have_these_literal_words():
 
 
 def test_lessons_begin_with_answers_of_one_word(monkeypatch):
-    monkeypatch.setattr(source, "FIRST_ROWS", 100)
+    rows = (100, 40)
+    short = [lesson._replace(rows=n) for lesson, n in zip(source.LESSONS, rows, strict=True)]
+    monkeypatch.setattr(source, "LESSONS", short)
     plain, taught = Synthetic("train", 2), Synthetic("train", 2, lessons=True)
     assert taught.ordered
     assert not plain.ordered
@@ -87,10 +89,12 @@ def test_lessons_begin_with_answers_of_one_word(monkeypatch):
         assert len(situation.scenes) == 1
         for turn in turns:
             assert re.fullmatch(r"[a-z]+|\d|[一-鿿]+", turn.answer)
-    for index in range(100, 140):
+    boxed = [turn.boxes for i in range(100, 140) for turn in taught.conversation(i)[1]]
+    assert 10 < sum(map(bool, boxed)) < len(boxed)
+    for index in range(140, 180):
         assert taught.conversation(index) == plain.conversation(index)
-    words = Synthetic("train", 2, families=["word"], lessons=True)  # nothing of the first lesson
-    assert words.conversation(0) == Synthetic("train", 2, families=["word"]).conversation(0)
+    other = Synthetic("train", 2, families=["word"], lessons=True)  # nothing of the lessons
+    assert other.conversation(0) == Synthetic("train", 2, families=["word"]).conversation(0)
 
 
 def test_shapes_have_boxes_of_their_side_and_a_line_around_them():
@@ -188,7 +192,7 @@ def test_counts_colours_and_shapes_are_true(conversations):
 
 
 def test_relations_comparisons_and_existence_are_true(conversations):
-    seen = {"relation": 0, "compare": 0, "exists": 0, "corner": 0}
+    seen, quarters = {"relation": 0, "compare": 0, "exists": 0, "quarter": 0}, set()
     pair = r"(\w+ \w+)"
     for scene, turn in english(conversations):
         named = {f"{thing.colour} {thing.shape}": thing.box for thing in scene.things}
@@ -212,16 +216,18 @@ def test_relations_comparisons_and_existence_are_true(conversations):
             assert turn.answer == f"the {best}"
             assert max(area.values()) > 1.5 * min(area.values())
             seen["compare"] += 1
-        elif found := re.search(rf"(?:is|see|of) the {pair}(?: in)?[?.]", asked):
+        elif found := re.search(rf"quarter (?:.* is|do you see|of) the {pair}", asked):
             if found[1] in named:
                 x, y = (named[found[1]][i] + named[found[1]][i + 2] for i in (0, 1))
-                sides = "bottom" if y > scene.size[1] else "top"
-                assert turn.answer == f"{sides} {'right' if x > scene.size[0] else 'left'}"
-                seen["corner"] += 1
+                side = "bottom" if y > scene.size[1] else "top"
+                assert turn.answer == f"{side} {'right' if x > scene.size[0] else 'left'}"
+                seen["quarter"] += 1
+                quarters.add(turn.answer)
         elif found := re.search(rf"(?:there|see|show) an? {pair}", asked):
             assert turn.answer == ("yes" if found[1] in named else "no")
             seen["exists"] += 1
     assert min(seen.values()) > 15
+    assert len(quarters) == 4
 
 
 def test_what_is_absent_is_absent(conversations):

@@ -104,7 +104,9 @@ class VisionTower(nn.Module):
         x = PatchEmbed(cfg, **kinds, name="patch_embed")(normalize(tiles))
         self.sow("intermediates", "patch_embed_out", x)
         shape = (cfg.grid**2, cfg.width)
-        init = nn.initializers.normal(cfg.width**-0.5)
+        # Larger than what a patch gives: beside it, the usual 1 / sqrt(width) is hardly seen, and
+        # what a model learns first, what is in a picture, drowns where it is.
+        init = nn.initializers.normal(4.0)
         position = self.param("pos_embed", init, shape, self.param_dtype)
         x += position.astype(self.dtype)[None]
         blocks = nn.scan(

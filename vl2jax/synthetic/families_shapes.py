@@ -2,7 +2,7 @@
 
 from vl2jax.synthetic.dice import Dice
 from vl2jax.synthetic.phrases import ABSENT as REFUSAL
-from vl2jax.synthetic.phrases import CORNERS, SIDES, YES, box_list, phrase, question_only
+from vl2jax.synthetic.phrases import QUARTERS, SIDES, YES, box_list, phrase, question_only
 from vl2jax.synthetic.scene import ALLOWED, Scene, Thing, to_thousandths
 from vl2jax.synthetic.turns import ABSENT, BOX, Situation, Turn
 from vl2jax.synthetic.words import (
@@ -80,20 +80,16 @@ def ask_place(situation: Situation, dice: Dice, language: str) -> Turn | None:
     return Turn(*texts, about=str(thing.box), kind=BOX, boxes=tuple(boxes))
 
 
-def ask_corner(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which corner a thing is in, if it is in one."""
+def ask_quarter(situation: Situation, dice: Dice, language: str) -> Turn | None:
+    """Which quarter of the picture the middle of a thing is in."""
     scene = situation.scene
-
-    def in_corner(thing: Thing) -> bool:
-        places = (thing.centre(axis) / scene.size[axis] for axis in (0, 1))
-        return all(abs(place - 0.5) > APART / 2 for place in places)
-
-    named = [pair for pair in _named(scene, dice, language) if in_corner(pair[0])]
+    named = _named(scene, dice, language)
     if not named:
         return None
     thing, name = dice.pick(named)
-    below, right = (thing.centre(axis) > scene.size[axis] / 2 for axis in (1, 0))
-    texts = phrase(dice, "corner", language, name=name, corner=CORNERS[language][below][right])
+    below, right = (2 * thing.centre(axis) > scene.size[axis] for axis in (1, 0))
+    quarter = QUARTERS[language][below][right]
+    texts = phrase(dice, "quarter", language, name=name, quarter=quarter)
     return Turn(*texts, about=str(thing.box))
 
 

@@ -128,14 +128,14 @@ PHRASES = {
             "<|ref|>所有{name}<|/ref|>在哪里？",
         ),
     ),
-    "corner": (
-        "{corner}",
+    "quarter": (
+        "{quarter}",
         (
-            "Which corner is the {name} in?",
-            "In which corner do you see the {name}?",
-            "Name the corner of the {name}.",
+            "Which quarter of the image is the {name} in?",
+            "In which quarter do you see the {name}?",
+            "Name the quarter of the {name}.",
         ),
-        ("{name}在哪个角？", "图中{name}在哪一角？", "请说出{name}所在的角。"),
+        ("{name}在哪一块？", "图中{name}在哪个位置？", "请说出{name}所在的位置。"),
     ),
     "exists": (
         "{yes}",
@@ -287,7 +287,7 @@ PHRASES = {
 # The answer to any question about something that is not there.
 ABSENT = {"en": "There is no {name} in the image.", "zh": "图中没有{name}。"}
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
-CORNERS = {  # by half from above, then from the left
+QUARTERS = {  # by half from above, then from the left
     "en": (("top left", "top right"), ("bottom left", "bottom right")),
     "zh": (("左上", "右上"), ("左下", "右下")),
 }

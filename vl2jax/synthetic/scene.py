@@ -23,6 +23,7 @@ SIZES = {(76, 76): 84, None: 3, (152, 76): 4, (76, 152): 4, (114, 76): 2, (90, 7
 SHORTEST, LONGEST = 60, 76
 # Shapes in a picture -> how often, alone and beside a writing.
 COUNTS = {1: 30, 2: 28, 3: 24, 4: 18}
+MOSTLY_TWO = {1: 5, 2: 60, 3: 22, 4: 13}
 COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
 # Sides of shapes over the shorter side of the picture.
 SIDES, SIDES_BESIDE = (0.27, 0.35), (0.27,)
@@ -122,21 +123,30 @@ def to_thousandths(box: Box, size: tuple[int, int]) -> Box:
     return tuple(round(edge * 999 / side) for edge, side in zip(box, sides, strict=True))
 
 
-def make_scene(dice: Dice, split: str, *, writing: str | None = None, alone: bool = False) -> Scene:
+def make_scene(
+    dice: Dice,
+    split: str,
+    *,
+    writing: str | None = None,
+    alone: bool = False,
+    counts: dict[int, int] = COUNTS,
+) -> Scene:
     """Draws lots for a picture.
 
     Args:
       split: whose pairs of colour and shape are allowed.
       writing: "digit", "number" or "word" for a picture with one.
       alone: whether the writing is all there is.
+      counts: shapes where there is no writing -> how often.
     """
+    counts = COUNTS_BESIDE if writing else counts
     size = pick_size(dice)
     taken: list[Box] = []
     text = None
     if writing:
         text = _write(dice, size, writing, alone)
         taken.append(text.box)
-    things = [] if alone else _place_things(dice, split, size, taken, beside=bool(writing))
+    things = [] if alone else _place_things(dice, split, size, taken, counts, bool(writing))
     return Scene(size, light(dice), tuple(things), text)
 
 
@@ -181,9 +191,14 @@ def _on_grid(dice: Dice, low: int, high: int) -> int:
 
 
 def _place_things(
-    dice: Dice, split: str, size: tuple[int, int], taken: list[Box], *, beside: bool
+    dice: Dice,
+    split: str,
+    size: tuple[int, int],
+    taken: list[Box],
+    counts: dict[int, int],
+    beside: bool,
 ) -> list[Thing]:
-    count = dice.weighted(COUNTS_BESIDE if beside else COUNTS)
+    count = dice.weighted(counts)
     sides = SIDES_BESIDE if beside else SIDES
     windows = _draw_windows(dice, size)
     things = []
@@ -219,13 +234,14 @@ def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
 def _place_in_window(
     ink: tuple[int, int], size: tuple[int, int], window: tuple[int, int]
 ) -> Box | None:
-    """The box of the size of `ink` in the middle of a window; None where that is too small."""
+    """The box of the size of `ink` in the upper left corner of a window; None where that is too
+    small."""
     corner = []
     for side, begin, extent in zip(size, window, ink, strict=True):
         room = WINDOW if side >= LONGEST else WINDOW * side // LONGEST
         if extent > room:
             return None
-        corner.append(begin + (room - extent) // 2)
+        corner.append(begin)
     x, y = corner
     return x, y, x + ink[0], y + ink[1]
 

@@ -3,12 +3,13 @@
 import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from vl2jax.data.row import Row
 from vl2jax.errors import UserError
 from vl2jax.synthetic import families_pictures, families_shapes, families_texts
 from vl2jax.synthetic.dice import Dice
-from vl2jax.synthetic.scene import ALLOWED, TRAIN, make_scene
+from vl2jax.synthetic.scene import ALLOWED, COUNTS, MOSTLY_TWO, TRAIN, make_scene
 from vl2jax.synthetic.turns import Situation, Turn
 
 Ask = Callable[[Situation, Dice, str], Turn | None]
@@ -21,11 +22,6 @@ MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a shor
 # A question names what later ones ask for ("the red circle"), so most rows begin with those that
 # give little away; the rest are shuffled.
 SORTED = 0.7
-
-# What training begins with: questions with answers of one word.  Their few tokens tell most about
-# the picture; beside boxes and descriptions they would be a small part of the gradient.
-FIRST_ROWS = 9000
-FIRST_LESSON = frozenset(("colour", "shape", "count", "digit"))
 
 IMAGE = "<image>"
 
@@ -57,8 +53,8 @@ MIXTURE = {
     "digit": Family("one digit", families_texts.ask_digit, "digit", 24),
     "number": Family("two or three digits", families_texts.ask_number, "number", 10),
     "word": Family("a word, read and understood", families_texts.ask_word, "word", 10),
-    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 30, 3),
-    "corner": Family("the corner of a shape", families_shapes.ask_corner, "shapes", 12, 3),
+    "grounding": Family("boxes of what is named", families_shapes.ask_place, "shapes", 45, 3),
+    "quarter": Family("the quarter it is in", families_shapes.ask_quarter, "shapes", 20, 3),
     "absent": Family("what is not there", families_shapes.ask_absent, "shapes", 12, 2),
     "exists": Family("whether it is there", families_shapes.ask_existence, "shapes", 6, 2),
     "relation": Family("left, right, above, below", families_shapes.ask_relation, "shapes", 4, 3),
@@ -86,9 +82,9 @@ class Pictures:
     weight: float
 
 
-def _scene(writing: str | None = None, alone: float = 0.0):
+def _scene(writing: str | None = None, alone: float = 0.0, counts: dict[int, int] = COUNTS):
     def make(dice: Dice, split: str) -> Situation:
-        scene = make_scene(dice, split, writing=writing, alone=dice.chance(alone))
+        scene = make_scene(dice, split, writing=writing, alone=dice.chance(alone), counts=counts)
         return Situation(split, (scene,))
 
     return make
@@ -103,8 +99,28 @@ PICTURES = {
     "chart": Pictures(families_pictures.make_chart, ("chart",), 3),
     "in_context": Pictures(families_pictures.make_in_context, ("in_context",), 3),
     "three": Pictures(families_pictures.make_three, ("three_images",), 2),
+    "mostly_two": Pictures(_scene(counts=MOSTLY_TWO), _ON_SHAPES, 0),  # for lessons alone
     "none": Pictures(lambda dice, split: Situation(split), ("text",), 3),
 }
+
+
+class Lesson(NamedTuple):
+    """What training begins with: how many rows, what they ask, and about which `PICTURES`."""
+
+    rows: int
+    families: frozenset[str]
+    pictures: dict[str, float]
+
+
+# Answers of one word tell most about the picture with few tokens; beside boxes and descriptions
+# they would be a small part of the gradient.  Places come next: of one thing alone the place is
+# known without its name, so most of these pictures have two.  Last comes all the rest.
+WORDS_FIRST = frozenset(("colour", "shape", "count", "digit"))
+PLACES_NEXT = WORDS_FIRST | {"grounding", "quarter", "absent"}
+LESSONS = (
+    Lesson(16000, WORDS_FIRST, {"shapes": 48, "digit": 20}),
+    Lesson(28000, PLACES_NEXT, {"mostly_two": 48, "digit": 6}),
+)
 _SPLITS = {name: number for number, name in enumerate(ALLOWED)}
 
 
@@ -134,7 +150,7 @@ class Synthetic:
       split: "train", "heldout" (other pictures, all pairs of colour and shape) or "combinations"
         (only pairs that training never shows).
       families: names of `FAMILIES`; None for all.
-      lessons: whether the first `FIRST_ROWS` rows ask no more than `FIRST_LESSON`.
+      lessons: whether the first rows ask no more than `LESSONS` say.
 
     Attributes:
       ordered: whether rows are to be read by number, not shuffled.
@@ -165,9 +181,9 @@ class Synthetic:
         """What a row says and is about, before anything is drawn."""
         dice = Dice(self._seed, _SPLITS[self._split], 0, _check_number("index", index))
         families, kinds = self._families, self._pictures
-        if self.ordered and index < FIRST_ROWS and families & FIRST_LESSON:
-            families = families & FIRST_LESSON
-            kinds = _pictures_of(families)
+        lesson = _lesson(index) if self.ordered else None
+        if lesson and families >= lesson.families:
+            families, kinds = lesson.families, lesson.pictures
         while True:
             kind = dice.weighted(kinds)
             situation = PICTURES[kind].make(dice, self._split)
@@ -200,6 +216,15 @@ class Synthetic:
         if dice.chance(SORTED):
             order.sort(key=lambda key: MIXTURE[key[0]].reveals)
         return [found[key] for key in order]
+
+
+def _lesson(index: int) -> Lesson | None:
+    """The lesson that a row belongs to; None behind the last."""
+    for lesson in LESSONS:
+        if index < lesson.rows:
+            return lesson
+        index -= lesson.rows
+    return None
 
 
 def _pictures_of(families: frozenset[str]) -> dict[str, float]:
