@@ -21,7 +21,7 @@ ALLOWED = {
 # Width and height in pixels -> how often; None is any size up to a tile with a shorter side.
 SIZES = {(76, 76): 84, None: 3, (152, 76): 4, (76, 152): 4, (114, 76): 2, (90, 72): 2, (72, 90): 1}
 SHORTEST, LONGEST = 60, 76
-# Shapes in a picture -> how often, alone and beside a writing.
+# Shapes in a picture -> how often: alone, in the lesson about places, and beside a writing.
 COUNTS = {1: 30, 2: 28, 3: 24, 4: 18}
 MOSTLY_TWO = {1: 5, 2: 60, 3: 22, 4: 13}
 COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
@@ -31,8 +31,8 @@ DIGIT_HEIGHTS, DIGIT_HEIGHTS_BESIDE = (40, 50), (30, 36)
 # Things lie on a grid of so many pixels, the patches of the small model, where there is room: a
 # young vision tower then meets the same patches often, and learns them from few pictures.
 GRID = 14
-# Without a writing each shape stands in the middle of a window of its own: two patches wide, what
-# the adaptor makes one token of.  The two windows of a side of 76 pixels begin at these.
+# Without a writing each shape stands in the upper left of a window of its own: two patches wide,
+# what the adaptor makes one token of.  The two windows of a side of 76 pixels begin at these.
 WINDOW = 2 * GRID
 BEGINS = (0, WINDOW)
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
