@@ -82,7 +82,7 @@ def test_what_a_run_leaves(run):
         *("devices", "mesh", "model", "memory", "step", "run", "data")
     ]
     assert "1 cpu" in first[0] and "data 1, fsdp 1, expert 1, tensor 1" in first[1]
-    assert "6 steps, 3,840 tokens" in first[5]
+    assert "6 steps, 2,880 tokens" in first[5]
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "token_acc", "grad_norm", "lr", "aux_loss"):
@@ -167,7 +167,7 @@ def test_broken_numbers(tmp_path):
     assert f"at step {step}," in message and 7 <= step <= 9 and str(kept) in message
     arrays = np.load(kept)
     assert str(arrays["names"][0]) in message and "synthetic train row" in message
-    assert arrays["tokens"].shape == (1, 2, 320)
+    assert arrays["tokens"].shape == (1, 2, 240)
     assert complete_steps(tmp_path) == [4, 6]
 
 
