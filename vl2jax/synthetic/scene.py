@@ -139,14 +139,13 @@ def make_scene(
       alone: whether the writing is all there is.
       counts: shapes where there is no writing -> how often.
     """
-    counts = COUNTS_BESIDE if writing else counts
     size = pick_size(dice)
     taken: list[Box] = []
     text = None
     if writing:
         text = _write(dice, size, writing, alone)
         taken.append(text.box)
-    things = [] if alone else _place_things(dice, split, size, taken, counts, bool(writing))
+    things = [] if alone else _place_things(dice, split, size, taken, None if writing else counts)
     return Scene(size, light(dice), tuple(things), text)
 
 
@@ -195,10 +194,11 @@ def _place_things(
     split: str,
     size: tuple[int, int],
     taken: list[Box],
-    counts: dict[int, int],
-    beside: bool,
+    counts: dict[int, int] | None,
 ) -> list[Thing]:
-    count = dice.weighted(counts)
+    """Things clear of what is taken; `counts` is None beside a writing."""
+    beside = counts is None
+    count = dice.weighted(COUNTS_BESIDE if beside else counts)
     sides = SIDES_BESIDE if beside else SIDES
     windows = _draw_windows(dice, size)
     things = []
