@@ -266,6 +266,22 @@ def test_a_failed_first_save_warns_by_default(tmp_path, file_size_limit, capsys)
     assert "there is none yet" in err
 
 
+def test_late_writes_of_a_failed_save_are_removed_too(tmp_path, monkeypatch):
+    torn = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+    torn.mkdir(parents=True)
+    remove, late = shutil.rmtree, ["c", "b", "a"]
+
+    def remove_before_the_last_write(path, **options):
+        remove(path, **options)
+        if late:
+            torn.mkdir()
+            (torn / late.pop()).touch()
+
+    monkeypatch.setattr(shutil, "rmtree", remove_before_the_last_write)
+    with Workdir(tmp_path, keep=1, keep_every=None):
+        assert not late and not torn.exists()
+
+
 def test_reasons_in_a_few_words():
     where = 'Error writing "params.x/0" in OCDBT database at local file "/x"'
     assert reason(OSError(28, "No space left on device")) == "the disk is full"

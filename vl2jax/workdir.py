@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vl2jax.store import CheckpointError, ParamStore
 
 OPT_STATE, DATA = "opt_state", "data"
 _TORN = ".orbax-checkpoint-tmp"  # in the name of what is being written, or was when it ended
+_REMOVALS, _LATE = 100, 0.05  # times that torn checkpoints are removed, seconds between them
 
 
 class Workdir:
@@ -222,11 +224,20 @@ class Workdir:
         )
 
     def _remove_torn(self) -> None:
-        """Removes half-written checkpoints; none of ours is being written when this is called."""
-        if jax.process_index() == 0:
-            for entry in self._checkpoints.iterdir():
-                if _TORN in entry.name:
-                    shutil.rmtree(entry, ignore_errors=True)
+        """Removes half-written checkpoints; none of ours is being saved when this is called.
+
+        The storage library may still put down files of a save that has failed, which makes a
+        directory again, or one that is not empty; so this goes on until none is left.
+        """
+        if jax.process_index() != 0:
+            return
+        for _ in range(_REMOVALS):
+            torn = [entry for entry in self._checkpoints.iterdir() if _TORN in entry.name]
+            if not torn:
+                return
+            for entry in torn:
+                shutil.rmtree(entry, ignore_errors=True)
+            time.sleep(_LATE)
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
