@@ -146,12 +146,15 @@ def _plain(q, k, v, scale, see=None):
     )
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("masked", [False, True, "ordered"])
-def test_attend_equals_the_plain_softmax(monkeypatch, masked, shared, chunk):
-    """Values and gradients; widths of keys and values differ."""
+def test_attend_equals_the_plain_softmax(monkeypatch, masked, shared, chunk, apart):
+    """Values and gradients, all heads at once and one by one; widths of keys and values differ."""
     monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k, ordered: chunk)
+    for least in ("SCORES_APART", "ORDERED_APART", "ALL_APART"):
+        monkeypatch.setattr(attend, least, 0 if apart else 1 << 30)
     keys = jax.random.split(jax.random.key(5), 3)
     heads = 1 if shared else 3
     q = jax.random.normal(keys[0], (2, 13, 3, 8))

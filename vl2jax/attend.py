@@ -21,6 +21,9 @@ from vl2jax.layers import PRODUCT, product
 # be large.
 CPU_SCORES = 1 << 21
 QUERY_CHUNK, WHOLE = 256, 1024
+# Scores of one head, and of all, from which on a CPU is faster with one head after the other; of
+# ordered sequences it must be more, for they are cut into small products already.
+SCORES_APART, ORDERED_APART, ALL_APART = 1 << 19, 1 << 22, 1 << 23
 # Most extents of keys among the steps of an ordered sequence: each is code of its own, and with
 # eight of them 1/16 of the scores is computed in vain, of one half.
 EXTENTS = 8
@@ -229,6 +232,25 @@ def _cpu_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
     return -(-length // -(-length // target))
 
 
+def _heads_apart(run, q, k, v, visibility, *more):
+    """`run` on one head of one row after the other, where these are large (see `SCORES_APART`)."""
+    (rows, heads, length, _), keys = q.shape, k.shape[2]
+    least = ORDERED_APART if _ordered(visibility) else SCORES_APART
+    small = length * keys < least or rows * heads * length * keys < ALL_APART
+    if small or current_mesh() is not None:
+        return run(q, k, v, visibility, *more)
+
+    def apart(a: jax.Array) -> jax.Array:
+        return a.reshape(rows * heads, 1, 1, *a.shape[2:])
+
+    def of_each_head(a: jax.Array) -> jax.Array:
+        return jnp.repeat(a, heads, axis=0)[:, None]
+
+    inputs = apart(q), apart(k), apart(v), jax.tree.map(of_each_head, visibility)
+    out = jax.lax.map(lambda one: run(*one), (*inputs, *map(apart, more)))
+    return jax.tree.map(lambda a: a.reshape(rows, heads, *a.shape[3:]), out)
+
+
 def _default_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
     del k, ordered
     return q.shape[2] if q.shape[2] <= WHOLE else QUERY_CHUNK
@@ -238,7 +260,7 @@ def _on_each_platform(run, *arguments):
     """`run` with the chunk size that suits the platform it is compiled for."""
     return jax.lax.platform_dependent(
         *arguments,
-        cpu=functools.partial(run, _cpu_chunk),
+        cpu=functools.partial(_heads_apart, functools.partial(run, _cpu_chunk)),
         default=functools.partial(run, _default_chunk),
     )
 
