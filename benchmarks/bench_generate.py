@@ -69,6 +69,7 @@ class Case:
         self,
         config: VL2Config,
         dtype: str,
+        *,
         apart: bool | None = None,
         quantize: str | None = None,
     ):
@@ -207,7 +208,7 @@ def token_bytes(config: VL2Config, params) -> int:
 
 def measure(config: VL2Config, dtype: str, repeats: int, quantize: str | None) -> dict:
     """Everything of one case."""
-    case = Case(config, dtype, quantize)
+    case = Case(config, dtype, quantize=quantize)
     speed, used = memory_rate(repeats), token_bytes(config, case.params)
     return {
         "vision_tiles_per_s": rate(4, seconds_of(case.vision(), repeats)),
@@ -263,7 +264,7 @@ def expert_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]
 def layouts(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
     """Layers in stacks and apart, bursts and one dispatch per token."""
     for apart in (False, True):
-        case = Case(config, dtype, apart)
+        case = Case(config, dtype, apart=apart)
         for rows in (1, 8):
             start = time.perf_counter()
             case.compiled_burst(rows)

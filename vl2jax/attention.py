@@ -20,6 +20,9 @@ from vl2jax.sharding import CACHE_RULES
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
 _LATENT_NORM_EPS = 1e-6
+# What a cache that is kept as bits holds, see `init_cache`.
+_OF_BITS = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint32): jnp.float32}
+_COPIES_FLOAT32 = jax.__version_info__ < (0, 12)
 _FEW = 16  # queries of all heads and rows, see `_absorbed_few`
 
 
@@ -91,9 +94,13 @@ def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) ->
     """Zeros: a cache for `layers` layers, `rows` rows of up to `slots` tokens.
 
     On CPU bfloat16 is kept as its bits, uint16: to write one token, XLA's compiler would make all
-    of the cache float32 and bfloat16 again.
+    of the cache float32 and bfloat16 again.  For MHA, so is float32 before jax 0.12: to read a
+    cache that it writes in place, it would copy it, three times per token.
     """
-    dtype = jnp.uint16 if on_cpu() and dtype == jnp.bfloat16 else dtype
+    if on_cpu() and dtype == jnp.bfloat16:
+        dtype = jnp.uint16
+    elif on_cpu() and dtype == jnp.float32 and not cfg.use_mla and _COPIES_FLOAT32:
+        dtype = jnp.uint32
 
     def zeros(name: str, *shape: int) -> jax.Array:
         return constrain(jnp.zeros((layers, rows, *shape), dtype), *CACHE_RULES[name])
@@ -134,15 +141,15 @@ def _write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Ar
 
 def _as_stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Values in the dtype of a cache, see `init_cache`."""
-    if dtype != jnp.uint16:
+    if dtype not in _OF_BITS:
         return x.astype(dtype)
-    return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)
+    return jax.lax.bitcast_convert_type(x.astype(_OF_BITS[dtype]), dtype)
 
 
 def _as_read(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The inverse of `_as_stored`."""
-    if x.dtype == jnp.uint16:
-        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    if x.dtype in _OF_BITS:
+        x = jax.lax.bitcast_convert_type(x, _OF_BITS[x.dtype])
     return x.astype(dtype)
 
 
