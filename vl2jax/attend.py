@@ -257,7 +257,7 @@ def _default_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
 
 
 def _on_each_platform(run, *arguments):
-    """`run` with the chunk size that suits the platform it is compiled for."""
+    """`run` in the form, and with the chunk size, that suit the platform it is compiled for."""
     return jax.lax.platform_dependent(
         *arguments,
         cpu=functools.partial(_heads_apart, functools.partial(run, _cpu_chunk)),

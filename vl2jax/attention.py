@@ -20,7 +20,7 @@ from vl2jax.sharding import CACHE_RULES
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
 _LATENT_NORM_EPS = 1e-6
-# What a cache that is kept as bits holds, see `init_cache`.
+# What a cache that is kept as bits holds, and whether float32 is kept so, see `init_cache`.
 _OF_BITS = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint32): jnp.float32}
 _COPIES_FLOAT32 = jax.__version_info__ < (0, 12)
 _FEW = 16  # queries of all heads and rows, see `_absorbed_few`
