@@ -25,6 +25,7 @@ from vl2jax.ambient import batch_shards, must_block
 from vl2jax.api import DTYPES
 from vl2jax.cli import run_cli
 from vl2jax.compilation_cache import set_compilation_cache
+from vl2jax.compiler_options import options_to_run_once
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
 from vl2jax.errors import UserError
@@ -124,7 +125,12 @@ def first_state(
         return TrainState(rest["step"], params, router, rest["optimizer"]), data_state
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
     if not config.init_from:
-        init = jax.jit(init_state, static_argnums=0, out_shardings=shardings)
+        init = jax.jit(
+            init_state,
+            static_argnums=0,
+            out_shardings=shardings,
+            compiler_options=options_to_run_once(jax.default_backend()),
+        )
         return init(recipe, jax.random.key(config.seed)), None
     variables = init_params(
         config.init_from,

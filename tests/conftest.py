@@ -29,6 +29,18 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def quick_compilation():
+    """Programs are compiled in half the time and run slower: XLA optimises, LLVM does not.
+
+    For tests whose programs run once and briefly; what is held to the original's numbers is
+    compiled as users have it.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     """The small part of the reference data that the project carries."""

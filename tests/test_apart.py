@@ -18,6 +18,8 @@ from vl2jax.kernels import compiling_for
 from vl2jax.model import VL2
 from vl2jax.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _copy(tree):
     """New dicts and the same leaves."""

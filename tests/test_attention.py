@@ -12,6 +12,8 @@ from vl2jax.attention import MHA, MLA, Context, init_cache
 from vl2jax.config import DecoderConfig
 from vl2jax.rope import rope_table
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MLA_CFG = DecoderConfig(
     hidden_size=24,
     num_attention_heads=3,

@@ -18,6 +18,8 @@ from vl2jax.scoring import Score
 from vl2jax.session import Session
 from vl2jax.synthetic import FAMILIES, question
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = ("--data", "synthetic", "--dtype", "float32", "--max_new_tokens", 4, "--batch_size", 8)
 OFF = ("--compilation_cache", "off")
 

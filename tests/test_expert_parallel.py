@@ -12,6 +12,8 @@ from vl2jax.ambient import AXES
 from vl2jax.expert_parallel import choose_exchange, expert_parallel, rows_sent
 from vl2jax.sharding import make_mesh, param_shardings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, T, D, F, E, K = 8, 6, 12, 8, 8, 3
 PATH = "mlp/experts/{}_proj"
 

@@ -7,6 +7,8 @@ import pytest
 
 from vl2jax import experts
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 T, D, F, E, K = 37, 12, 8, 6, 3
 
 

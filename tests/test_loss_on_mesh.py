@@ -14,6 +14,8 @@ from vl2jax.chunked_loss import chunked_next_token_loss
 from vl2jax.hlo import analyse
 from vl2jax.sharding import make_mesh, param_spec
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROWS, TOKENS, WIDTH, VOCAB = 8, 24, 16, 64
 COLUMNS = 5  # of a block, where a device has one row
 MESHES = {

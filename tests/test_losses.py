@@ -11,6 +11,8 @@ from vl2jax.batch import Batch
 from vl2jax.chunked_loss import chunked_next_token_loss
 from vl2jax.losses import next_token_loss, shift_targets
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 B, T, D, VOCAB = 3, 21, 10, 33
 
 

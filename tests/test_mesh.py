@@ -18,6 +18,8 @@ from vl2jax.run_setup import jit_train_step, state_shapes
 from vl2jax.sharding import make_mesh, param_shardings
 from vl2jax.train_step import train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MESHES = {
     "data=8": (8, 1, 1, 1),
     "fsdp=8": (1, 8, 1, 1),

@@ -15,6 +15,8 @@ from vl2jax.muon import RMS, matrix_axes, scale_by_muon_or_adam
 from vl2jax.optim import OptimConfig, make_optimizer
 from vl2jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_is_a_matrix_or_adams(name):

@@ -62,6 +62,7 @@ def test_every_stored_intermediate(mini, name, case):
     assert checked == {key for key in arrays if key.startswith("out/")}
 
 
+@pytest.mark.usefixtures("quick_compilation")  # test_train_step.py has them at full optimisation
 @pytest.mark.parametrize("case", ["train", "train_nopad"])
 @pytest.mark.parametrize("name", MINIS)
 def test_losses_and_gradients(mini, name, case):
@@ -124,6 +125,7 @@ def _check_gradients(found, arrays, tag):
             assert_close(found[name], want, 5e-5 * np.abs(want).max() + 1e-6, key)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("case", ["train", "train_nopad"])
 @pytest.mark.parametrize("name", ["mini-tiny", "mini-small", "mini-extra"])
 def test_batch_wise_auxiliary_loss(mini, name, case):

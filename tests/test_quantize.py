@@ -39,6 +39,8 @@ from vl2jax.quantize import (
 from vl2jax.sampling import SamplingParams
 from vl2jax.sharding import make_mesh, param_shardings, param_spec
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def is_int8(leaf) -> bool:
     return isinstance(leaf, Int8)

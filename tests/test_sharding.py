@@ -26,6 +26,8 @@ from vl2jax.sharding import (
     read_mesh,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _mesh(**axes):
     types = (jax.sharding.AxisType.Auto,) * len(axes)

@@ -14,6 +14,8 @@ from vl2jax.attend_tpu import splash
 from vl2jax.experts_gmm import grouped_ffn, tile_columns, tile_rows
 from vl2jax.kernels import compiling_for, on_tpu
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
     ("routing", "chunk"), [("random", None), ("empty", None), ("one", 48), ("random", 32)]

@@ -22,3 +22,12 @@ def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, 
     if backend == "tpu":
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     return None
+
+
+def options_to_run_once(backend: str) -> dict[str, int] | None:
+    """For a program that runs once: on CPU machine code is optimised only a little.
+
+    That of the random numbers of a whole model takes three times as long to compile otherwise, and
+    is not faster.
+    """
+    return {"xla_backend_optimization_level": 1} if backend == "cpu" else None

@@ -215,5 +215,10 @@ def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
 
 def abstract_params(config: VL2Config, param_dtype=jnp.float32):
     """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda shape: shape, _abstract_params(config, jnp.dtype(param_dtype)))
+
+
+@functools.cache
+def _abstract_params(config: VL2Config, param_dtype: jnp.dtype):
     model = VL2(config, param_dtype=param_dtype)
     return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))

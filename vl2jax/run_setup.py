@@ -34,7 +34,7 @@ from vl2jax.sharding import (
 )
 from vl2jax.synthetic import Synthetic
 from vl2jax.synthetic.tokens import write_processor_files
-from vl2jax.train_step import Recipe, TrainState, eval_step, init_state, train_step
+from vl2jax.train_step import Recipe, TrainState, eval_step, new_state, train_step
 
 
 def choose_architecture(config: RunConfig) -> VL2Config:
@@ -84,7 +84,8 @@ def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.M
 
 def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(functools.partial(init_state, recipe), jax.random.key(0))
+    variables = abstract_params(recipe.model.config, recipe.model.param_dtype)
+    shapes = jax.eval_shape(functools.partial(new_state, recipe), variables)
     scalar = optimizer_shardings(mesh, shapes.step)
     shardings = TrainState(
         step=scalar,
