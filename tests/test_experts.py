@@ -85,7 +85,7 @@ def test_bfloat16_keeps_its_dtype():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "n", "rows"), [(6, 64, 1), (48, 64, 1), (100, 64, 2), (12288, 64, 128)]
+    ("pairs", "n", "rows"), [(6, 64, 2), (48, 64, 2), (100, 64, 4), (192, 64, 4), (12288, 64, 128)]
 )
 def test_block_rows(pairs, n, rows):
     assert experts._block_rows(pairs, n) == rows

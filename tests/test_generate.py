@@ -223,6 +223,7 @@ def test_left_padding_is_refused(rows):
         these.generate(flipped)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_expert_stacks_change_nothing(rows):
     """Inference takes the experts of all layers whole; a pass over sliced layers agrees."""
     these = rows("mini-extra")  # experts in two runs of layers

@@ -252,7 +252,7 @@ def test_fine_tuning(mini, tmp_path):
     settings = {
         "init_from": tmp_path / "start",
         "data.train": tmp_path / "data.json",
-        "steps": 100,
+        "steps": 70,
         "batch.rows": 1,
         "batch.length": 1024,
         "batch.tiles": 72,
@@ -270,7 +270,7 @@ def test_fine_tuning(mini, tmp_path):
     assert rows[0]["train/token_acc"] < 0.3 and rows[-1]["train/token_acc"] == 1.0
     to_hf.convert(tmp_path / "run", tmp_path / "export")
     to_jax.convert(tmp_path / "export", tmp_path / "again")
-    want = flatten(load_params(tmp_path / "run" / "checkpoints" / "100" / "params"))
+    want = flatten(load_params(tmp_path / "run" / "checkpoints" / "70" / "params"))
     got = flatten(load_params(tmp_path / "again" / "params"))
     assert want.keys() == got.keys()
     for path, value in want.items():

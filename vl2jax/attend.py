@@ -24,6 +24,8 @@ QUERY_CHUNK, WHOLE = 256, 1024
 # Scores of one head, and of all, from which on a CPU is faster with one head after the other; of
 # ordered sequences it must be more, for they are cut into small products already.
 SCORES_APART, ORDERED_APART, ALL_APART = 1 << 19, 1 << 22, 1 << 23
+# Numbers of queries for which a CPU multiplies faster with the keys as the rows of the product.
+FEW = range(4, 65)
 # Most extents of keys among the steps of an ordered sequence: each is code of its own, and with
 # eight of them 1/16 of the scores is computed in vain, of one half.
 EXTENTS = 8
@@ -214,7 +216,10 @@ def _queries(visibility: Visibility | None):
 
 def _scores(q, k, scale, visibility, seen) -> jax.Array:
     """float32[B, H, T, S], masked."""
-    scores = product("BHTK,BHSK->BHTS", q, k) * scale
+    if q.shape[2] in FEW and on_cpu():
+        scores = product("BHSK,BHTK->BHST", k, q).swapaxes(2, 3) * scale
+    else:
+        scores = product("BHTK,BHSK->BHTS", q, k) * scale
     if visibility is None:
         return scores
     positions, segments = (a[:, 0, :, 0] for a in seen)

@@ -19,7 +19,7 @@ from vl2jax.kernels import on_cpu, on_tpu
 from vl2jax.layers import PRODUCT, matmul, product
 from vl2jax.quantize import Int8, Weight, cast, widen
 
-MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK = 256, 64, 16  # rows
+MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK, TINY_BLOCK = 256, 64, 16, 4  # rows
 ACTIVE, BLOCKS = "active_experts", "expert_blocks"  # in the names of the loops
 MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
 
@@ -166,12 +166,13 @@ def _sorted(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:
-    """A power of two near half the mean number of tokens per expert; of few tokens, near all.
+    """A power of two near half the mean number of tokens per expert; of few tokens, near all, and
+    of very few, near twice as many, so that most experts need one block.
 
     Half of an expert's last block is padding on average, which smaller blocks make less of.
     """
     mean = -(-pairs // n_experts)
-    rows = max(-(-mean // 2), min(mean, SMALL_BLOCK))
+    rows = max(-(-mean // 2), min(mean, SMALL_BLOCK), min(2 * mean, TINY_BLOCK))
     return min(MAX_BLOCK, 1 << (rows - 1).bit_length())
 
 
