@@ -6,13 +6,14 @@ atomic rename) is Orbax's own, so the result is an ordinary Orbax checkpoint.
 """
 
 import collections
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from vl2jax.orbax_io import silence_orbax
 
 _IN_FLIGHT = 64 * 2**20  # bytes of slices handed to tensorstore and not yet on the disk
 
@@ -57,12 +58,9 @@ def save_streamed(directory: Path, arrays: Mapping[str, StreamedArray]) -> None:
             node = node.setdefault(parent, {})
         node[last] = array
     registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _handler(ocp)))
-    with (
-        _quiet(),
-        ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-        ) as checkpointer,
-    ):
+    silence_orbax()
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(directory).resolve(), args=ocp.args.PyTreeSave(tree))
 
 
@@ -107,16 +105,3 @@ async def _write(array: StreamedArray, spec: dict, context) -> None:
             in_flight -= nbytes
     for future, _ in waiting:
         await future
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging what is no news to a user."""
-    from absl import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import ml_dtypes
@@ -521,6 +522,16 @@ def test_killed_conversion_leaves_nothing_that_loads(source, tmp_path):
     to_jax.convert(source, out, check=True)
     assert read_model_dir(out).config == MICRO
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_late_writes_of_a_conversion_say_nothing(source, tmp_path, monkeypatch):
+    """What ends after an interruption has closed its event loop is no news; all else is."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: shown.append(str(error.exc_value)))
+    to_jax.convert(source, tmp_path / "out")
+    for message in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message), object=None))
+    assert shown == ["another"]
 
 
 def test_interrupted_conversion_cleans_up(source, tmp_path):

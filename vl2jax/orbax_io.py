@@ -26,7 +26,7 @@ def open_manager(directory: Path, keep: int, keep_every: int | None):
     """The Orbax manager of a directory of checkpoints."""
     import orbax.checkpoint as ocp
 
-    _silence_orbax()
+    silence_orbax()
     managers = ocp.checkpoint_managers
     rules = [managers.LatestN(keep)]
     rules += [] if keep_every is None else [managers.EveryNSteps(keep_every)]
@@ -52,7 +52,7 @@ def close_manager(manager) -> None:
         return
 
 
-def _silence_orbax() -> None:
+def silence_orbax() -> None:
     """Drops Orbax's log: what a user must know is told here, once."""
     from absl import logging as absl_logging
 
