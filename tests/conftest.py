@@ -33,8 +33,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def quick_compilation():
     """Programs are compiled in half the time and run slower: XLA optimises, LLVM does not.
 
-    For tests whose programs run once and briefly; what is held to the original's numbers is
-    compiled as users have it.
+    For tests whose programs run once and briefly.  Values, tokens and two models' gradients of the
+    original (`test_train_step.py`) are checked as users have them compiled.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -12,7 +12,7 @@ from vl2jax.batch import FIRST_TILE_ROW, Batch
 from vl2jax.collate import Sample, collate
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.data.packing import BatchShape, Packer, assemble
-from vl2jax.model import VL2, abstract_params, init_variables
+from vl2jax.model import VL2, abstract_params
 from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
 from vl2jax.train_step import Recipe, TrainState, new_state
 
@@ -77,20 +77,25 @@ def recipe(config: VL2Config, pools: int = 1, **options) -> Recipe:
     )
 
 
+def drawn(shapes, deviation: float):
+    """Parameters of these shapes, drawn by NumPy, which compiles nothing; norms scale by 1."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf) -> np.ndarray:
+        if "scale" in jax.tree_util.keystr(path):
+            return np.ones(leaf.shape, np.float32)
+        return rng.normal(0, deviation, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def start(recipe: Recipe, routing: str = "free") -> TrainState:
-    """The state before the first step, in NumPy, which compiles nothing.
+    """The state before the first step, of `drawn` parameters.
 
     With `routing` "extreme" one expert is chosen by all tokens and half of the others by none.
     """
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(init_variables, recipe.model), jax.random.key(0))
-
-    def fill(path, leaf) -> np.ndarray:
-        if "scale" in jax.tree_util.keystr(path):
-            return np.ones(leaf.shape, np.float32)
-        return rng.normal(0, 0.15, leaf.shape).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(fill, shapes["params"])
+    shapes = abstract_params(recipe.model.config)
+    params = drawn(shapes["params"], 0.15)
     bias = np.array([0, -9, 0, -9, 0, 9, -9, -9] if routing == "extreme" else [0] * 8, np.float32)
     router = jax.tree.map(lambda leaf: np.broadcast_to(bias, leaf.shape), shapes["router"])
     return new_state(recipe, {"params": params, "router": router})

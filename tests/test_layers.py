@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from mesh_case import drawn
 
 from vl2jax.batch import TEXT, Batch
 from vl2jax.chunked_loss import chunked_next_token_loss
@@ -64,14 +65,7 @@ def _batch() -> Batch:
 
 @functools.cache
 def _params():
-    """Drawn by NumPy, which compiles nothing."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf) -> np.ndarray:
-        mean = float("scale" in jax.tree_util.keystr(path))
-        return rng.normal(mean, 0.2, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(SMALL)["params"])
+    return drawn(abstract_params(SMALL)["params"], 0.2)
 
 
 def _loss(params, dtype=jnp.float32, config=SMALL, **options):

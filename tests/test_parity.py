@@ -62,7 +62,7 @@ def test_every_stored_intermediate(mini, name, case):
     assert checked == {key for key in arrays if key.startswith("out/")}
 
 
-@pytest.mark.usefixtures("quick_compilation")  # test_train_step.py has them at full optimisation
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("case", ["train", "train_nopad"])
 @pytest.mark.parametrize("name", MINIS)
 def test_losses_and_gradients(mini, name, case):
