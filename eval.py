@@ -14,6 +14,7 @@ answers-int8.jsonl.  Measures are explained in vl2jax/scoring.py.
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import sys
@@ -350,4 +351,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the imports made stays, and is not looked through again and again
     sys.exit(main())

@@ -13,6 +13,7 @@ on where its working directory ends when the same command is given again.
 import contextlib
 import dataclasses
 import functools
+import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -267,5 +268,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what the imports made stays, and is not looked through again and again
     define_flags()
     raise SystemExit(main(sys.argv))

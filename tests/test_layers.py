@@ -15,8 +15,8 @@ from vl2jax.batch import TEXT, Batch
 from vl2jax.chunked_loss import chunked_next_token_loss
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.errors import UserError
-from vl2jax.layers import REMAT, GatedMLP, einsum
-from vl2jax.model import VL2, abstract_params
+from vl2jax.layers import REMAT, GatedMLP, RMSNorm, einsum
+from vl2jax.model import VL2, abstract_params, init_variables
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -167,3 +167,16 @@ def test_a_model_trains_in_bfloat16_from_float32_weights():
         norms.append((np.sum((rounded - exact) ** 2), np.sum(exact**2)))
     wrong, size = np.sum(norms, axis=0)
     assert wrong < 0.03**2 * size
+
+
+@pytest.mark.parametrize(
+    "scale, found", [({}, "missing"), ({"scale": jnp.ones(3)}, r"of shape \(3,\)")]
+)
+def test_a_parameter_that_does_not_fit(scale, found):
+    with pytest.raises(ValueError, match=rf"scale is {found}; the model has one of shape \(4,\)"):
+        RMSNorm(1e-6).apply({"params": scale}, jnp.ones((2, 4)))
+
+
+def test_shapes_are_those_of_drawn_parameters():
+    drawn_ones = jax.eval_shape(lambda: init_variables(VL2(SMALL), jax.random.key(0)))
+    assert abstract_params(SMALL) == drawn_ones

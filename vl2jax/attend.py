@@ -135,7 +135,7 @@ def _attend_forward(q, k, v, visibility, scale):
             out.append(part(_cut(rows, queries), *_cut((k, v), keys), _first(visibility, keys)))
         return jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *out)
 
-    out = _on_each_platform(run, q, k, v, visibility)
+    out = _as_suits(run, q, k, v, visibility)
     y, highest, norm = (checkpoint_name(a, PRODUCT) for a in out)
     return y, (q, k, v, visibility, y, highest, norm)
 
@@ -172,7 +172,7 @@ def _attend_backward(scale, residuals, g):
         return jnp.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
     q, k, v, visibility, *saved = residuals
-    gradients = _on_each_platform(run, q, k, v, visibility, *saved, g.astype(v.dtype))
+    gradients = _as_suits(run, q, k, v, visibility, *saved, g.astype(v.dtype))
     return *gradients, None
 
 
@@ -261,13 +261,11 @@ def _default_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
     return q.shape[2] if q.shape[2] <= WHOLE else QUERY_CHUNK
 
 
-def _on_each_platform(run, *arguments):
-    """`run` in the form, and with the chunk size, that suit the platform it is compiled for."""
-    return jax.lax.platform_dependent(
-        *arguments,
-        cpu=functools.partial(_heads_apart, functools.partial(run, _cpu_chunk)),
-        default=functools.partial(run, _default_chunk),
-    )
+def _as_suits(run, *arguments):
+    """`run` in the form, and with the chunk size, that suit the platform."""
+    if on_cpu():
+        return _heads_apart(functools.partial(run, _cpu_chunk), *arguments)
+    return run(_default_chunk, *arguments)
 
 
 def _chunked(step, rows, chunk: int):

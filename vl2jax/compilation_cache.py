@@ -21,7 +21,7 @@ def set_compilation_cache(directory: str | None) -> None:
             raise
         return  # it works without
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
 def show_compilations() -> None:

@@ -12,6 +12,7 @@ from vl2jax.attention import MHA, MLA, Cache, Context, init_cache
 from vl2jax.config import DecoderConfig, LayerRun
 from vl2jax.layers import GatedMLP, Kernel, RMSNorm, matmul, remat_layer
 from vl2jax.moe import EXPERT_STACKS, Balance, MoE
+from vl2jax.parameter import parameter
 from vl2jax.rope import rope_table
 
 Caches = dict[str, Cache]  # by name of the run
@@ -95,6 +96,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=run.count,
+                check_constancy_invariants=False,  # one tracing of the layer in place of two
             )(
                 cfg,
                 run.is_moe,
@@ -169,6 +171,6 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.features)
-        table = self.param("embedding", self.init, shape, self.param_dtype)
+        table = parameter(self, "embedding", self.init, shape, self.param_dtype)
         table = constrain(table, "tensor")  # whole rows: else tokens of all devices were gathered
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

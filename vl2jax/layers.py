@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vl2jax.kernels import on_cpu
+from vl2jax.parameter import parameter
 from vl2jax.quantize import Int8, Weight, scaled_product
 
 EXCHANGED = "exchanged"  # name of the rows that an exchange among experts has brought
@@ -93,16 +95,10 @@ def matmul(x: jax.Array, w: Weight) -> jax.Array:
     For a single bfloat16 row XLA's CPU compiler leaves its fast path (five times slower than two
     rows), so there it gets a row of zeros for company.
     """
-
-    def plain(x: jax.Array, w: Weight) -> jax.Array:
-        return einsum("MK,KN->MN", x, w)
-
-    def in_company(x: jax.Array, w: Weight) -> jax.Array:
-        return plain(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
-
-    if x.shape[0] > 1 or x.dtype != jnp.bfloat16:
-        return plain(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=in_company, default=plain)
+    rows = x.shape[0]
+    if rows == 1 and x.dtype == jnp.bfloat16 and on_cpu():
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    return einsum("MK,KN->MN", x, w)[:rows]
 
 
 class Kernel(nn.Module):
@@ -114,7 +110,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> Weight:
-        return self.param("kernel", self.init, self.shape, self.param_dtype)
+        return parameter(self, "kernel", self.init, self.shape, self.param_dtype)
 
 
 class Linear(nn.Module):
@@ -137,12 +133,12 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = x.shape[x.ndim - self.num_in :]
         init = self.init or fan_in_normal(math.prod(inputs))
-        kernel = self.param("kernel", init, (*inputs, *self.features), self.param_dtype)
+        kernel = parameter(self, "kernel", init, (*inputs, *self.features), self.param_dtype)
         rows, size = x.shape[: x.ndim - self.num_in], math.prod(inputs)
         x, kernel = x.astype(self.dtype).reshape(-1, size), _matrix(kernel, self.num_in)
         y = matmul(x, kernel).reshape(*rows, *self.features)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, self.param_dtype)
+            bias = parameter(self, "bias", nn.initializers.zeros, self.features, self.param_dtype)
             y += along_last(bias.astype(jnp.float32), y)
         return y.astype(self.dtype)
 
@@ -161,7 +157,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
         x = x.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return along_last(scale.astype(self.dtype), x) * normed.astype(self.dtype)
@@ -176,8 +172,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)

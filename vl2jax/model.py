@@ -20,6 +20,7 @@ from vl2jax.decoder import Caches, Decoder
 from vl2jax.errors import UserError
 from vl2jax.layers import REMAT
 from vl2jax.moe import Balance
+from vl2jax.parameter import parameter, shapes_alone
 from vl2jax.vision import VisionTower
 
 
@@ -84,8 +85,8 @@ class VL2(nn.Module):
         )
         width = cfg.adaptor.n_embed
         init = nn.initializers.normal(width**-0.5)
-        self.image_newline = self.param("image_newline", init, (width,), self.param_dtype)
-        self.view_seperator = self.param("view_seperator", init, (width,), self.param_dtype)
+        self.image_newline = parameter(self, "image_newline", init, (width,), self.param_dtype)
+        self.view_seperator = parameter(self, "view_seperator", init, (width,), self.param_dtype)
 
     def image_table(self, tiles: jax.Array) -> jax.Array:
         """The rows that `image_index` points into.
@@ -221,4 +222,5 @@ def abstract_params(config: VL2Config, param_dtype=jnp.float32):
 @functools.cache
 def _abstract_params(config: VL2Config, param_dtype: jnp.dtype):
     model = VL2(config, param_dtype=param_dtype)
-    return jax.eval_shape(functools.partial(init_variables, model), jax.random.key(0))
+    with shapes_alone():
+        return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))

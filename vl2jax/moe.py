@@ -17,6 +17,7 @@ from vl2jax.expert_parallel import expert_parallel
 from vl2jax.experts import IMPLEMENTATIONS, ExpertWeights, automatic
 from vl2jax.layers import GatedMLP
 from vl2jax.losses import batch_balance_loss, expert_load, sequence_balance_loss
+from vl2jax.parameter import parameter
 
 EXPERT_STACKS = "expert_stacks"  # a collection, see `expert_stacks`
 
@@ -96,7 +97,7 @@ class Gate(nn.Module):
         cfg, bias = self.cfg, None
         init = nn.initializers.normal(cfg.initializer_range)
         shape = (x.shape[-1], cfg.n_routed_experts)
-        kernel = self.param("kernel", init, shape, self.param_dtype)
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
         if cfg.topk_method == "noaux_tc":
             shape = (cfg.n_routed_experts,)
@@ -131,7 +132,7 @@ class Experts(nn.Module):
             routing.weights.reshape(tokens, -1),
             routing.experts.reshape(tokens, -1),
         )
-        mesh = None if self.is_initializing() else current_mesh()
+        mesh = current_mesh()
         if self.has_variable(EXPERT_STACKS, "gate_proj"):
             names = ("gate_proj", "up_proj", "down_proj")
             stacks = ExpertWeights(*(self.get_variable(EXPERT_STACKS, name) for name in names))
@@ -145,13 +146,15 @@ class Experts(nn.Module):
 
         def weight(name: str, *shape: int) -> jax.Array:
             shape = (experts, *shape)
-            return self.param(name, init, shape, self.param_dtype)
+            return parameter(self, name, init, shape, self.param_dtype)
 
         weights = ExpertWeights(
             gate=weight("gate_proj", width, hidden),
             up=weight("up_proj", width, hidden),
             down=weight("down_proj", hidden, width),
         )
+        if self.is_initializing():
+            return x
         compute = IMPLEMENTATIONS[implementation]
         if mesh is not None:
             return expert_parallel(mesh, x, routing.weights, routing.experts, weights, compute)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vl2jax.attend import attend
 from vl2jax.config import VisionConfig
 from vl2jax.layers import LayerNorm, Linear, einsum, remat_layer
+from vl2jax.parameter import parameter
 
 
 def normalize(tiles: jax.Array) -> jax.Array:
@@ -33,8 +34,8 @@ class PatchEmbed(nn.Module):
         used = grid * patch
         shape = (patch, patch, 3, width)
         init = nn.initializers.normal(1 / math.sqrt(3 * patch * patch))
-        kernel = self.param("kernel", init, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (width,), self.param_dtype)
         x = pixels[:, :used, :used].astype(self.dtype)
         x = x.reshape(-1, grid, patch, grid, patch, 3)
         x = einsum("IgphqC,pqCW->IghW", x, kernel)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         kinds = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv = Linear((3, heads, width), **kinds, name="qkv")(x)  # [I, P, 3, H, K]
         q, k, v = (qkv[:, :, i] for i in range(3))
-        y = attend(q, k, v, width**-0.5)
+        y = v if self.is_initializing() else attend(q, k, v, width**-0.5)
         return Linear((self.cfg.width,), num_in=2, **kinds, name="proj")(y)
 
 
@@ -107,13 +108,14 @@ class VisionTower(nn.Module):
         # Larger than what a patch gives: beside it, the usual 1 / sqrt(width) is hardly seen, and
         # what a model learns first, what is in a picture, drowns where it is.
         init = nn.initializers.normal(4.0)
-        position = self.param("pos_embed", init, shape, self.param_dtype)
+        position = parameter(self, "pos_embed", init, shape, self.param_dtype)
         x += position.astype(self.dtype)[None]
         blocks = nn.scan(
             remat_layer(Block, self.remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=cfg.layers,
+            check_constancy_invariants=False,  # one tracing of the layer in place of two
         )
         x, _ = blocks(cfg, **kinds, name="blocks")(x, None)
         x = LayerNorm(**kinds, name="norm")(x)
