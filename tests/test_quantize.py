@@ -25,10 +25,12 @@ from vl2jax.decoder import init_caches
 from vl2jax.errors import UserError
 from vl2jax.experts import ExpertWeights, blocked, dense, gmm
 from vl2jax.footprint import parameter_bytes
+from vl2jax.kernels import compiling_for
 from vl2jax.model import VL2, abstract_params
 from vl2jax.moe import expert_stacks
 from vl2jax.quantize import (
     Int8,
+    cast,
     int8_sharding,
     quantize,
     quantize_tree,
@@ -87,6 +89,17 @@ def test_what_is_not_finite_stays_so():
     weight = jnp.ones((3, 3)).at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf)
     wide = np.asarray(widen(quantize(weight, (0,)), jnp.float32))
     assert not np.isfinite(wide[:, :2]).any() and (wide[:, 2] == 1).all()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_all_integers_in_the_dtype_of_products(platform, dtype):
+    integers = np.arange(-127, 128)
+    weight = Int8(jnp.asarray(integers, jnp.int8), jnp.ones(1))
+    with compiling_for(platform):
+        values = cast(weight, dtype).values
+    assert values.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(values, np.float32), integers)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "base"])
