@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
         carry: tuple[jax.Array, Cache | None],
         layer: jax.Array,
         context: Context,
-        balance_ids: jax.Array,
+        balance_ids: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Cache | None], Balance | None]:
         cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
         (x, cache), balance = carry, None
@@ -130,18 +130,19 @@ class Decoder(nn.Module):
           positions, segment_ids: int32[B, T], see `Batch`.
           caches: written and attended to; then segments are ignored, and slot = position.
           balance_ids: int32[B, T], segments of the tokens that count in the balance; None: all
-            but padding.
+            but padding, and with caches none.
           padding_counts: see `Context`.
 
         Returns:
           [B, T, D]; the caches; the balance of all layers with experts (leading axis M), or None
-          if there are none.
+          if there are none, or no tokens that count.
         """
         cfg = self.cfg
         # Only `dynamic` RoPE asks for a length; with a cache the limit is never exceeded.
         cos, sin = rope_table(cfg, positions, 0 if caches is not None else x.shape[1])
         context = Context(positions, segment_ids, cos, sin, padding_counts)
-        balance_ids = segment_ids if balance_ids is None else balance_ids
+        if balance_ids is None and caches is None:
+            balance_ids = segment_ids
         written, balances = {}, []
         for run, layers in zip(runs_of(cfg, self.layers_apart), self.runs, strict=True):
             cache = None if caches is None else caches[run.name]

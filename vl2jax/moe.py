@@ -186,13 +186,14 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, balance_ids: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, Balance]:
+        self, x: jax.Array, balance_ids: jax.Array | None, layer: jax.Array
+    ) -> tuple[jax.Array, Balance | None]:
         """[B, T, D] -> [B, T, D].
 
         Args:
           x: tokens.
-          balance_ids: int32[B, T], the segment of each token that counts in the balance, else 0.
+          balance_ids: int32[B, T], the segment of each token that counts in the balance, else 0;
+            None: the balance is not asked for.
           layer: number of the layer in its stack.
         """
         cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -202,6 +203,8 @@ class MoE(nn.Module):
             width = cfg.moe_intermediate_size * cfg.n_shared_experts
             init = nn.initializers.normal(cfg.initializer_range)
             y += GatedMLP(width, init, **kinds, name="shared_experts")(x)
+        if balance_ids is None:
+            return y, None
         counted = balance_ids > 0
         if cfg.seq_aux:
             loss = sequence_balance_loss(
