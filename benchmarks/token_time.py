@@ -6,7 +6,8 @@
 Prints one JSON line per case: `step_ms` is of the shortest of `--repeats` bursts without the
 profiler, `parts_us` what each part's instructions take in a burst under it (they may overlap, and
 the profiler costs time as well).  `--instructions N` also lists the N costliest of their kinds.  A
-fusion that spans parts counts as the one that it ends in.
+fusion that spans parts counts as the one that it ends in, and what the compiler left without a name
+(products, weights cut out of their stacks) as the one that it is for.
 """
 
 import collections
@@ -38,8 +39,12 @@ def part_of(name: str) -> str:
 
 
 def instructions(text: str) -> dict[str, tuple[str, str, str]]:
-    """Name -> (kind, shape, `op_name`) of a compiled program; of a fusion that of what it fuses."""
-    found, inner, computation = {}, {}, ""
+    """Name -> (kind, shape, `op_name`) of a compiled program.
+
+    The `op_name` is of a fusion that of what it fuses, and of what belongs to no part by its own
+    that of what takes its result.
+    """
+    found, users, inner, computation = {}, collections.defaultdict(list), {}, ""
     for line in text.splitlines():
         if line.startswith("%"):
             computation = line[1:].split(" ")[0]
@@ -55,6 +60,13 @@ def instructions(text: str) -> dict[str, tuple[str, str, str]]:
         if part_of(own) != part_of("") or computation not in inner:
             inner[computation] = own
         found[name] = (kind, shape.split("{")[0], own)
+        for operand in re.findall(r"%([\w.\-]+)", line[match.end() :]):
+            users[operand].append(name)
+    for name, (kind, shape, own) in reversed(found.items()):  # what takes a result comes later
+        if part_of(own) == part_of(""):
+            takers = (found[user][2] for user in users[name])
+            own = next((told for told in takers if part_of(told) != part_of("")), own)
+            found[name] = (kind, shape, own)
     return found
 
 
