@@ -182,7 +182,7 @@ class MHA(nn.Module):
             values = _write(cache.values, layer, v.swapaxes(1, 2), context.positions)
             cache, slots = KVCache(keys, values), keys.shape[-2]
             k, v = (_as_read(a[layer], self.dtype).swapaxes(1, 2) for a in (keys, values))
-        y = v  # for the parameters' sake, nothing need be computed
+        y = v  # will do where only the parameters are wanted
         if not self.is_initializing():
             y = attend(q, k, v, softmax_scale(cfg), context.visibility(slots))
         return Linear((cfg.hidden_size,), num_in=2, **kinds, name="o_proj")(y), cache

@@ -153,7 +153,7 @@ class Experts(nn.Module):
             up=weight("up_proj", width, hidden),
             down=weight("down_proj", hidden, width),
         )
-        if self.is_initializing():
+        if self.is_initializing():  # only the parameters are wanted
             return x
         compute = IMPLEMENTATIONS[implementation]
         if mesh is not None:

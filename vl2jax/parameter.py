@@ -13,8 +13,8 @@ _shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 
 @contextlib.contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Within it parameters are initialized with zeros, where only their shapes are asked for:
-    random numbers are a good part of what initializing a model has to trace."""
+    """Within it parameters are zeros at first, for those who ask for their shapes alone: to draw
+    them is a good part of what has to be traced to initialize a model."""
     token = _shapes_alone.set(True)
     try:
         yield
