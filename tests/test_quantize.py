@@ -24,6 +24,7 @@ from vl2jax.decode import programs
 from vl2jax.decoder import init_caches
 from vl2jax.errors import UserError
 from vl2jax.experts import ExpertWeights, blocked, dense, gmm
+from vl2jax.experts_few import few
 from vl2jax.footprint import parameter_bytes
 from vl2jax.kernels import compiling_for
 from vl2jax.model import VL2, abstract_params
@@ -186,7 +187,7 @@ def test_no_weight_is_widened_as_a_whole(model):
     assert memory.temp_size_in_bytes < 4 * sum(leaf.size for leaf in experts.values())
 
 
-@pytest.mark.parametrize("implementation", [blocked, gmm])
+@pytest.mark.parametrize("implementation", [blocked, gmm, few])
 def test_experts(implementation):
     """Of int8 weights of several layers, each implementation takes the layer's, and its scales."""
     rng = np.random.default_rng(1)

@@ -137,13 +137,13 @@ def _widened(w: ExpertWeights, first, n_experts: int, dtype: jnp.dtype) -> Exper
 def automatic(
     x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights, **options
 ) -> jax.Array:
-    """`gmm` in a program for TPU, `few` for few tokens on CPU, else `blocked`; for few tokens and
-    int8 weights `blocked` anywhere: it widens the used experts alone."""
+    """`gmm` in a program for TPU, but for few tokens and int8 weights, of which it would widen all
+    experts; `few` for few tokens on CPU; else `blocked`."""
     n_experts, int8 = options.get("n_experts") or w.gate.shape[0], isinstance(w.gate, Int8)
     implementation = blocked
     if on_tpu() and not (int8 and experts_TK.size < n_experts):
         implementation = gmm
-    if on_cpu() and not int8 and current_mesh() is None and serves(*experts_TK.shape, n_experts):
+    if on_cpu() and current_mesh() is None and serves(*experts_TK.shape, n_experts):
         implementation = few
     return implementation(x_TD, weights_TK, experts_TK, w, **options)
 

@@ -7,6 +7,9 @@ products; here the chosen experts are copied and are one product of many matrice
 import jax
 import jax.numpy as jnp
 
+from vl2jax.layers import einsum
+from vl2jax.quantize import Weight
+
 
 def serves(tokens: int, top_k: int, n_experts: int) -> bool:
     """Whether a step uses so few of the experts that each pair may have a copy of its own."""
@@ -20,7 +23,8 @@ def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
     """
     del n_experts
     tokens, top_k = experts_TK.shape
-    gate, up, down = (_copies(stack, experts_TK.reshape(-1) + first) for stack in w)
+    index_P = experts_TK.reshape(-1) + first
+    gate, up, down = (jax.tree.map(lambda a: _copies(a, index_P), stack) for stack in w)
     x_P1D = jnp.repeat(x_TD, top_k, axis=0)[:, None]
     hidden = jax.nn.silu(_product(x_P1D, gate)) * _product(x_P1D, up)
     y_P1D = _product(hidden.astype(x_TD.dtype), down).astype(x_TD.dtype)
@@ -29,12 +33,11 @@ def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
     return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD).astype(x_TD.dtype)
 
 
-def _product(x_P1D, w_PDF) -> jax.Array:
+def _product(x_P1D: jax.Array, w_PDF: Weight) -> jax.Array:
     """float32[P, 1, F]; a single bfloat16 row gets company, as in `layers.matmul`."""
-    w_PDF = w_PDF.astype(x_P1D.dtype)
     if x_P1D.dtype == jnp.bfloat16:
         x_P1D = jnp.pad(x_P1D, ((0, 0), (0, 1), (0, 0)))
-    return jnp.einsum("PMD,PDF->PMF", x_P1D, w_PDF, preferred_element_type=jnp.float32)[:, :1]
+    return einsum("PMD,PDF->PMF", x_P1D, w_PDF)[:, :1]
 
 
 def _copies(stack: jax.Array, index: jax.Array) -> jax.Array:
