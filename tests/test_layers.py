@@ -177,6 +177,13 @@ def test_a_parameter_that_does_not_fit(scale, found):
         RMSNorm(1e-6).apply({"params": scale}, jnp.ones((2, 4)))
 
 
-def test_shapes_are_those_of_drawn_parameters():
-    drawn_ones = jax.eval_shape(lambda: init_variables(VL2(SMALL), jax.random.key(0)))
-    assert abstract_params(SMALL) == drawn_ones
+@pytest.mark.parametrize("topk_method", ["greedy", "noaux_tc"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_are_those_of_drawn_parameters(topk_method, dtype):
+    groups = dict(n_group=2, topk_group=1)
+    decoder = dataclasses.replace(SMALL.decoder, topk_method=topk_method, **groups)
+    config = dataclasses.replace(SMALL, decoder=decoder)
+    model = VL2(config, param_dtype=dtype)
+    drawn_ones = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    assert ("router" in drawn_ones) == (topk_method == "noaux_tc")
+    assert abstract_params(config, dtype) == drawn_ones

@@ -95,10 +95,9 @@ def matmul(x: jax.Array, w: Weight) -> jax.Array:
     For a single bfloat16 row XLA's CPU compiler leaves its fast path (five times slower than two
     rows), so there it gets a row of zeros for company.
     """
-    rows = x.shape[0]
-    if rows == 1 and x.dtype == jnp.bfloat16 and on_cpu():
-        x = jnp.pad(x, ((0, 1), (0, 0)))
-    return einsum("MK,KN->MN", x, w)[:rows]
+    if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu():
+        return einsum("MK,KN->MN", jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
+    return einsum("MK,KN->MN", x, w)
 
 
 class Kernel(nn.Module):

@@ -215,12 +215,17 @@ def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
 
 
 def abstract_params(config: VL2Config, param_dtype=jnp.float32):
-    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`."""
-    return jax.tree.map(lambda shape: shape, _abstract_params(config, jnp.dtype(param_dtype)))
+    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`.
+
+    The router's correction bias is float32, whatever `param_dtype` is.
+    """
+    variables = jax.tree.map(lambda shape: shape, _abstract_params(config))
+    in_dtype = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(param_dtype))
+    params = jax.tree.map(lambda leaf: in_dtype(leaf.shape), variables["params"])
+    return {**variables, "params": params}
 
 
 @functools.cache
-def _abstract_params(config: VL2Config, param_dtype: jnp.dtype):
-    model = VL2(config, param_dtype=param_dtype)
+def _abstract_params(config: VL2Config):
     with shapes_alone():
-        return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+        return jax.eval_shape(lambda: init_variables(VL2(config), jax.random.key(0)))
