@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	    --draw runs/boxes.png
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/.demo: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet -e .

@@ -25,8 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Files that take the longest come first, so that no process is left alone with one of them.
+LONGEST = ("test_train.py", "test_mesh.py", "test_train_step.py", "test_eval.py")
+
 # A background job of a shell ignores Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders files, see `LONGEST`; within a file nothing moves."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
