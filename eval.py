@@ -9,7 +9,7 @@ DIR is the output of convert.to_jax, or a training workdir (its newest checkpoin
 standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
 them with their pictures) go to --out.  With --quantize the same questions are asked twice, of the
 model as it is and quantised, and the table has both and the difference; the second answers are in
-answers-int8.jsonl.  Measures are explained in vl2jax/scoring.py.
+answers-int8.jsonl.  Measures are explained in vl2jax/evaluation/scoring.py.
 """
 
 import argparse
@@ -23,19 +23,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vl2jax.answer_output import json_line
-from vl2jax.checkpoint import read_model_dir, write_json
-from vl2jax.cli import Parser, run_cli, whole
-from vl2jax.collate import Sample
-from vl2jax.compilation_cache import set_compilation_cache
-from vl2jax.contact_sheet import Card, draw_sheet
-from vl2jax.errors import UserError
-from vl2jax.generate import Generation, generate
-from vl2jax.multihost import agree, first_speaks, is_first, joined, leave, tell_first
-from vl2jax.progress import StatusLine, bar, human_time
-from vl2jax.quantize import KINDS
-from vl2jax.request import Request
-from vl2jax.scoring import (
+from vl2jax.checkpoints.model_dir import read_model_dir, write_json
+from vl2jax.cli.command import Parser, run_cli, whole
+from vl2jax.cli.output import json_line
+from vl2jax.cli.shards import Share, add_join_flags, choose_share, read_joining
+from vl2jax.common.compilation_cache import set_compilation_cache
+from vl2jax.common.errors import UserError
+from vl2jax.common.progress import StatusLine, bar, human_time
+from vl2jax.evaluation.comparison import difference, side_by_side
+from vl2jax.evaluation.contact_sheet import Card, draw_sheet
+from vl2jax.evaluation.scoring import (
     DATASETS,
     Dataset,
     Score,
@@ -44,9 +41,12 @@ from vl2jax.scoring import (
     find_dataset,
     score,
 )
-from vl2jax.session import Session
-from vl2jax.shares import Share, add_join_flags, choose_share, read_joining
-from vl2jax.side_by_side import difference, side_by_side
+from vl2jax.inference.generate import Generation, generate
+from vl2jax.inference.request import Request
+from vl2jax.inference.session import Session
+from vl2jax.ops.int8 import KINDS
+from vl2jax.parallel.processes import agree, first_speaks, is_first, joined, leave, tell_first
+from vl2jax.processing.collate import Sample
 from vl2jax.synthetic import Question
 
 WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted

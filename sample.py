@@ -22,18 +22,18 @@ from collections.abc import Sequence
 
 import jax
 
-from vl2jax.answer_file import answer_file
-from vl2jax.answer_output import Output, draw_answer, ground, image_number
-from vl2jax.answer_shares import answer_by_processes
-from vl2jax.chat import Chat
-from vl2jax.cli import run_cli
-from vl2jax.compilation_cache import set_compilation_cache, show_compilations
-from vl2jax.errors import UserError
-from vl2jax.multihost import agree, first_speaks, is_first, joined, leave
-from vl2jax.request import from_prompt, read_request
-from vl2jax.sample_flags import parse_flags
-from vl2jax.session import Session
-from vl2jax.shares import Share, choose_share, read_joining
+from vl2jax.cli.batch import answer_file
+from vl2jax.cli.batch_processes import answer_by_processes
+from vl2jax.cli.chat import Chat
+from vl2jax.cli.command import run_cli
+from vl2jax.cli.output import Output, draw_answer, ground, image_number
+from vl2jax.cli.sample_flags import parse_flags
+from vl2jax.cli.shards import Share, choose_share, read_joining
+from vl2jax.common.compilation_cache import set_compilation_cache, show_compilations
+from vl2jax.common.errors import UserError
+from vl2jax.inference.request import from_prompt, read_request
+from vl2jax.inference.session import Session
+from vl2jax.parallel.processes import agree, first_speaks, is_first, joined, leave
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,24 +22,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vl2jax.ambient import batch_shards, must_block
-from vl2jax.api import DTYPES
-from vl2jax.cli import run_cli
-from vl2jax.compilation_cache import set_compilation_cache
-from vl2jax.compiler_options import options_to_run_once
+from vl2jax.cli.command import run_cli
+from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags, read_joining
+from vl2jax.common.compilation_cache import set_compilation_cache
+from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
-from vl2jax.errors import UserError
-from vl2jax.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
-from vl2jax.lineage import init_params
-from vl2jax.metrics import MetricsLog, NoLog, Throughput
-from vl2jax.multihost import agree, is_first, joined, leave, wait_for_all
-from vl2jax.processor import Processor
-from vl2jax.report import describe_run, model_flops
-from vl2jax.run_config import RunConfig, read_run_config, read_sources
-from vl2jax.run_events import Profile, Skipped, StopSignal, keep_batch
-from vl2jax.run_flags import FLAGS, define_flags, read_flags, read_joining
-from vl2jax.run_setup import (
+from vl2jax.inference.loading import DTYPES
+from vl2jax.ops.compiler_options import options_to_run_once
+from vl2jax.parallel.mesh import batch_shards, must_block
+from vl2jax.parallel.processes import agree, is_first, joined, leave, wait_for_all
+from vl2jax.parallel.sharding import make_mesh
+from vl2jax.processing.processor import Processor
+from vl2jax.training.events import Profile, Skipped, StopSignal, keep_batch
+from vl2jax.training.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
+from vl2jax.training.lineage import init_params
+from vl2jax.training.metrics import MetricsLog, NoLog, Throughput
+from vl2jax.training.report import describe_run, model_flops
+from vl2jax.training.run_config import RunConfig, read_run_config, read_sources
+from vl2jax.training.setup import (
     choose_architecture,
     jit_eval_step,
     jit_train_step,
@@ -48,9 +49,8 @@ from vl2jax.run_setup import (
     prepare_workdir,
     state_shapes,
 )
-from vl2jax.sharding import make_mesh
-from vl2jax.train_step import Recipe, TrainState, init_state, new_state
-from vl2jax.workdir import Workdir
+from vl2jax.training.train_step import Recipe, TrainState, init_state, new_state
+from vl2jax.training.workdir import Workdir
 
 MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/param_norm")
 

@@ -15,13 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from vl2jax.ambient import AXES, batch_shards
-from vl2jax.metrics import read_metrics
-from vl2jax.processor import Processor
-from vl2jax.run_config import read_run_config
-from vl2jax.run_setup import choose_architecture, make_data
-from vl2jax.sharding import make_mesh
+from vl2jax.parallel.mesh import AXES, batch_shards
+from vl2jax.parallel.sharding import make_mesh
+from vl2jax.processing.processor import Processor
 from vl2jax.synthetic.tokens import write_processor_files
+from vl2jax.training.metrics import read_metrics
+from vl2jax.training.run_config import read_run_config
+from vl2jax.training.setup import choose_architecture, make_data
 
 WARM_UP = 10  # batches; some are ready before the first is asked for
 

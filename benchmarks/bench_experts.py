@@ -19,7 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from vl2jax.experts import ExpertWeights, blocked, dense
+from vl2jax.ops.experts.xla import ExpertWeights, blocked, dense
 
 
 def ragged(x, weights, chosen, w: ExpertWeights):

@@ -26,16 +26,16 @@ import jax.numpy as jnp
 import medium
 import numpy as np
 
-from vl2jax.apart import pays, take_apart
-from vl2jax.batch import TEXT, Batch
-from vl2jax.buckets import length_bucket
-from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
-from vl2jax.decode import BURST, DecodeState, programs
-from vl2jax.image import image_layout
-from vl2jax.model import VL2, init_variables
-from vl2jax.quantize import KINDS, quantize_tree
-from vl2jax.sampling import SamplingParams
+from vl2jax.inference.buckets import length_bucket
+from vl2jax.inference.sampling import SamplingParams
+from vl2jax.inference.steps import BURST, DecodeState, programs
+from vl2jax.model.unstacked_layers import pays, take_apart
+from vl2jax.model.vl2 import VL2, init_variables
+from vl2jax.ops.compiler_options import compiler_options
+from vl2jax.ops.int8 import KINDS, quantize_tree
+from vl2jax.processing.batch import TEXT, Batch
+from vl2jax.processing.image import image_layout
 
 NEW, PROMPT = 32, 256
 

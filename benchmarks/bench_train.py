@@ -24,15 +24,15 @@ import jax.numpy as jnp
 import medium
 import optax
 
-from vl2jax.attention import MHA, MLA, Context
-from vl2jax.chunked_loss import chunked_next_token_loss
-from vl2jax.compiler_options import compiler_options
 from vl2jax.config import VL2Config
-from vl2jax.model import VL2, abstract_params
-from vl2jax.moe import MoE
-from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
-from vl2jax.rope import rope_table
-from vl2jax.train_step import Recipe, TrainState, init_state, train_step
+from vl2jax.model.attention import MHA, MLA, Context
+from vl2jax.model.moe import MoE
+from vl2jax.model.rope import rope_table
+from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.ops.compiler_options import compiler_options
+from vl2jax.training.chunked_loss import chunked_next_token_loss
+from vl2jax.training.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
+from vl2jax.training.train_step import Recipe, TrainState, init_state, train_step
 
 
 def make_recipe(config: VL2Config, dtype: str, remat: str = "none") -> Recipe:

@@ -5,7 +5,6 @@ import dataclasses
 
 import numpy as np
 
-from vl2jax.batch import TEXT, Batch
 from vl2jax.config import (
     RELEASED_RESOLUTIONS,
     AdaptorConfig,
@@ -13,7 +12,8 @@ from vl2jax.config import (
     VisionConfig,
     VL2Config,
 )
-from vl2jax.image import image_layout
+from vl2jax.processing.batch import TEXT, Batch
+from vl2jax.processing.image import image_layout
 
 ATTENTIONS = ("mla", "mha")
 DTYPES = ("float32", "bfloat16")

@@ -9,8 +9,8 @@ import argparse
 
 import jax.numpy as jnp
 
+from vl2jax.checkpoints.footprint import cache_bytes, parameter_bytes
 from vl2jax.config import PRESETS
-from vl2jax.footprint import cache_bytes, parameter_bytes
 
 PAPER = {"tiny": 10, "small": 40, "base": 80}  # GB of the single GPU that it is to fit on
 

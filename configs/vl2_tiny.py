@@ -9,7 +9,7 @@
         --config.data.train=conversations.jsonl
 """
 
-from vl2jax.recipe import paper_run
+from vl2jax.training.recipe import paper_run
 
 
 def get_config(stage: str = "sft"):

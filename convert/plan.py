@@ -11,10 +11,10 @@ import numpy as np
 from convert import mapping
 from convert.pieces import Piece
 from convert.source import NUMPY_DTYPES, SHORT_NAMES, ConversionError, Source, scan, some
-from vl2jax import checkpoint
+from vl2jax.checkpoints import model_dir as checkpoint
+from vl2jax.common.errors import UserError
+from vl2jax.common.progress import human_bytes
 from vl2jax.config import ConfigError, VL2Config
-from vl2jax.errors import UserError
-from vl2jax.progress import human_bytes
 
 
 class Plan:

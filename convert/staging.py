@@ -12,10 +12,10 @@ from pathlib import Path
 
 import jax
 
-from vl2jax.cli import run_cli
-from vl2jax.errors import UserError, is_disk_full
-from vl2jax.lock import lock_directory
-from vl2jax.progress import human_bytes
+from vl2jax.cli.command import run_cli
+from vl2jax.common.errors import UserError, is_disk_full
+from vl2jax.common.file_lock import lock_directory
+from vl2jax.common.progress import human_bytes
 
 _THREADS = 2  # each holds a piece of at most mapping.PIECE_BYTES, and copies of it
 

@@ -22,10 +22,10 @@ from convert.pieces import pieces
 from convert.shards import TensorSpec, plan_shards, write_shards
 from convert.source import NUMPY_DTYPES, SHORT_NAMES, some
 from convert.staging import disk_full, map_ahead, parse_bytes, run_on_cpu, staged_directory
-from vl2jax import checkpoint
-from vl2jax.errors import UserError
-from vl2jax.progress import Progress
-from vl2jax.store import ParamStore, read_array
+from vl2jax.checkpoints import model_dir as checkpoint
+from vl2jax.checkpoints.store import ParamStore, read_array
+from vl2jax.common.errors import UserError
+from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for headers, index and the small files
 

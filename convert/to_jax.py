@@ -20,9 +20,9 @@ from convert.plan import Plan, describe, make_plan
 from convert.source import LONG_NAMES, ConversionError
 from convert.staging import disk_full, map_ahead, run_on_cpu, staged_directory
 from convert.writer import StreamedArray, save_streamed
-from vl2jax import checkpoint
-from vl2jax.progress import Progress
-from vl2jax.store import CheckpointError, ParamStore, read_array
+from vl2jax.checkpoints import model_dir as checkpoint
+from vl2jax.checkpoints.store import CheckpointError, ParamStore, read_array
+from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for metadata and the small files
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vl2jax.orbax_io import silence_orbax
+from vl2jax.checkpoints.orbax_io import silence_orbax
 
 _IN_FLIGHT = 64 * 2**20  # bytes of slices handed to tensorstore and not yet on the disk
 

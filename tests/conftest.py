@@ -16,7 +16,7 @@ import vl2jax
 from convert import to_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "tests" / "fixtures"
 REFERENCE = ROOT.parent / "shared" / "reference"
 NO_REFERENCE = "the full reference data is not beside this checkout"
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.mapping import DROP, expand
-from vl2jax.batch import TEXT, Batch
 from vl2jax.config import VL2Config
-from vl2jax.image import image_layout
-from vl2jax.model import VL2
+from vl2jax.model.vl2 import VL2
+from vl2jax.processing.batch import TEXT, Batch
+from vl2jax.processing.image import image_layout
 
 MINIS = ("mini-tiny", "mini-small", "mini-base", "mini-extra")
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vl2jax.batch import FIRST_TILE_ROW, Batch
-from vl2jax.collate import Sample, collate
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.data.packing import BatchShape, Packer, assemble
-from vl2jax.model import VL2, abstract_params
-from vl2jax.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
-from vl2jax.train_step import Recipe, TrainState, new_state
+from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.processing.batch import FIRST_TILE_ROW, Batch
+from vl2jax.processing.collate import Sample, collate
+from vl2jax.training.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
+from vl2jax.training.train_step import Recipe, TrainState, new_state
 
 POOLS, LENGTH, TILES, STEPS = 8, 24, 3, 5
 

@@ -1,12 +1,12 @@
 """DeepSeek-VL2 in JAX: load a converted checkpoint, ask it about pictures."""
 
-from vl2jax.api import Model, load
-from vl2jax.batch import Batch
+from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
-from vl2jax.errors import UserError
-from vl2jax.generate import Generation, generate, stream
-from vl2jax.model import forward
-from vl2jax.processor import Processor
+from vl2jax.inference.generate import Generation, generate, stream
+from vl2jax.inference.loading import Model, load
+from vl2jax.model.vl2 import forward
+from vl2jax.processing.batch import Batch
+from vl2jax.processing.processor import Processor
 
 __all__ = [
     "Batch",

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vl2jax.errors import UserError
-from vl2jax.grounding import SCALE
+from vl2jax.common.errors import UserError
+from vl2jax.processing.grounding import SCALE
 
 NAME, BOX = "<ref-object>", "<bbox>"
 _MARKS = re.compile(f"{NAME}|(?:{BOX})+")

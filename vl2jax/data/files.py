@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vl2jax.common.errors import UserError
 from vl2jax.data.formats import read_row
 from vl2jax.data.row import Row, Source
-from vl2jax.errors import UserError
 
 # Row groups of a parquet file that are kept: rows that are near each other are read together.
 CACHED_GROUPS = 4

@@ -18,12 +18,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vl2jax.common.errors import UserError
 from vl2jax.data.boxes import fill_objects
 from vl2jax.data.pictures import picture
 from vl2jax.data.row import Row
-from vl2jax.errors import UserError
-from vl2jax.image import ImageSource, image_size
-from vl2jax.prompt import ASSISTANT, SYSTEM, USER, read_conversation, with_placeholders
+from vl2jax.processing.image import ImageSource, image_size
+from vl2jax.processing.prompt import ASSISTANT, SYSTEM, USER, read_conversation, with_placeholders
 
 PLACEHOLDER = "<image>"
 TURN_KEYS = ("messages", "conversations", "conversation")

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from vl2jax.common.errors import UserError
 from vl2jax.data.reading import Drawn
-from vl2jax.errors import UserError
 
 REPAIR = "repair it, or leave it out of config.data"
 

@@ -11,9 +11,9 @@ from typing import Generic, Protocol, TypeVar
 import jax
 import numpy as np
 
-from vl2jax.batch import Batch
-from vl2jax.collate import Sample, empty_batch, place
-from vl2jax.errors import UserError
+from vl2jax.common.errors import UserError
+from vl2jax.processing.batch import Batch
+from vl2jax.processing.collate import Sample, empty_batch, place
 
 # Samples that may wait for the next batch: what does not fit into the rest of one batch goes first
 # into the next, so more of them fill better, and each holds its tiles in memory.

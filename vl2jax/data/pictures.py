@@ -10,8 +10,8 @@ from typing import Any
 
 import PIL.Image
 
-from vl2jax.errors import UserError
-from vl2jax.image import URL_SCHEMES, ImageSource
+from vl2jax.common.errors import UserError
+from vl2jax.processing.image import URL_SCHEMES, ImageSource
 
 _FORMS = "a path, a file:// or data: URL, or {'bytes': ...}"
 

@@ -14,13 +14,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from vl2jax.batch import Batch
+from vl2jax.common.errors import UserError
 from vl2jax.data.malformed import REPAIR, Malformed
 from vl2jax.data.packing import BatchShape, Packer, assemble, supervised
 from vl2jax.data.reading import Drawn, Reader, mixed_order
 from vl2jax.data.row import Source
-from vl2jax.errors import UserError
-from vl2jax.processor import Processor
+from vl2jax.processing.batch import Batch
+from vl2jax.processing.processor import Processor
 
 # Samples read ahead by each thread or process.
 READ_AHEAD = 8

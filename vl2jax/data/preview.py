@@ -12,10 +12,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from vl2jax.batch import FIRST_TILE_ROW, VIEW_SEPERATOR, Batch
 from vl2jax.data.packing import supervised
 from vl2jax.data.pipeline import PackedBatch
-from vl2jax.processor import Processor
+from vl2jax.processing.batch import FIRST_TILE_ROW, VIEW_SEPERATOR, Batch
+from vl2jax.processing.processor import Processor
 
 PICTURE = "preview.png"
 _COLUMNS = 8  # tiles across the picture at most

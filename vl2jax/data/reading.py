@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from vl2jax.collate import Sample
+from vl2jax.common.errors import UserError
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.row import Row, Source
 from vl2jax.data.samples import read_sample
-from vl2jax.errors import UserError
-from vl2jax.processor import Processor
+from vl2jax.processing.collate import Sample
+from vl2jax.processing.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)

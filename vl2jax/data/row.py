@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from vl2jax.image import ImageSource
+from vl2jax.processing.image import ImageSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

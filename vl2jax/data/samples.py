@@ -1,9 +1,9 @@
 """A `Row` becomes a `Sample`: the one place where training data is tokenised and decoded."""
 
-from vl2jax.collate import Sample
+from vl2jax.common.errors import UserError
 from vl2jax.data.row import Row
-from vl2jax.errors import UserError
-from vl2jax.processor import Processor
+from vl2jax.processing.collate import Sample
+from vl2jax.processing.processor import Processor
 
 
 def read_sample(row: Row, processor: Processor, *, mask_prompt: bool | None = None) -> Sample:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vl2jax.errors import UserError
+from vl2jax.common.errors import UserError
 from vl2jax.synthetic.scene import ALLOWED
 from vl2jax.synthetic.source import LENGTH, Synthetic
 

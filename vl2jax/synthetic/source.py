@@ -5,8 +5,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from vl2jax.common.errors import UserError
 from vl2jax.data.row import Row
-from vl2jax.errors import UserError
 from vl2jax.synthetic import families_pictures, families_shapes, families_texts
 from vl2jax.synthetic.dice import Dice
 from vl2jax.synthetic.scene import ALLOWED, COUNTS, MOSTLY_TWO, TRAIN, make_scene

@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from vl2jax.config import VL2Config
+from vl2jax.processing.tokenizer import CHAT_TOKENS, GROUNDING_TOKENS
 from vl2jax.synthetic.source import Synthetic
 from vl2jax.synthetic.words import WORDS
-from vl2jax.tokenizer import CHAT_TOKENS, GROUNDING_TOKENS
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE = "<image>"

@@ -1,0 +1,180 @@
+"""`--batch`: killed at any time, it goes on without losing or doubling a row."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from convert import to_jax
+from vl2jax.cli.batch import answer_file, part_of
+from vl2jax.common.errors import UserError
+from vl2jax.inference.request import parse_question
+from vl2jax.inference.session import Session
+from vl2jax.synthetic.__main__ import main as write_synthetic
+
+
+@pytest.fixture(scope="module")
+def ckpt(data_dir, tmp_path_factory):
+    target = tmp_path_factory.mktemp("answer_file") / "ckpt"
+    to_jax.convert(data_dir / "mini-small", target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def session(ckpt):
+    return Session(ckpt, max_new_tokens=6, seed=3)
+
+
+def questions(count):
+    rows = [{"prompt": f"what is {n}?", "id": f"q{n}"} for n in range(count)]
+    rows[2] = {"prompt": "<image>", "images": ["absent.png"], "id": "q2"}
+    return "\n\n".join(json.dumps(row) for row in rows) + "\n"
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(rows):
+    """Answers without their times."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(session, tmp_path_factory):
+    """A file of questions and its answers, in one run."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "in.jsonl").write_text(questions(9))
+    assert answer_file(session, folder / "in.jsonl", folder / "out.jsonl", 4) == 1
+    return folder / "in.jsonl", folder / "out.jsonl"
+
+
+def test_any_beginning_is_continued(session, whole, tmp_path, capsys):
+    source, want = whole
+    lines = want.read_bytes().splitlines(keepends=True)
+    assert [row["id"] for row in read(want)] == [f"q{n}" for n in range(9)]
+    assert [row["row"] for row in read(want)] == list(range(1, 18, 2))
+    for kept, torn in ((0, 5), (1, 0), (4, 40), (8, 1), (9, 0)):
+        target = tmp_path / f"{kept}.jsonl"
+        target.write_bytes(b"".join(lines[:kept]) + b"".join(lines[kept:])[:torn])
+        assert answer_file(session, source, target, 4) == 1
+        assert same(read(target)) == same(read(want))
+        assert target.read_bytes().startswith(b"".join(lines[:kept]))
+    assert "8 of 9 rows are answered already" in capsys.readouterr().err
+
+
+def test_rows_of_training_data_are_asked_without_their_answers(session, whole, tmp_path):
+    """LLaVA's form, as lines and as the JSON list that it comes as; a bad row has its error."""
+    _, want = whole
+    turns = [{"from": "human", "value": "what is 0?"}, {"from": "gpt", "value": "Zero."}]
+    messages = [{"role": "user", "content": "what is 1?"}, {"role": "assistant", "content": "One."}]
+    rows = [
+        {"id": "a", "conversations": turns},
+        {"id": "b", "messages": messages},
+        {"id": "c", "conversations": turns[1:]},
+        {"id": "d", "conversations": [turns[0] | {"from": "robot"}]},
+        {"id": "e", "image": "absent.png", "conversations": turns},
+        {"id": "f", "conversations": [*turns[:1], *turns]},
+        {"id": "g"},
+        "no row",
+        {"id": "i", "conversations": turns[:1]},
+    ]
+    (tmp_path / "in.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("in.json", "in.jsonl"):
+        target = tmp_path / f"out-{name}"
+        assert answer_file(session, tmp_path / name, target, 4) == 6
+        found = read(target)
+        assert [row["row"] for row in found] == list(range(1, 10))
+        assert [row.get("id") for row in found] == [*"abcdefg", None, "i"]
+        tokens = [row["tokens"] for row in read(want)[:2]]
+        assert [found[i]["tokens"] for i in (0, 1, 8)] == [*tokens, tokens[0]]
+        errors = [row["error"]["message"] for row in found if "error" in row]
+        for error, part in zip(
+            errors,
+            (
+                "nothing is asked",
+                "message 1: unknown role 'robot'",
+                "image 1: ",
+                "message 2: role 'user' where 'assistant' is due",
+                "expected exactly one of 'messages'",
+                "expected a list of messages or an object",
+            ),
+            strict=True,
+        ):
+            assert part in error
+
+
+def test_synthetic_rows_are_questions(tmp_path):
+    """What `vl2jax.synthetic` writes: the turns before the last answer, with their pictures."""
+    assert write_synthetic(["--out", str(tmp_path), "-n", "5"]) == 0
+    rows = json.loads((tmp_path / "data.json").read_text())
+    for row in rows:
+        asked = parse_question(json.dumps(row).encode(), tmp_path, image_token="<image>")
+        said = [turn["value"].strip() for turn in row["conversations"]]
+        assert [turn["content"] for turn in asked.conversation] == said[:-1]
+        assert asked.conversation[-1]["role"] == "user"
+        paths = [row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])
+        assert asked.images == [str(tmp_path / path) for path in paths]
+    assert any("image" in row for row in rows)
+
+
+def test_other_rows_or_flags_are_not_continued(ckpt, session, whole, tmp_path):
+    source, want = whole
+    target = tmp_path / "out.jsonl"
+    target.write_bytes(want.read_bytes())
+    with pytest.raises(UserError, match="line 1 does not answer row 1"):
+        answer_file(Session(ckpt, max_new_tokens=7, seed=3), source, target, 4)
+    (tmp_path / "in.jsonl").write_text(questions(9).replace("what is 5", "who is 5"))
+    with pytest.raises(UserError, match="line 6 does not answer row 11"):
+        answer_file(session, tmp_path / "in.jsonl", target, 4)
+    (tmp_path / "in.jsonl").write_text(questions(5))
+    with pytest.raises(UserError, match="more rows"):
+        answer_file(session, tmp_path / "in.jsonl", target, 4)
+    assert target.read_bytes() == want.read_bytes()
+
+
+def test_processes_share_the_rows(session, whole, tmp_path):
+    source, want = whole
+    target = tmp_path / "out.jsonl"
+    parts = [(index, 2) for index in range(2)]
+    assert sum(answer_file(session, source, target, 4, part) for part in parts) == 1
+    found = [row for part in parts for row in read(part_of(target, part))]
+    assert same(sorted(found, key=lambda row: row["row"])) == same(read(want))
+    assert not target.exists()
+    assert part_of(target, (1, 2)).name == "out-00001-of-00002.jsonl"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
+def test_a_killed_run_goes_on(ckpt, session, tmp_path):
+    """Killed as soon as some answers are there, wherever it is then; the next run does the rest."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(questions(200))
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--batch", source]
+    flags = ["--out", target, "--max_new_tokens", "6", "--seed", "3", "--batch_size", "4"]
+    cache = ["--compilation_cache", ROOT / ".cache" / "jax"]
+    process = subprocess.Popen([*command, *flags, *cache], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (target.exists() and target.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    before = target.read_bytes()
+    assert 0 < before.count(b"\n") < 200
+    assert answer_file(_like_the_program(ckpt), source, target, 4) == 1
+    assert [row["id"] for row in read(target)] == [f"q{n}" for n in range(200)]
+    assert target.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+
+
+def _like_the_program(ckpt):
+    """A session with the options that sample.py gives it."""
+    options = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+    options |= dict(stop=[], seed=3, chunk_size=0, max_new_tokens=6)
+    return Session(ckpt, **options)

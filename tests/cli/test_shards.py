@@ -1,0 +1,202 @@
+"""sample.py and eval.py by two processes, started as a user starts them, against one process.
+
+VL2JAX_PROCESSES=all runs also those that need long.
+"""
+
+import json
+import signal
+import time
+
+import jax
+import pytest
+from conftest import ROOT
+from processes import finish, long_test, start_two
+
+import eval as program
+import sample
+from convert import random_hf, to_jax
+from vl2jax.cli.batch import part_of
+from vl2jax.cli.batch_processes import _append_parts, _refuse_other_parts
+from vl2jax.cli.shards import choose_share
+from vl2jax.common.errors import UserError
+
+SHORT = ["--dtype", "float32", "--max_new_tokens", "5"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shares")
+    (folder / "hf").mkdir()
+    random_hf.write_checkpoint(folder / "hf")
+    to_jax.convert(folder / "hf", folder / "ckpt")
+    return folder / "ckpt"
+
+
+def flags_of(ckpt, *others):
+    cache = ROOT / ".cache" / "jax"
+    return ["--ckpt", ckpt, *SHORT, "--compilation_cache", cache, *others]
+
+
+def same(text):
+    """Answers as JSON lines, without their times."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A file of seven rows, the third of them bad."""
+    rows = [{"prompt": f"What is {n}?", "id": n} for n in range(7)]
+    rows[2]["images"] = ["absent.png"]
+    path = tmp_path_factory.mktemp("questions") / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def answers(ckpt, questions):
+    """Those of one process, as text."""
+    target = questions.with_name("one.jsonl")
+    flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
+    assert sample.main([*map(str, flags)]) == 1
+    return target.read_text()
+
+
+def test_one_prompt_on_a_mesh_of_two_processes(ckpt, answers):
+    """Experts lie on both; process 0 alone answers, as one process does."""
+    flags = flags_of(ckpt, "--prompt", "What is 0?", "--json", "--mesh=expert=4")
+    first, second = finish(*start_two("sample.py", 2, *flags))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    (found,), (want, *_) = same(first[1]), same(answers)
+    assert found.items() <= want.items() and len(found["tokens"]) == 5
+    assert "on 4 x cpu (cpu), mesh expert=4" in first[2]
+    assert second[1] == "" and "parameters" not in second[2]
+
+
+@long_test
+def test_a_picture_on_a_mesh_of_two_processes(ckpt, capfd):
+    """The tower and the adaptor are split as well; a seed decides the same draws."""
+    asked = ["--image", "examples/question.png", "--prompt", "What is it?", "--temperature", "1"]
+    asked += ["--seed", "3", "--json", "--chunk_size", "16"]
+    assert sample.main([*map(str, flags_of(ckpt, *asked))]) == 0
+    want = same(capfd.readouterr().out)
+    flags = flags_of(ckpt, *asked, "--mesh=fsdp=2,tensor=2")
+    first, second = finish(*start_two("sample.py", 2, *flags))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert same(first[1]) == want and want[0]["image_tokens"] > 20
+
+
+def test_rows_are_shared_and_put_together(ckpt, questions, answers, tmp_path):
+    """What an earlier run has left is taken up: two rows, one and a half of the second's share."""
+    lines, target = answers.splitlines(keepends=True), tmp_path / "out.jsonl"
+    target.write_text("".join(lines[:2]))
+    part_of(target, (1, 2)).write_text(lines[3] + lines[5][:40])
+    flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
+    first, second = finish(*start_two("sample.py", 1, *flags))
+    assert (first[0], second[0]) == (1, 1), (first, second)  # for the bad row
+    assert same(target.read_text()) == same(answers)
+    assert target.read_text().startswith("".join(lines[:2])) and lines[3] in target.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert "7 rows, 1 of them with an error" in first[2]
+    assert (first[1], second[1]) == ("", "") and "rows" not in second[2]
+
+
+@long_test
+def test_rows_on_a_mesh_of_two_processes(ckpt, questions, answers, tmp_path):
+    """All answer all rows in step, and process 0 writes; whole, it is left as it is."""
+    target = tmp_path / "out.jsonl"
+    flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
+    for said in ("answering", "7 of 7 rows are answered already"):
+        first, second = finish(*start_two("sample.py", 2, *flags, "--mesh=expert=4"))
+        assert (first[0], second[0]) == (1, 1), (first, second)
+        assert same(target.read_text()) == same(answers)
+        assert said in first[2] and second[1] == ""
+
+
+@long_test
+def test_a_killed_process_ends_all_and_the_run_goes_on(ckpt, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": f"What is {n}?"}) for n in range(300)))
+    flags = flags_of(ckpt, "--batch", source, "--out", target, "--batch_size", 4)
+    started, part = start_two("sample.py", 1, *flags), part_of(target, (1, 2))
+    while not (part.exists() and part.stat().st_size):
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGKILL)
+    first, second = finish(*started)
+    assert (first[0], second[0]) == (1, -signal.SIGKILL)
+    assert "error: process 1 of 2 has ended" in first[2]
+    before = part.read_text()
+    assert 0 < before.count("\n") < 150
+    ended = finish(*start_two("sample.py", 1, *flags))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert [row["row"] for row in same(target.read_text())] == list(range(1, 301))
+    assert before.splitlines()[0] in target.read_text()
+
+
+@pytest.mark.parametrize(
+    ("families", "devices", "mesh"),
+    [
+        ("text", 1, ""),
+        pytest.param("colour,digit", 1, "", marks=long_test),
+        pytest.param("text,digit", 2, "expert=4", marks=long_test),
+    ],
+)
+def test_scores_are_those_of_one_process(ckpt, tmp_path, families, devices, mesh):
+    """Each asks its share on its own device, or all ask all; process 0 writes."""
+    asked = ["--data", "synthetic", "--questions", 4, "--batch_size", 2, "--families", families]
+    flags = flags_of(ckpt, *asked)
+    assert program.main([*map(str, flags), "--out", str(tmp_path / "one")]) == 0
+    two = tmp_path / "two"
+    ended = finish(*start_two("eval.py", devices, *flags, f"--mesh={mesh}", "--out", two))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    found = [folder / "answers.jsonl" for folder in (tmp_path / "one", two)]
+    assert found[1].read_text() == found[0].read_text()
+    one, other = (json.loads(path.with_name("scores.json").read_text()) for path in found)
+    assert {**other, "seconds": 0} == {**one, "seconds": 0} and one["questions"] >= 4
+    assert "exact match" in ended[0][1] and ended[1][1] == ""
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+
+def test_the_mesh_tells_who_answers_what(two_processes):
+    """Eight devices in each of two processes, as far as this one can know."""
+    share = choose_share("expert=4", rows=True)
+    assert (share.index, share.count, dict(share.mesh.shape)["data"]) == (1, 2, 2)
+    assert not share.together and choose_share("", rows=True).mesh is None
+    assert choose_share("expert=4", rows=False).together
+    with pytest.raises(UserError, match="on a mesh of all their 8 devices: give it, --mesh expert"):
+        choose_share("", rows=False)
+    with pytest.raises(UserError, match="does not fit 8 devices"):  # here are no more
+        choose_share("expert=16", rows=True)
+
+
+def test_parts_are_dealt_out_again(tmp_path):
+    target = tmp_path / "out.jsonl"
+    target.write_text("0\n")
+    for index, text in enumerate(("1\n3\n5\n", "2\n4\n")):
+        part_of(target, (index, 2)).write_text(text)
+    with target.open("rb") as out:
+        _append_parts(target, out, 2)
+    assert target.read_text() == "0\n1\n2\n3\n4\n5\n"
+    with pytest.raises(UserError, match=r"-of-00002\.jsonl was begun by 2 processes"):
+        _refuse_other_parts(target, 3)
+    part_of(target, (1, 2)).unlink()
+    with target.open("rb") as out, pytest.raises(UserError, match="process 1 has written it"):
+        _append_parts(target, out, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=a:1"], "--coordinator needs --num_processes and --process_id"),
+        (["--distributed"], "a chat is held with one process; give --prompt, --messages or"),
+    ],
+)
+def test_flags_that_need_others(capsys, flags, message):
+    assert sample.main(["--ckpt=absent", *flags]) == 1
+    assert message in capsys.readouterr().err

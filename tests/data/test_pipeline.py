@@ -1,0 +1,315 @@
+"""The data pipeline: its order can be taken up again exactly, and malformed rows are dealt with."""
+
+import dataclasses
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from vl2jax.common.errors import UserError
+from vl2jax.config import VL2Config
+from vl2jax.data.packing import BatchShape
+from vl2jax.data.pipeline import make_pipeline
+from vl2jax.data.row import Row
+from vl2jax.processing.processor import Processor
+from vl2jax.processing.tokenizer import read_json
+
+SHAPE = BatchShape(pools=2, rows=2, length=160, tiles=12, segments=8)
+LARGE = BatchShape(pools=2, rows=4, length=320, tiles=60, segments=99)
+
+
+@pytest.fixture(scope="module")
+def processor(data_dir):
+    path = data_dir / "mini-small"
+    return Processor.from_dir(path, VL2Config.from_hf(read_json(path / "config.json")))
+
+
+@dataclasses.dataclass
+class Rows:
+    """Rows with 0, 1 or 2 pictures, or of text alone; those in `bad` are malformed."""
+
+    name: str
+    count: int
+    bad: tuple = ()
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        where = f"{self.name}:{index}"
+        if index in self.bad:
+            raise UserError(f"{where}: unknown role 'robot'")
+        if index % 7 == 6:
+            return Row(text=f"Document {index} of {self.name}. " * 2, where=where)
+        colour = (index % 256, index // 256 % 256, 90)
+        images = [PIL.Image.new("RGB", (60 + 20 * i, 60), colour) for i in range(index % 3)]
+        turns = [
+            {"role": "user", "content": "<image>" * len(images) + f"Which is {index}?"},
+            {"role": "assistant", "content": f"{self.name} " * (1 + index % 5)},
+        ]
+        return Row(messages=turns, images=images, where=where)
+
+
+def start(sources, processor, shape=SHAPE, **options):
+    options = {"mask_prompt": True, "seed": 3} | options
+    if not isinstance(sources, list):
+        sources = [(sources, 1.0)]
+    return iter(make_pipeline(sources, processor, shape, **options))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(first, second):
+    assert first.names == second.names
+    np.testing.assert_array_equal(first.rows, second.rows)
+    for field in ("tiles", "tokens", "image_index", "positions", "segment_ids", "loss_mask"):
+        a, b = getattr(first.batch, field), getattr(second.batch, field)
+        np.testing.assert_array_equal(a, b, err_msg=field, strict=True)
+
+
+def names(batches):
+    return [name for batch in batches for name in batch.names]
+
+
+def test_one_batch(processor):
+    batches = start(Rows("a", 50), processor)
+    packed = next(batches)
+    batch = packed.batch
+    assert batch.tiles.shape == (2, 12, 56, 56, 3) and batch.tokens.shape == (2, 2, 160)
+    assert packed.samples == len(packed.rows) == len(packed.names) == len(set(packed.names))
+    assert packed.samples == batch.segment_ids.max(axis=-1).sum()
+    assert packed.tokens == (batch.segment_ids > 0).sum()
+    assert packed.tiles == len(np.unique(np.argwhere(batch.tiles.any((2, 3, 4))), axis=0))
+    # One separator, row 1 of the table, in each image.
+    assert packed.images == (batch.image_index == 1).sum() > 0
+    assert 0 < packed.supervised < packed.tokens
+    assert (packed.pool_counts[:, 0] == (batch.segment_ids > 0).sum(axis=(1, 2))).all()
+    whole = [packed.tokens, packed.images, packed.tiles, packed.supervised]
+    assert packed.pool_counts.sum(axis=0).tolist() == whole
+    batches.close()
+
+
+def test_supervised_is_what_the_loss_counts(processor):
+    from vl2jax.model.losses import shift_targets
+
+    batches = start(Rows("a", 50), processor)
+    packed = next(batches)
+    pools = [type(packed.batch)(**{k: v[p] for k, v in vars(packed.batch).items()}) for p in (0, 1)]
+    assert packed.supervised == sum(int(shift_targets(pool)[1].sum()) for pool in pools)
+    batches.close()
+
+
+def test_each_epoch_has_every_row_once_in_another_order(processor):
+    batches = start(Rows("a", 40), processor)
+    # By number: what waits changes the order within batches only.
+    came = {
+        int(n): name for b in take(batches, 30) for n, name in zip(b.rows, b.names, strict=True)
+    }
+    epochs = [[came[i] for i in range(40 * e, 40 * e + 40)] for e in range(3)]
+    expected = sorted(f"a:{i}" for i in range(40))
+    assert all(sorted(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != expected
+    batches.close()
+
+
+def test_the_seed_decides_the_order(processor):
+    orders = []
+    for seed in (3, 3, 4):
+        sources = [(Rows("a", 40), 0.5), (Rows("b", 40), 0.5)]
+        batches = start(sources, processor, shape=LARGE, seed=seed)
+        orders.append(names(take(batches, 1)))
+        batches.close()
+    assert orders[0] == orders[1] and set(orders[0]) != set(orders[2])
+    # Sources of one length are in different orders.
+    first = {s: {n[2:] for n in orders[0] if n.startswith(s)} for s in "ab"}
+    assert first["a"] != first["b"]
+
+
+def test_evaluation_ends(processor):
+    sources = [(Rows("a", 40), 1.0), (Rows("b", 5), 7.0)]
+    expected = [f"a:{i}" for i in range(40)] + [f"b:{i}" for i in range(5)]
+    for shuffle in (False, True):
+        batches = list(start(sources, processor, repeat=False, shuffle=shuffle))
+        assert sorted(names(batches)) == sorted(expected)
+        numbers = [n for b in batches for n in b.rows]
+        assert sorted(numbers) == list(range(45))
+        in_order = [name for _, name in sorted(zip(numbers, names(batches), strict=True))]
+        assert (in_order == expected) is not shuffle
+        assert batches[-1].tokens < batches[0].tokens
+
+
+OPTIONS = {
+    "plain": {},
+    "in order": {"shuffle": False},
+    "threads": {"threads": 4, "prefetch": 5},
+    "no prefetch": {"prefetch": 0, "threads": 1},
+    "second process": {"process_index": 1, "process_count": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_resume_is_exact(processor, options):
+    sources = [(Rows("a", 30, bad=(3, 20)), 0.7), (Rows("b", 11, bad=(5,)), 0.3)]
+    options = options | {"on_error": "skip"}
+    batches = start(sources, processor, **options)
+    states, whole = [json.dumps(batches.get_state())], []
+    for _ in range(9):
+        whole.append(next(batches))
+        states.append(json.dumps(batches.get_state()))
+    assert max(map(len, states)) < 1000
+    assert any(json.loads(state)["waiting"] for state in states)
+    batches.close()
+    # Other threads and another prefetch than before: only the order matters.
+    for step, changes in ((0, {}), (1, {"threads": 3, "prefetch": 1}), (4, {}), (7, {})):
+        resumed = start(sources, processor, **options | changes)
+        if step == 4:
+            next(resumed)  # a state may come late
+        resumed.set_state(json.loads(states[step]))
+        assert json.dumps(resumed.get_state()) == states[step]
+        for expected in whole[step : step + 2]:
+            assert_equal(next(resumed), expected)
+        resumed.close()
+
+
+def test_resume_at_the_end(processor):
+    batches = start(Rows("a", 40, bad=(39,)), processor, repeat=False, on_error="skip")
+    whole, states = [], [batches.get_state()]
+    for batch in batches:
+        whole.append(batch)
+        states.append(batches.get_state())
+    assert len(whole) > 2
+    for step, state in enumerate(states):
+        resumed = start(Rows("a", 40, bad=(39,)), processor, repeat=False, on_error="skip")
+        resumed.set_state(state)
+        rest = list(resumed)
+        assert len(rest) == len(whole) - step
+        for first, second in zip(rest, whole[step:], strict=True):
+            assert_equal(first, second)
+
+
+def test_a_state_of_other_data_is_refused(processor):
+    batches = start(Rows("a", 40), processor)
+    next(batches)
+    state = batches.get_state()
+    batches.close()
+    for sources, options, message in (
+        (Rows("a", 40), {"seed": 4}, "seed was 3, now 4"),
+        (Rows("a", 41), {}, r"rows was \[40\], now \[41\]"),
+        ([(Rows("a", 40), 2.0)], {}, r"weights was \[1.0\], now \[2.0\]"),
+        (Rows("a", 40), {"shuffle": False}, "shuffle was True, now False"),
+        (Rows("a", 40), {"process_count": 2}, r"process was \[0, 1\], now \[0, 2\]"),
+    ):
+        other = start(sources, processor, **options)
+        with pytest.raises(UserError, match=message):
+            other.set_state(state)
+    shorter = dataclasses.replace(SHAPE, length=20)
+    other = start(Rows("a", 40), processor, shape=shorter)
+    with pytest.raises(UserError, match=r"config\.batch\.length.*when the checkpoint was saved"):
+        other.set_state(state | {"waiting": [0, 1, 2, 3, 4]})
+
+
+def test_weights_are_honoured(processor):
+    sources = [(Rows("a", 100), 0.7), (Rows("b", 1000), 0.3)]
+    batches = start(sources, processor, shape=LARGE)
+    came = names(take(batches, 14))
+    share = np.mean([name.startswith("a:") for name in came])
+    assert len(came) > 400 and abs(share - 0.7) < 0.03
+    batches.close()
+
+
+def test_processes_share_the_rows_and_see_the_same_mixture(processor):
+    sources = [(Rows("a", 60), 0.5), (Rows("b", 60), 0.5)]
+    came = {}
+    for process in (0, 1):
+        options = {"process_index": process, "process_count": 2}
+        batches = start(sources, processor, shape=LARGE, **options)
+        packed = take(batches, 4)
+        numbers = {n: name for b in packed for n, name in zip(b.rows, b.names, strict=True)}
+        batches.close()
+        assert all(number % 2 == process for number in numbers)
+        first = [numbers[n] for n in sorted(numbers)[:60]]  # this process's first epoch
+        assert sum(name.startswith("a:") for name in first) == 30
+        came[process] = first
+    assert sorted(came[0] + came[1]) == sorted(f"{s}:{i}" for s in "ab" for i in range(60))
+
+
+def test_skipped_rows_are_told_once(processor):
+    told = []
+    source = Rows("a", 20, bad=(2, 5, 11))
+    batches = start(source, processor, on_error="skip", on_skip=told.append)
+    came = names(take(batches, 12))  # several epochs
+    batches.close()
+    assert len(came) > 60 and set(came) == {f"a:{i}" for i in range(20) if i not in source.bad}
+    assert sorted(told) == [f"a:{i}: unknown role 'robot'" for i in (11, 2, 5)]
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 4}, {"prefetch": 0}])
+def test_errors_reach_the_consumer(processor, options):
+    batches = start(Rows("a", 40, bad=(33,)), processor, repeat=False, shuffle=False, **options)
+    with pytest.raises(UserError, match="a:33: unknown role 'robot'"):
+        list(batches)
+    batches.close()
+
+
+def test_rows_too_large_are_malformed(processor):
+    shape = dataclasses.replace(SHAPE, length=60, tiles=5)
+    with pytest.raises(UserError, match=r"^a:\d+: .* (config\.batch\.(length|tiles)) to \d+"):
+        list(start(Rows("a", 40), processor, shape=shape, repeat=False))
+    told = []
+    options = {"repeat": False, "on_error": "skip", "on_skip": told.append}
+    came = names(start(Rows("a", 40), processor, shape=shape, **options))
+    assert told and came and len(told) + len(came) == 40
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_data_without_a_valid_row(processor, repeat):
+    bad = Rows("a", 9, bad=range(9))
+    with pytest.raises(UserError, match=r"no valid row.*malformed; repair it.*a:\d: unknown role"):
+        list(start(bad, processor, on_error="skip", repeat=repeat))
+    if repeat:  # beside a good source too
+        with pytest.raises(UserError, match=r"data source 2 has no valid row: the last 82"):
+            list(start([(Rows("b", 90), 0.9), (bad, 0.1)], processor, on_error="skip"))
+
+
+def test_a_single_valid_row_is_enough(processor):
+    batches = start(Rows("a", 9, bad=range(8)), processor, on_error="skip")
+    assert set(names(take(batches, 2))) == {"a:8"}
+    batches.close()
+
+
+def test_an_endless_source_is_shuffled_as_any_other(processor):
+    batches = start(Rows("a", 2**40), processor)
+    packed = take(batches, 4)
+    batches.close()
+    drawn = [int(name[2:]) for name in names(packed)]
+    assert len(set(drawn)) == len(drawn) and max(drawn) > 2**38
+    assert max(max(batch.rows) for batch in packed) < 200
+
+
+def test_a_source_that_says_so_is_read_in_order(processor):
+    rows = Rows("a", 2**40)
+    rows.ordered = True
+    batches = start(rows, processor)
+    packed = take(batches, 3)
+    batches.close()
+    assert max(int(name[2:]) for name in names(packed)) < 100
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        ([], {}, "no data source"),
+        ([(Rows("a", 3), 1.0), (Rows("b", 0), 1.0)], {}, "data source 2 is empty"),
+        ([(Rows("a", 3), 0.0)], {}, "data source 1 has weight 0.0"),
+        ([(Rows("a", 3), float("nan"))], {}, "data source 1 has weight nan"),
+        ([(Rows("a", 3), 1.0)], {"on_error": "ignore"}, "on_error is 'ignore', expected"),
+        ([(Rows("a", 3), 1.0)], {"threads": 0}, "threads is 0, expected 1 or more"),
+        ([(Rows("a", 3), 1.0)], {"seed": -1}, "seed is -1, expected 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense(processor, sources, options, message):
+    with pytest.raises(UserError, match=message):
+        start(sources, processor, **options)

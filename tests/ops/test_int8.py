@@ -1,0 +1,337 @@
+"""int8 weights: storage changes, numbers do not, and what the rounding costs is bounded."""
+
+import gc
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mesh_case
+import numpy as np
+import pytest
+from golden import padded_batch
+
+import eval as program
+import sample
+import vl2jax
+from convert import random_hf, to_jax
+from vl2jax.checkpoints import model_dir as checkpoint
+from vl2jax.checkpoints.footprint import parameter_bytes
+from vl2jax.checkpoints.model_dir import flatten
+from vl2jax.common.errors import UserError
+from vl2jax.config import PRESETS
+from vl2jax.inference.sampling import SamplingParams
+from vl2jax.inference.steps import programs
+from vl2jax.model.decoder import init_caches
+from vl2jax.model.moe import expert_stacks
+from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.ops.experts.cpu import few
+from vl2jax.ops.experts.xla import ExpertWeights, blocked, dense, gmm
+from vl2jax.ops.int8 import (
+    Int8,
+    cast,
+    int8_sharding,
+    quantize,
+    quantize_tree,
+    scale_spec,
+    summed_axes,
+    widen,
+)
+from vl2jax.ops.platform import compiling_for
+from vl2jax.parallel.mesh import AXES
+from vl2jax.parallel.sharding import make_mesh, param_shardings, param_spec
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def is_int8(leaf) -> bool:
+    return isinstance(leaf, Int8)
+
+
+def dequantized(params):
+    """The same numbers, as plain arrays."""
+    return jax.tree.map(lambda w: widen(w, jnp.float32), params, is_leaf=is_int8)
+
+
+class Loaded(NamedTuple):
+    """An int8 model and where it is from."""
+
+    path: pathlib.Path
+    model: vl2jax.Model
+
+
+@pytest.fixture(scope="module")
+def model(mini, tmp_path_factory):
+    """A mini with MLA and experts: the reference's case, its model as it is and as int8."""
+    plain = mini("mini-small")
+    target = tmp_path_factory.mktemp("quantize") / "model"
+    to_jax.convert(plain.source, target)
+    return plain, Loaded(target, vl2jax.load(target, quantize="int8"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((6, 5), (0,)), ((2, 3, 4, 5), (1, 2)), ((4, 1), (0,))]
+)
+def test_each_element_is_off_by_half_a_scale_at_most(shape, axes):
+    weight = np.random.default_rng(0).normal(0, 1, shape).astype(np.float32)
+    weight *= np.logspace(-3, 3, shape[-1], dtype=np.float32)  # channels of all sizes
+    weight[..., 0] = 0
+    found = quantize(jnp.asarray(weight), axes)
+    assert found.values.dtype == jnp.int8 and found.shape == shape
+    assert found.scale.shape == tuple(1 if i in axes else n for i, n in enumerate(shape))
+    error = np.abs(np.asarray(widen(found, jnp.float32)) - weight)
+    assert (error <= np.asarray(found.scale) / 2 * (1 + 1e-5)).all()
+    largest = np.abs(np.asarray(found.values)).max(axis=axes)
+    assert (largest[..., 1:] == 127).all() and (largest[..., 0] == 0).all()
+
+
+def test_what_is_not_finite_stays_so():
+    weight = jnp.ones((3, 3)).at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf)
+    wide = np.asarray(widen(quantize(weight, (0,)), jnp.float32))
+    assert not np.isfinite(wide[:, :2]).any() and (wide[:, 2] == 1).all()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_all_integers_in_the_dtype_of_products(platform, dtype):
+    integers = np.arange(-127, 128)
+    weight = Int8(jnp.asarray(integers, jnp.int8), jnp.ones(1))
+    with compiling_for(platform):
+        values = cast(weight, dtype).values
+    assert values.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(values, np.float32), integers)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "base"])
+def test_which_weights_are_quantized(preset):
+    """Every weight is, or is named here; scales have no axis that products sum over."""
+    kept = ("norm", "bias", "gate/kernel", "adaptor", "embed", "newline", "seperator")
+    small, whole = 0, flatten(abstract_params(PRESETS[preset]()))
+    for path, leaf in whole.items():
+        axes = summed_axes(path)
+        assert any(name in path for name in kept) == (axes is None), path
+        if axes:
+            small += leaf.size
+            spec = scale_spec(param_spec(path), axes)
+            assert all(spec[axis] is None for axis in axes) and len(spec) == leaf.ndim
+    assert small > 0.94 * sum(leaf.size for leaf in whole.values())
+
+
+def test_logits(model):
+    """Those of the dequantised weights, but for the order of rounding; near those of the model."""
+    plain, quantized = model
+    batch = padded_batch(plain.config, plain.arrays("one_image"))
+    exact, got, same = (
+        np.asarray(vl2jax.forward(plain.config, params, batch))
+        for params in (plain.params, quantized.model.params, dequantized(quantized.model.params))
+    )
+    size = np.abs(exact).max()
+    assert np.abs(got - same).max() <= 1e-5 * size
+    # Weights are off by 0.3% of their channel's largest; these models are only a few numbers wide.
+    error = np.sqrt(np.mean((got - exact) ** 2)) / exact.std()
+    assert 0.005 < error < 0.1
+
+
+def test_generation(model):
+    """Prefill and decoding, absorbed attention and gathered experts: the same tokens."""
+    plain, quantized = model
+    images = plain.images(plain.case("one_image")["samples"][0])
+    asked = [{"role": "user", "content": "<image>\nhow many?"}]
+    asked = quantized.model.processor(asked, images[:1])
+    answers = [
+        [row.tokens for row in vl2jax.generate(plain.config, params, asked, max_new_tokens=12)]
+        for params in (quantized.model.params, dequantized(quantized.model.params))
+    ]
+    assert answers[0] == answers[1] and len(set(answers[0][0])) > 3
+
+
+def test_loading_holds_one_layer_beside_the_int8_model(model, monkeypatch):
+    """What is in memory whenever a weight, or a layer of one, has been read."""
+    read, held, sizes = checkpoint.read_leaf, [], []
+
+    def read_leaf(*arguments, **options):
+        leaf = read(*arguments, **options)
+        held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+        sizes.append(leaf.nbytes)
+        return leaf
+
+    monkeypatch.setattr(checkpoint, "read_leaf", read_leaf)
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    loaded = vl2jax.load(model[1].path, quantize="int8")
+    # The token embedding is the largest that is read at once: 608 rows of 64 in float32.
+    assert max(sizes) == 4 * 64 * 608
+    assert max(held) <= loaded.nbytes + max(sizes)
+
+
+def test_what_is_on_the_device(model):
+    """int8 and scales, as many bytes as were foretold; loading gives what quantising gives."""
+    plain, quantized = model
+    assert quantized.model.size == sum(leaf.size for leaf in jax.tree.leaves(plain.params))
+    assert quantized.model.nbytes == parameter_bytes(plain.config, jnp.float32, "int8")
+    want = flatten(jax.jit(quantize_tree)(plain.params))
+    for path, leaf in flatten(quantized.model.params).items():
+        np.testing.assert_array_equal(leaf, want[path], err_msg=path)
+    experts = quantized.model.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]
+    assert {leaf.values.dtype for leaf in experts.values()} == {jnp.dtype(jnp.int8)}
+
+
+def test_no_weight_is_widened_as_a_whole(model):
+    """A burst's temporaries have no room for the experts of all layers."""
+    plain, quantized = model
+    steps = programs(plain.config, jnp.dtype("float32"), "cpu")
+    arguments = (SamplingParams.create(), steps.idle(1, 32), np.int32([1]), 4, False)
+    memory = steps.burst.lower(quantized.model.params, *arguments).compile().memory_analysis()
+    experts = quantized.model.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]
+    assert memory.temp_size_in_bytes < 4 * sum(leaf.size for leaf in experts.values())
+
+
+@pytest.mark.parametrize("implementation", [blocked, gmm, few])
+def test_experts(implementation):
+    """Of int8 weights of several layers, each implementation takes the layer's, and its scales."""
+    rng = np.random.default_rng(1)
+    tokens, top, experts, width, hidden = 12, 2, 4, 16, 8
+    x = rng.normal(0, 1, (tokens, width)).astype(np.float32)
+    chosen = np.stack([rng.permutation(experts)[:top] for _ in range(tokens)]).astype(np.int32)
+    weights = rng.random((tokens, top)).astype(np.float32)
+    shapes = [(width, hidden), (width, hidden), (hidden, width)]
+    stacks = ExpertWeights(
+        *(quantize(jnp.asarray(rng.normal(0, 1, (2 * experts, *s))), (1,)) for s in shapes)
+    )
+    layer = jax.tree.map(lambda a: a[experts:], stacks)
+    want = dense(x, weights, chosen, ExpertWeights(*(widen(w, jnp.float32) for w in layer)))
+    np.testing.assert_allclose(dense(x, weights, chosen, layer), want, rtol=1e-6)
+    options = {"interpret": True} if implementation is gmm else {}
+    got = implementation(
+        jnp.asarray(x), weights, chosen, stacks, first=experts, n_experts=experts, **options
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_loading_on_a_mesh(model):
+    """A stack that is stored layer by layer: each device has its part of values and scales."""
+    _, alone = model
+    mesh = make_mesh(dict(zip(AXES, (2, 2, 2, 1), strict=True)))
+    spread = vl2jax.load(alone.path, mesh=mesh, quantize="int8")
+    want = flatten(alone.model.params)
+    for path, leaf in flatten(spread.params).items():
+        np.testing.assert_array_equal(leaf, want[path], err_msg=path)
+    down = spread.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]["down_proj"]
+    layers, experts, hidden, width = down.shape
+    parts = [leaf.sharding.shard_shape(leaf.shape) for leaf in (down.values, down.scale)]
+    assert parts[0] == (layers, experts // 2, hidden, width // 2)
+    assert parts[1] == (layers, experts // 2, 1, width // 2)
+
+
+def test_answering_on_a_mesh():
+    """Logits are those of one device, with experts, their width and `fsdp` split."""
+    config = mesh_case.architecture("mla")
+    state = mesh_case.start(mesh_case.recipe(config))
+    params = {"params": state.params, "router": state.router}
+    alone = jax.jit(quantize_tree)(params)
+    mesh = make_mesh(dict(zip(AXES, (1, 2, 2, 2), strict=True)))
+    where = flatten(param_shardings(mesh, params))
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        sharding = where[name]
+        if is_int8(leaf):
+            sharding = int8_sharding(sharding, summed_axes(name))
+        return jax.device_put(leaf, sharding)
+
+    spread = jax.tree_util.tree_map_with_path(place, alone, is_leaf=is_int8)
+    model, batch = VL2(config), mesh_case.prompts(8)
+    text = batch.replace(tiles=batch.tiles[:0], image_index=np.full_like(batch.image_index, -1))
+    x, positions = jnp.ones((1, 1, 32)), jnp.ones((1, 1), jnp.int32)
+
+    @jax.jit
+    def run(params):
+        """Logits of eight prompts, whose rows are exchanged; a step of one row, whose are not."""
+        caches = init_caches(config.decoder, 1, 8, jnp.float32)
+        stacks = expert_stacks(params)
+        hidden, _ = model.apply(stacks, x, positions, caches, method=VL2.decode)
+        return model.apply(params, text).logits, hidden
+
+    want = run(alone)
+    with jax.set_mesh(mesh):
+        got = run(spread)
+    for one, other in zip(want, got, strict=True):
+        assert np.abs(np.asarray(other) - one).max() <= 1e-5 * np.abs(one).max()
+
+
+def test_unknown_kinds(model, capsys):
+    with pytest.raises(UserError, match="quantize must be one of int8, or None; got 'int4'"):
+        vl2jax.load(model[1].path, quantize="int4")
+    for main, flags in ((sample.main, ["--prompt", "a"]), (program.main, ["--data", "synthetic"])):
+        assert main(["--ckpt", str(model[1].path), *flags, "--quantize", "int4"]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        assert err.startswith("error: argument --quantize: invalid choice: 'int4' (choose from")
+
+
+def test_the_command_line(model, capsys, tmp_path):
+    """A plan says what is loaded; a batch answers as `generate` does, and is not taken up by a run
+    of the model as it is."""
+    plain, quantized = model
+    flags = ["--ckpt", str(quantized.path), "--max_new_tokens", "12", "--quantize", "int8"]
+    assert sample.main([*flags, "--plan"]) == 0
+    told = capsys.readouterr().err
+    assert "466,227 parameters, float32 and int8, 773 kB on cpu" in told
+    assert "cache 1.57 MB, with the parameters 2.35 MB" in told
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
+    files = [
+        "--batch_size",
+        "1",
+        "--batch",
+        str(tmp_path / "in.jsonl"),
+        "--out",
+        str(tmp_path / "out.jsonl"),
+    ]
+    assert sample.main([*flags, *files]) == 0
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    asked = quantized.model.processor([{"role": "user", "content": "hello"}])
+    (want,) = vl2jax.generate(
+        *(plain.config, quantized.model.params, asked), max_new_tokens=12, eos_token_id=521
+    )
+    assert json.loads(line)["tokens"] == want.tokens
+    assert sample.main([*flags[:-2], *files]) == 1
+    assert "does not answer row 1" in capsys.readouterr().err
+
+
+def test_eval_has_both_columns(tmp_path, capsys, monkeypatch):
+    """The model as it is knows every second colour and all boxes, the quantised one less."""
+    (tmp_path / "hf").mkdir()
+    random_hf.write_checkpoint(tmp_path / "hf")
+    to_jax.convert(tmp_path / "hf", tmp_path / "ckpt")
+
+    def answer_all(session, ask, wanted, batch_size, max_new_tokens):
+        found = []
+        for family, index in wanted:
+            asked, quantized = ask(family, index), session.settings.get("quantize") == "int8"
+            right = index % 2 == 0 if family == "colour" else not quantized or index == 0
+            text = asked.answer if right else "nothing"
+            found.append(program.Outcome(family, index, text, "stop", program.score(asked, text)))
+        return found
+
+    monkeypatch.setattr(program, "answer_all", answer_all)
+    flags = ["--ckpt", str(tmp_path / "ckpt"), "--data", "synthetic", "--questions", "4"]
+    flags += ["--families", "colour,grounding", "--compilation_cache", "off"]
+    assert program.main([*flags, "--quantize", "int8"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["family", "measure", "unquantised", "int8", "difference"]
+    assert rows[1] == ["colour", "exact", "match", "50.0%", "50.0%", "0.0%"]
+    assert ["grounding", "Acc@0.5", "100.0%", "25.0%", "-75.0%"] in rows
+    assert ["over", "families", "Acc@0.5", "100.0%", "25.0%", "-75.0%"] in rows
+    assert rows[-1] == ["same", "answers:", "5", "of", "8"]
+    assert program.main([*flags, "--quantize", "int8", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores == json.loads((tmp_path / "ckpt" / "eval" / "scores.json").read_text())
+    assert scores["families"]["grounding"]["acc50"] == 1.0
+    assert scores["int8"]["families"]["grounding"]["acc50"] == 0.25
+    assert scores["difference"]["families"]["grounding"]["acc50"] == -0.75
+    assert scores["difference"]["families"]["colour"]["acc50"] is None
+    written = (tmp_path / "ckpt" / "eval" / "answers-int8.jsonl").read_text().splitlines()
+    assert len(written) == 8 and json.loads(written[5])["answer"] == "nothing"
+    assert program.main(flags) == 0
+    assert "unquantised" not in capsys.readouterr().out

@@ -1,0 +1,187 @@
+"""Two processes of four devices as one run, started as a user starts them.
+
+VL2JAX_PROCESSES=all runs the long ones: twenty steps against a single process, other devices at the
+restore, a kill and the restart after it.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import processes
+import pytest
+from conftest import ROOT
+from processes import finish, free_port, long_test
+
+from vl2jax.checkpoints.model_dir import complete_steps
+from vl2jax.checkpoints.store import ParamStore, read_array
+from vl2jax.common.errors import UserError
+from vl2jax.parallel.processes import Joining
+from vl2jax.training.metrics import read_metrics
+
+FLAGS = [
+    "--config=tests/smallest.py",
+    f"--compilation_cache={ROOT / '.cache' / 'train'}",
+    "--config.batch.rows=8",
+    "--config.batch.tiles=64",
+    "--config.mesh.data=2",
+    "--config.mesh.expert=2",
+    "--config.mesh.tensor=2",
+    "--config.data.shards=2",
+    "--config.eval.every=0",
+    "--config.optim.eps=1e-3",  # else the noise of gradients that are 0 becomes whole steps
+]
+
+
+def start(workdir, devices: int, *arguments: str) -> subprocess.Popen:
+    return processes.start("train.py", devices, *FLAGS, f"--workdir={workdir}", *arguments)
+
+
+def start_two(workdir, *arguments: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    flags = [*FLAGS, f"--workdir={workdir}", *arguments]
+    return processes.start_two("train.py", 4, *flags, second=second)
+
+
+def curve(workdir) -> np.ndarray:
+    rows = read_metrics(workdir / "metrics.jsonl")
+    names = ("step", "train/loss", "train/grad_norm", "data/token_fill", "data/tile_imbalance")
+    return np.array([[row[name] for name in names] for row in rows])
+
+
+def saved(workdir, step: int) -> dict[str, np.ndarray]:
+    stores = {name: ParamStore(workdir / "checkpoints" / str(step) / name) for name in PARTS}
+    return {
+        f"{name}/{path}": read_array(store.open(path))
+        for name, store in stores.items()
+        for path in store.paths
+    }
+
+
+PARTS = ("params", "opt_state")
+
+
+def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert got.keys() == want.keys() and len(want) > 50
+    for path, value in want.items():
+        error, size = np.linalg.norm(got[path] - value), np.linalg.norm(value)
+        assert error <= 1e-5 * size + 1e-7, f"{path}: {error} of {size}"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The same run by two processes and by one."""
+    steps = 20
+    options = (f"--config.steps={steps}", f"--config.checkpoint.every={-(-steps // 2)}")
+    two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
+    ended = finish(*start_two(two, *options))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    ended += finish(start(one, 8, *options))
+    assert ended[-1][0] == 0, ended[-1]
+    return two, one, steps, ended
+
+
+@long_test
+def test_two_processes_equal_one(both):
+    two, one, steps, ended = both
+    np.testing.assert_allclose(curve(two), curve(one), rtol=1e-5, atol=1e-6)
+    assert curve(two)[:, 0].tolist() == list(range(1, steps + 1))
+    assert complete_steps(two)[-1] == steps
+    assert_same(saved(two, steps), saved(one, steps))
+    # The second process writes neither metrics nor progress.
+    assert "devices  8 cpu" in ended[0][1] and "devices " not in ended[1][1]
+    assert "step 1/" in ended[0][2] and "step 1/" not in ended[1][2]
+
+
+@long_test
+def test_saved_data_is_that_of_both(both):
+    """The state of each data shard, whoever read it: any number of processes can go on."""
+    two, one, steps, _ = both
+    states = []
+    for workdir in (two, one):
+        file = workdir / "checkpoints" / str(steps) / "data" / "metadata"
+        states.append(json.loads(file.read_text()))
+    assert states[0] == states[1] and len(states[0]["shards"]) == 2
+    assert [s["data"]["process"] for s in states[0]["shards"]] == [[0, 2], [1, 2]]
+
+
+def test_another_configuration_in_one_process(tmp_path):
+    started = start_two(tmp_path, second=("--config.optim.lr=0.5",))
+    (code0, _, errors0), (code1, output1, errors1) = finish(*started)
+    assert code0 == code1 == 1 and "devices " not in output1
+    assert (
+        "error: process 1 was started with config other than process 0's: config.optim.lr"
+        " is 0.5, there 0.001; start all with the same command"
+    ) in errors1
+    assert "error: process 1 of 2 has ended, so process 0 ends too" in errors0
+    assert not (tmp_path / "checkpoints").exists() or not complete_steps(tmp_path)
+
+
+def test_a_process_that_does_not_come(tmp_path):
+    join = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--join_timeout=3"]
+    ((code, _, errors),) = finish(start(tmp_path, 4, *join, "--process_id=0"))
+    assert code == 1
+    assert "error: process 0 waited 3 s and not all 2 processes came together" in errors
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "a:1"}, "--coordinator needs --num_processes and --process_id"),
+        ({"num_processes": 2}, "need --coordinator=HOST:PORT"),
+        ({"coordinator": "a", "num_processes": 2, "process_id": 0}, "expected HOST:PORT"),
+        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "expected 0 to 1"),
+    ],
+)
+def test_flags_that_need_each_other(given, message):
+    with pytest.raises(UserError, match=message):
+        Joining(**given)
+
+
+@long_test
+@pytest.mark.parametrize("devices", [1, 8])
+def test_restored_by_one_process(both, tmp_path, devices):
+    """On one device and on eight, half of two processes' run goes on as one process's does."""
+    two, one, steps, _ = both
+    copy = tmp_path / "run"
+    shutil.copytree(two, copy)
+    shutil.rmtree(copy / "checkpoints" / str(steps))
+    axes = ("data", "expert", "tensor")
+    mesh = [f"--config.mesh.{axis}=1" for axis in axes] if devices == 1 else []
+    ((code, output, errors),) = finish(start(copy, devices, f"--config.steps={steps}", *mesh))
+    assert code == 0, errors
+    assert f"resumed  from step {-(-steps // 2)}" in output
+    names = slice(0, 4)  # one device has no imbalance
+    np.testing.assert_allclose(curve(copy)[:, names], curve(one)[:, names], rtol=1e-5, atol=1e-6)
+    assert_same(saved(copy, steps), saved(one, steps))
+
+
+@long_test
+def test_killed_and_started_again(both, tmp_path):
+    """SIGKILL of one ends the other soon and clearly; restarts end where a run in one go ends.
+
+    To the bit, against two processes. One process differs in the last digits of float32: gloo adds
+    what processes hold in another order than a single process adds what its devices hold.
+    """
+    two, _, steps, _ = both
+    options = (f"--config.steps={steps}", "--config.checkpoint.every=5")
+    for victim in (1, 0):
+        started = start_two(tmp_path, *options)
+        while not any(step >= (5 if victim else 10) for step in complete_steps(tmp_path)):
+            assert all(process.poll() is None for process in started)
+            time.sleep(0.02)
+        started[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        ended = finish(*started)
+        assert time.monotonic() - killed < 30
+        assert ended[victim][0] == -signal.SIGKILL and ended[1 - victim][0] == 1
+        assert f"error: process {victim} of 2 has ended" in ended[1 - victim][2]
+    ended = finish(*start_two(tmp_path, *options))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    np.testing.assert_array_equal(curve(tmp_path), curve(two))
+    got, want = saved(tmp_path, steps), saved(two, steps)
+    assert got.keys() == want.keys()
+    for path, value in want.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)

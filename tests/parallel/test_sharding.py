@@ -1,0 +1,186 @@
+"""The table of parameter placements, and a model loaded onto a mesh."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from golden import padded_batch
+
+import vl2jax
+from vl2jax.common.errors import UserError
+from vl2jax.config import architecture as configs
+from vl2jax.model.vl2 import abstract_params
+from vl2jax.parallel.sharding import (
+    AXES,
+    PARAM_RULES,
+    check_batch,
+    make_mesh,
+    optimizer_shardings,
+    param_shardings,
+    param_spec,
+    read_mesh,
+)
+from vl2jax.training.optim import OptimConfig, make_optimizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _mesh(**axes):
+    types = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types)
+
+
+def _paths(config):
+    return _flat(abstract_params(config))
+
+
+def _flat(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def all_paths(data_dir):
+    extra = json.loads((data_dir / "mini-extra" / "config.json").read_text())
+    tiny = configs.tiny()
+    biased = dataclasses.replace(tiny.decoder, attention_bias=True)
+    found = [configs.VL2Config.from_hf(extra), dataclasses.replace(tiny, decoder=biased)]
+    found += [preset() for preset in configs.PRESETS.values()]
+    return [_paths(config) for config in found]
+
+
+def test_every_parameter_has_a_rule_of_its_rank(all_paths):
+    for paths in all_paths:
+        for path, leaf in paths.items():
+            assert len(param_spec(path)) == leaf.ndim, path
+
+
+def test_every_rule_is_the_first_match_of_some_parameter(all_paths):
+    names = {path.split("/", 1)[1] for paths in all_paths for path in paths}
+    first = {next(rule for rule, _ in PARAM_RULES if re.fullmatch(rule, name)) for name in names}
+    assert first == {rule for rule, _ in PARAM_RULES}
+
+
+def test_unknown_parameters_are_refused():
+    with pytest.raises(ValueError, match="decoder/surprise"):
+        param_spec("params/decoder/surprise")
+
+
+def test_released_sizes_divide_by_usual_meshes():
+    mesh = _mesh(fsdp=2, expert=2, tensor=2)
+    for preset in configs.PRESETS.values():
+        param_shardings(mesh, abstract_params(preset()))
+
+
+def test_what_does_not_divide_is_named():
+    with pytest.raises(UserError, match=r"experts/.*expert=5"):
+        param_shardings(_mesh(expert=5), abstract_params(configs.base()))
+    with pytest.raises(UserError, match="model"):
+        param_shardings(_mesh(model=2), abstract_params(configs.base()))
+
+
+def test_loaded_onto_a_mesh(mini, tmp_path):
+    """Experts lie on the expert axis, each device holds its part, and the logits are the same."""
+    from convert import to_jax
+
+    whole = mini("mini-small", "one_image")
+    to_jax.convert(whole.source, tmp_path / "model")
+    mesh = _mesh(data=2, fsdp=2, expert=2)
+    model = vl2jax.load(tmp_path / "model", mesh=mesh)
+    gate = model.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]["gate_proj"]
+    assert gate.sharding.spec == jax.sharding.PartitionSpec(None, "expert", "fsdp", None)
+    shard = gate.addressable_shards[0].data.shape
+    assert shard == (gate.shape[0], gate.shape[1] // 2, gate.shape[2] // 2, gate.shape[3])
+    jax.tree.map(np.testing.assert_array_equal, model.params, whole.params)
+    batch = padded_batch(whole.config, whole.arrays("one_image"))
+    logits = vl2jax.forward(model.config, model.params, batch)
+    want = vl2jax.forward(whole.config, whole.params, batch)
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+def test_make_mesh():
+    mesh = make_mesh({"data": -1, "fsdp": 2, "expert": 2, "tensor": 1})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1}
+    assert make_mesh({"data": 8, "fsdp": 1, "expert": 1, "tensor": 1}).size == 8
+    for wrong in ((3, 1, 1, 1), (-1, 3, 1, 1), (-1, -1, 1, 1), (0, 1, 1, 1), (4, 1, 1, 1)):
+        with pytest.raises(UserError, match="does not fit 8 devices: sizes must multiply to 8"):
+            make_mesh(dict(zip(AXES, wrong, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("expert=4,tensor=2", (1, 1, 4, 2)), ("fsdp=2", (4, 2, 1, 1)), ("fsdp=-1", (1, 8, 1, 1))],
+)
+def test_mesh_of_a_flag(text, want):
+    assert tuple(read_mesh(text).shape.values()) == want
+    assert read_mesh("") is None
+
+
+def test_mistakes_name_numbers_and_what_works():
+    """One line each; what it proposes does work."""
+    base = abstract_params(configs.base())
+    for refused, message in (
+        (lambda: read_mesh("expert=3"), "does not fit 8 devices.*for instance data=4,expert=2"),
+        (lambda: read_mesh("expert=4,tensor=4"), "for instance expert=2,tensor=4"),
+        (lambda: read_mesh("experts=4"), "'experts=4' is not AXIS=DEVICES with an axis of data,"),
+        (lambda: read_mesh("expert=four"), "is not AXIS=DEVICES"),
+        (
+            lambda: param_shardings(_mesh(expert=5), base),
+            r"mesh expert=5 does not divide the model: .*experts/.*: 72 by expert=5",
+        ),
+        (
+            lambda: param_shardings(_mesh(data=1, expert=7), base),
+            "72 by expert=7; .* more; for instance data=7 does",
+        ),
+        (
+            lambda: check_batch(_mesh(data=2, expert=4), rows=12, tiles=64, microbatches=1),
+            r"batch\.rows 12 cannot be shared by mesh data=2,expert=4, .* into 8 parts: it must be"
+            " a multiple of 8, for instance 16, or a mesh like data=4,tensor=2",
+        ),
+        (
+            lambda: check_batch(_mesh(fsdp=4), rows=8, tiles=20, microbatches=2),
+            r"batch\.tiles 20 .* each of 2 microbatches into 4 parts: .* for instance 24",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (1, 2, 4, 1), (1, 2, 2, 2)])
+def test_each_device_has_its_part(sizes):
+    """Bytes on a device of base's parameters and moments: the whole by the shards, within 2%."""
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    abstract = abstract_params(configs.base())
+    experts = {path: leaf for path, leaf in _flat(abstract).items() if "/experts/" in path}
+    rest = {path: leaf for path, leaf in _flat(abstract).items() if path not in experts}
+    placed = _flat(param_shardings(mesh, abstract))
+    want = sum(leaf.size for leaf in experts.values()) / mesh.size
+    want += sum(leaf.size for leaf in rest.values()) / (mesh.size // mesh.shape["expert"])
+    parts = {path: placed[path].shard_shape(leaf.shape) for path, leaf in _flat(abstract).items()}
+    assert sum(math.prod(shape) for shape in parts.values()) == pytest.approx(want, rel=0.02)
+    for path, leaf in experts.items():
+        assert math.prod(parts[path]) * mesh.size == leaf.size
+
+
+def test_optimizer_state_lies_with_its_parameters(all_paths):
+    """Moments of a released size, stage align and all: the same placement as the parameter."""
+    mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
+    flat = {path.removeprefix("params/"): leaf for path, leaf in all_paths[-1].items()}
+    flat = {path: leaf for path, leaf in flat.items() if not path.startswith("router/")}
+    optimizer = make_optimizer(OptimConfig(lr=1.0), 10)
+    state = jax.eval_shape(optimizer.init, flat)
+    placed = jax.tree.leaves_with_path(optimizer_shardings(mesh, state))
+    seen = {}
+    for path, sharding in placed:
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if keys:
+            assert sharding.spec == param_spec(keys[0])
+            seen[keys[0]] = seen.get(keys[0], 0) + 1
+        else:
+            assert sharding.spec == jax.sharding.PartitionSpec()
+    assert seen == dict.fromkeys(flat, 2)  # two moments each

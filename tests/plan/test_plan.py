@@ -1,0 +1,142 @@
+"""Planning: the table of chips, times on a torus, costs of kernels, and small compilations."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from vl2jax.common.errors import UserError
+from vl2jax.plan.chips import CHIPS, collective_seconds, find_chip
+from vl2jax.plan.hlo import Collective
+from vl2jax.plan.hlo_text import Array
+from vl2jax.plan.kernel_costs import kernel_cost
+from vl2jax.plan.programs import tpu_devices
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "vl2jax[tpu]"'
+)
+
+
+def test_chips():
+    assert {name: round(chip.flops / 1e12) for name, chip in CHIPS.items()} == {
+        **{"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}
+    }
+    assert [round(CHIPS[n].link * links / 1e9) for n, links in (("v5e", 4), ("v5p", 6))] == [
+        *(200, 600)
+    ]
+    assert find_chip("v5p:4x4x4").hbm == 95 * 2**30
+
+
+@pytest.mark.parametrize("topology", ["v5p", "v5p-64", "v5p:4x", "h100:8", ":2x2"])
+def test_topologies_that_are_none(topology):
+    with pytest.raises(UserError, match="--topology"):
+        find_chip(topology)
+
+
+def _on_square(side: int):
+    return [(x, y, 0) for x in range(side) for y in range(side)]
+
+
+def test_rings_and_lines():
+    """A ring of 16 sends both ways, a line of 4 one way; two axes have twice the links."""
+    chip, size = CHIPS["v5e"], 1e9
+    gather = Collective("all-gather", size, tuple(range(16)), 1, "")
+    ring = collective_seconds(chip, _on_square(16), gather)
+    assert ring == pytest.approx(size * 15 / 16 / (2 * chip.link))
+    line = Collective("all-gather", size, (0, 1, 2, 3), 1, "")
+    assert collective_seconds(chip, _on_square(4), line) == pytest.approx(size * 3 / 4 / chip.link)
+    square = collective_seconds(chip, _on_square(4), gather)
+    assert square == pytest.approx(size * 15 / 16 / (2 * chip.link))
+    reduce = Collective("all-reduce", size, gather.group, 1, "")
+    assert collective_seconds(chip, _on_square(4), reduce) == pytest.approx(2 * square)
+
+
+def test_all_to_all_is_bound_by_the_middle():
+    """Half of what each of 16 on a ring sends crosses its middle, over two links each way."""
+    chip, size = CHIPS["v5e"], 1e9
+    exchange = Collective("all-to-all", size, tuple(range(16)), 1, "")
+    seconds = collective_seconds(chip, _on_square(16), exchange)
+    assert seconds == pytest.approx(16 * size / 4 / 2 / chip.link)
+
+
+def test_one_device_waits_for_nobody():
+    alone = Collective("all-reduce", 1e9, (3,), 1, "")
+    assert collective_seconds(CHIPS["v5p"], _on_square(2), alone) == 0
+
+
+def test_cost_of_grouped_products_is_that_of_rows_there_are():
+    """A buffer of 4096 rows of which 1024 are used, 8 experts: 9 tiles of 128 at least."""
+    rows, weights = Array("bf16", (4096, 256), True), Array("bf16", (8, 256, 512), True)
+    out = Array("bf16", (4096, 512), True)
+    flops, traffic = kernel_cost(1024.0, 8)("gmm.1", [rows, weights], (out,))
+    useful = 2 * 1024 * 256 * 512
+    assert useful < flops < 5 * useful
+    assert traffic == pytest.approx(1024 * 256 * 2 + 8 * 256 * 512 * 2 + 1024 * 512 * 2)
+
+
+def test_cost_of_splash_is_half_where_causal():
+    q, v = Array("bf16", (2, 4, 4096, 192), True), Array("bf16", (2, 4, 4096, 128), True)
+    numbers = Array("s32", (4096, 128), True)
+    whole, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [q, q, v], (v,))
+    causal, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [q, q, v, numbers], (v,))
+    assert whole == 2 * 2 * 4 * 4096**2 * (192 + 128)
+    assert causal / whole == pytest.approx(9 / 16)
+    q, v = (Array("bf16", a.shape[1:], True) for a in (q, v))  # a single row has no axis
+    blocks = Array("s8", (1, 8, 8), True)
+    single, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [blocks, q, q, v], (v,))
+    assert single == whole / 2
+
+
+def _plan(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vl2jax.plan", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "vl2jax\[tpu\]"'):
+        tpu_devices("v5e:2x4")
+
+
+def test_a_slice_is_asked_for():
+    found = _plan("--config=configs/tiny.py")
+    assert found.returncode == 1
+    assert found.stderr == "error: give the slice to plan for: --topology=v5p:4x4x4\n"
+
+
+@needs_libtpu
+def test_small_run_compiles_for_tpu_with_its_kernels():
+    """The kernels compile for TPU, and the counted work is near what the model asks for."""
+    small = (
+        *("--config=tests/smallest.py", "--config.compute.moe_implementation=auto"),
+        *("--config.batch.rows=8", "--config.mesh.expert=2", "--config.mesh.data=2"),
+        *("--topology=v5e:2x2", "--effort=-1", "--json", "--what=train,prefill,decode"),
+        *("--rows=2", "--prompt=128", "--slots=256"),
+    )
+    found = _plan(*small)
+    assert found.returncode == 0, found.stderr
+    train, prefill, decode = map(json.loads, found.stdout.splitlines())
+    for program in (train, prefill, decode):
+        assert program["mesh"] == {"data": 2, "fsdp": 1, "expert": 2, "tensor": 1}
+        assert not program["open_loops"] and not program["unknown_kernels"]
+        assert 0 < program["bytes"]["peak"] < program["hbm"]
+        assert program["roofline"]["step"] > 0
+    exchange = [name for name in train["collectives"] if name.endswith(" over expert")]
+    assert any(name.startswith("all-gather") for name in exchange)
+    assert any("data" in name for name in train["collectives"])
+    assert train["flops"] > train["model_flops"]
+
+
+@needs_libtpu
+def test_what_does_not_fit_is_one_line():
+    found = _plan(
+        *("--config=configs/vl2_base.py:sft", "--topology=v5e:1x1", "--what=decode"),
+        *("--effort=-1", "--rows=4", "--slots=2048"),
+    )
+    assert found.returncode == 1
+    last = found.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: decode of vl2_base-sft on v5e:1x1: does not fit (parameters ")
+    assert "15.75G" in last

@@ -1,0 +1,129 @@
+"""Schedules, AdamW against NumPy in float64, parts of the model, refusals."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vl2jax.common.errors import UserError
+from vl2jax.training.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
+
+PATHS = {
+    "vision/blocks/mlp/fc1/kernel": (3, 4),
+    "vision/pos_embed": (5, 2),
+    "adaptor/layers_0/bias": (4,),
+    "decoder/embed_tokens/embedding": (7, 4),
+    "decoder/moe_1/mlp/experts/gate_proj": (2, 3, 4, 2),
+    "decoder/norm/scale": (4,),
+    "image_newline": (4,),
+}
+DECAYED = {
+    "vision/blocks/mlp/fc1/kernel",
+    "decoder/embed_tokens/embedding",
+    "decoder/moe_1/mlp/experts/gate_proj",
+}
+
+
+def test_schedules():
+    def rates(steps=100, **kwargs):
+        schedule = learning_rate(OptimConfig(lr=2.0, **kwargs), steps)
+        return [float(schedule(count)) for count in range(steps)]
+
+    constant = rates(schedule="constant", warmup_steps=4)
+    assert constant[:6] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0] and constant[-1] == 2.0
+    step = rates(schedule="step")
+    assert step[0] == step[49] == 2.0
+    assert step[50] == step[74] == pytest.approx(2 / 10**0.5, rel=1e-6)
+    assert step[75] == step[99] == pytest.approx(0.2, rel=1e-6)
+    cosine = rates(schedule="cosine", warmup_steps=20, final_lr_fraction=0.1)
+    assert cosine[19] == cosine[20] == 2.0
+    assert cosine[60] == pytest.approx(1.1, rel=1e-6)  # halfway between 2 and 0.2
+    assert cosine[99] == pytest.approx(0.2, rel=0.01) and min(cosine[20:]) == cosine[99]
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clipped", [True, False])
+def test_adamw_against_numpy(moments, clipped):
+    """Three steps on every group of parameters, decayed and not, clipped and not."""
+    rng = np.random.default_rng(0)
+    cfg = OptimConfig(
+        lr=0.01,
+        schedule="step",
+        warmup_steps=2,
+        clip_norm=1.0 if clipped else 1e6,
+        moments_dtype=moments,
+        lr_multipliers={"vision": 0.1, "decoder/moe_1": 3.0},
+    )
+    optimizer = make_optimizer(cfg, steps=4)
+    params = {
+        path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in PATHS.items()
+    }
+    state = optimizer.init(params)
+    oracle = {path: np.asarray(value, np.float64) for path, value in params.items()}
+    mean, square = ({path: 0.0 for path in PATHS} for _ in range(2))
+    for count in range(3):
+        grads = {path: rng.normal(size=shape).astype(np.float32) for path, shape in PATHS.items()}
+        updates, state = optimizer.update(
+            {k: jnp.asarray(v) for k, v in grads.items()}, state, params
+        )
+        params = {path: params[path] + updates[path] for path in PATHS}
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        rate = 0.01 * [0.5, 1.0, 10**-0.5][count]
+        for path, gradient in grads.items():
+            g = gradient.astype(np.float64) * min(1, cfg.clip_norm / norm)
+            mean[path] = 0.9 * mean[path] + 0.1 * g
+            square[path] = 0.95 * square[path] + 0.05 * g * g
+            unbiased = mean[path] / (1 - 0.9 ** (count + 1))
+            scale = np.sqrt(square[path] / (1 - 0.95 ** (count + 1))) + 1e-8
+            decay = 0.1 * oracle[path] if path in DECAYED else 0
+            part = 0.1 if path.startswith("vision/") else 3.0 if "moe_1" in path else 1.0
+            oracle[path] = oracle[path] - rate * part * (unbiased / scale + decay)
+    # bfloat16 moments: each of three steps is off by its rounding, 2^-9 of an update.
+    atol = 2e-6 if moments == "float32" else 3 * 0.03 * 3 * 2**-8
+    for path, want in oracle.items():
+        np.testing.assert_allclose(params[path], want, rtol=0, atol=atol, err_msg=path)
+    kept = {leaf.dtype.name for leaf in _floats(state)}
+    assert kept == {moments}
+
+
+def _floats(tree):
+    import jax
+
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def test_parts():
+    cfg = OptimConfig(lr=1.0, frozen=("decoder", "vision/pos_embed"))
+    assert trained_paths(cfg, PATHS) == (
+        "adaptor/layers_0/bias",
+        "image_newline",
+        "vision/blocks/mlp/fc1/kernel",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(frozen=("decoders",)), "did you mean 'decoder'"),
+        (dict(frozen=("visio",)), "did you mean 'vision'"),
+        (dict(lr_multipliers={"encoder": 0.1}), "'encoder', which has no parameter"),
+        (dict(frozen=("vision", "adaptor", "decoder", "image_newline")), "nothing to train"),
+    ],
+)
+def test_unknown_parts(fields, message):
+    with pytest.raises(UserError, match=message):
+        trained_paths(OptimConfig(lr=1.0, **fields), PATHS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(algorithm="sgd"), "optim.algorithm must be one of adamw, muon"),
+        (dict(schedule="linear"), "optim.schedule must be one of cosine, step, constant"),
+        (dict(moments_dtype="float16"), "optim.moments_dtype must be one of"),
+        (dict(lr=0.0), "optim.lr must be above 0"),
+        (dict(clip_norm=-1.0), "optim.clip_norm must be above 0"),
+    ],
+)
+def test_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        OptimConfig(**{"lr": 1.0, **fields})

@@ -1,0 +1,277 @@
+"""train.py as a user runs it: a run, killed and stopped runs, broken numbers, mistakes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from vl2jax.checkpoints.model_dir import complete_steps, flatten, load_params
+from vl2jax.checkpoints.store import ParamStore, read_array
+from vl2jax.synthetic import question
+from vl2jax.training.metrics import read_metrics
+
+KILLS = int(os.environ.get("VL2JAX_KILLS", "2"))
+
+
+def command(workdir, *arguments: str, config: str = "tests/smallest.py") -> list[str]:
+    cache = f"--compilation_cache={ROOT / '.cache' / 'train'}"
+    named = [f"--config={config}", f"--workdir={workdir}", cache]
+    return [sys.executable, "train.py", *named, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """One device, whatever the tests around have; programs as of `quick_compilation`."""
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **quick}
+
+
+def train(workdir, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workdir, *arguments, **kwargs),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def started(workdir, *arguments: str) -> subprocess.Popen:
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(
+        command(workdir, *arguments), cwd=ROOT, env=environment(), stdout=nowhere, stderr=nowhere
+    )
+
+
+def curve(workdir) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every step."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [(r["step"], r["train/loss"], r["train/grad_norm"]) for r in rows if "train/loss" in r]
+
+
+def final_state(workdir, step: int) -> dict[str, np.ndarray]:
+    directory = workdir / "checkpoints" / str(step)
+    found = {}
+    for item in ("params", "opt_state"):
+        store = ParamStore(directory / item)
+        found |= {f"{item}/{path}": read_array(store.open(path)) for path in store.paths}
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run of six steps, saved every two."""
+    workdir = tmp_path_factory.mktemp("run")
+    done = train(workdir, "--config.profile=2:4")
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_what_a_run_leaves(run):
+    workdir, done = run
+    first = done.stdout.splitlines()
+    assert [line.split()[0] for line in first] == [
+        *("devices", "mesh", "model", "memory", "step", "run", "data")
+    ]
+    assert "1 cpu" in first[0] and "data 1, fsdp 1, expert 1, tensor 1" in first[1]
+    assert "6 steps, 2,880 tokens" in first[5]
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "token_acc", "grad_norm", "lr", "aux_loss"):
+        assert all(np.isfinite(row[f"train/{name}"]) for row in rows)
+    for name in ("max_violation", "entropy", "dead_experts", "bias_norm"):
+        assert len(rows[0][f"moe/{name}"]) == 1  # one layer with experts
+    for name in ("step_time", "tokens_per_sec", "images_per_sec", "tflops_per_device", "data_wait"):
+        assert rows[-1][f"perf/{name}"] >= 0
+    assert [row["step"] for row in rows if "heldout/loss" in row] == [3, 6]
+    assert rows[0]["train/loss"] == pytest.approx(np.log(1536), rel=0.1)
+    assert complete_steps(workdir) == [4, 6]  # keep = 2
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 6
+    assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.rglob("*.xplane.pb"))
+    assert "held-out loss" in done.stderr and "step 6/6" in done.stderr
+
+
+def test_killed_at_any_moment(tmp_path):
+    """SIGKILL in mid-step and in mid-save: the same parameters and curve, bit for bit."""
+    steps, dice = 30 + 5 * KILLS, random.Random(0)
+    often = ("--config.checkpoint.every=5", "--config.eval.every=0", f"--config.steps={steps}")
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    assert train(whole, *often).returncode == 0
+    in_a_save = 0
+    for life in range(KILLS):
+        process = started(torn, *often)
+        with contextlib.suppress(StopIteration):
+            _wait(torn, process, life, dice)
+        in_a_save += any(torn.rglob("*.orbax-checkpoint-tmp*"))
+        process.kill()
+        process.wait()
+    done = train(torn, *often)
+    assert done.returncode == 0, done.stderr
+    assert KILLS < 2 or in_a_save
+    assert curve(torn) == curve(whole)
+    want, got = final_state(whole, steps), final_state(torn, steps)
+    assert want.keys() == got.keys() and len(want) > 50
+    for path, value in want.items():
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+def _wait(workdir, process, life: int, dice: random.Random) -> None:
+    """Until the run has gone on for a random while, or in every second life until it saves."""
+    metrics = workdir / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+    while process.poll() is None:
+        time.sleep(0.002)
+        if life % 2 and any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
+            return
+        if not life % 2 and metrics.exists() and metrics.stat().st_size != before:
+            time.sleep(dice.uniform(0, 0.5))
+            return
+    raise StopIteration
+
+
+@pytest.mark.parametrize("evaluation", [("every", 0), ("batches", 100)])
+def test_sigterm_saves_and_ends(tmp_path, evaluation):
+    """Also where the signal comes while the held-out loss is computed, here most of the time."""
+    long = ("--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval.every=2")
+    process = started(tmp_path, *long, "--config.eval.{}={}".format(*evaluation))
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    steps = [step for step, *_ in curve(tmp_path)]
+    assert complete_steps(tmp_path) == steps[-1:] and steps == list(range(1, steps[-1] + 1))
+
+
+def test_broken_numbers(run, tmp_path):
+    """A run that diverges stops, names step and rows, and keeps what was good."""
+    shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
+    done = train(
+        tmp_path, "--config.steps=12", "--config.optim.lr=1e30", "--config.checkpoint.every=9"
+    )
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("error: train/") and "the newest checkpoint is of step 6" in message
+    (kept,) = tmp_path.glob("failed_step_*.npz")
+    step = int(kept.stem.split("_")[-1])
+    assert f"at step {step}," in message and 7 <= step <= 9 and str(kept) in message
+    arrays = np.load(kept)
+    assert str(arrays["names"][0]) in message and "synthetic train row" in message
+    assert arrays["tokens"].shape == (1, 2, 240)
+    assert complete_steps(tmp_path) == [4, 6]
+
+
+def test_preview(tmp_path):
+    done = train(tmp_path, "--config.data.preview=3")
+    assert done.returncode == 0, done.stderr
+    assert "sample 3" in done.stdout and "⟦" in done.stdout and "<image: " in done.stdout
+    assert (tmp_path / "preview.png").exists() and not complete_steps(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_dry_run_of_the_released_sizes(tmp_path, size):
+    """All stages count without allocating; totals are the paper's."""
+    activated = {"tiny": 0.574e9, "small": 2.451e9, "base": 4.124e9}[size]
+    stage = {"tiny": "align", "small": "sft", "base": "pretrain"}[size]
+    config = f"configs/vl2_{size}.py:{stage}"
+    done = train(tmp_path / "no", "--config.dry_run=True", config=config)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    decoder = int(lines["model"].split("(")[1].split()[0].replace(",", ""))
+    assert decoder == pytest.approx(activated, rel=1e-3)
+    total, trained = (
+        int(part.split()[0].replace(",", "")) for part in lines["model"][9:].split(", ")[:2]
+    )
+    assert (trained == total) == (stage != "align")
+    assert ("bfloat16" in lines["memory"].split("optimizer")[1]) == (size == "base")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+        (["--config=configs/vl2_tiny.py:last"], "vl2_tiny has the stages align, pretrain, sft"),
+        (
+            ["--config.optim.learning=1"],
+            "config.optim has no field 'learning'; it has algorithm, b1",
+        ),
+        (["--config.optim.warmup_step=1"], "did you mean 'warmup_steps'?"),
+        (["--config.optim.lr=fast"], "could not convert string to float: 'fast'"),
+        (["--config.mesh.data=7"], "mesh {'data': 7, 'fsdp': 1, 'expert': 1, 'tensor': 1}"),
+        (["--config.init_from=/nowhere"], "checkpoint /nowhere does not exist"),
+        (["--config.data.train=/nowhere.json"], "/nowhere.json"),
+        (["--config.batch.length=40"], "raise config.batch.length to"),
+        (["--wordkir=a"], "Did you mean: workdir"),
+        (["something"], "'something' is no flag"),
+    ],
+)
+def test_mistakes(tmp_path, arguments, message):
+    """One line, no traceback, exit code 1."""
+    done = train(tmp_path / "run", *arguments)
+    assert done.returncode == 1, done.stdout
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
+    assert message in errors[-1] and errors[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not complete_steps(tmp_path / "run")
+
+
+def _llava_row(directory: pathlib.Path, number: int) -> dict:
+    """One short question about a picture of its own, in the form of LLaVA's files."""
+    family = ("colour", "count", "digit", "shape")[number % 4]
+    asked = question(family, number, split="train")
+    asked.row.images[0].save(directory / f"{number}.png")
+    turns = [("human", asked.row.messages[0]["content"]), ("gpt", asked.answer)]
+    return {
+        "id": str(number),
+        "image": f"{number}.png",
+        "conversations": [{"from": who, "value": text} for who, text in turns],
+    }
+
+
+def test_fine_tuning(mini, tmp_path):
+    """A converted checkpoint learns 32 conversations by heart, is exported and comes back."""
+    from convert import to_hf, to_jax
+
+    source = mini("mini-small").source
+    to_jax.convert(source, tmp_path / "start")
+    rows = [_llava_row(tmp_path, number) for number in range(32)]
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    settings = {
+        "init_from": tmp_path / "start",
+        "data.train": tmp_path / "data.json",
+        "steps": 70,
+        "batch.rows": 1,
+        "batch.length": 1024,
+        "batch.tiles": 72,
+        "batch.segments": 32,
+        "batch.microbatches": 1,
+        "compute.dtype": "float32",
+        "compute.remat": "none",
+        "optim.lr": 3e-3,
+        "checkpoint.every": 1000,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    done = train(tmp_path / "run", *flags, config="configs/finetune.py")
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["train/token_acc"] < 0.3 and rows[-1]["train/token_acc"] == 1.0
+    to_hf.convert(tmp_path / "run", tmp_path / "export")
+    to_jax.convert(tmp_path / "export", tmp_path / "again")
+    want = flatten(load_params(tmp_path / "run" / "checkpoints" / "70" / "params"))
+    got = flatten(load_params(tmp_path / "again" / "params"))
+    assert want.keys() == got.keys()
+    for path, value in want.items():
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(value), err_msg=path)

@@ -1,0 +1,153 @@
+"""Stored parameters, read piece by piece.
+
+Orbax writes `params/`; it is read here through tensorstore, chunk by chunk, so that no more than
+the wanted array and a few chunks are ever in memory.
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vl2jax.common.errors import UserError
+
+_IN_FLIGHT = 128 * 2**20  # bytes being read at once
+
+Shape = tuple[int, ...]
+
+
+class CheckpointError(UserError):
+    """A directory that is no usable model: names it, what is wrong, and the fix."""
+
+
+class ParamStore:
+    """The stored parameters of a model, opened one at a time: path -> tensorstore array.
+
+    Paths are "params/decoder/..." and "router/...".  This reads what Orbax writes by default
+    (arrays in one OCDBT store, named by their path joined with dots).
+    """
+
+    def __init__(self, directory: Path):
+        import tensorstore as ts  # takes a moment to import
+
+        self._base = f"file://{Path(directory).resolve()}/"
+        kvstore = {"driver": "ocdbt", "base": self._base}
+        try:
+            keys = ts.KvStore.open(kvstore).result().list().result()
+        except ValueError as error:
+            raise CheckpointError(f"{directory} cannot be read: {_short(error)}") from error
+        markers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
+        self._drivers = {
+            key.decode().removesuffix(marker).replace(".", "/"): driver
+            for key in keys
+            for marker, driver in markers.items()
+            if key.decode().endswith(marker)
+        }
+        if not self._drivers:
+            raise CheckpointError(f"{directory} holds no parameters; convert the model again")
+
+    @property
+    def paths(self) -> list[str]:
+        return sorted(self._drivers)
+
+    def open(self, path: str):
+        """Opens one parameter for reading: a tensorstore with `shape` and `dtype`."""
+        import tensorstore as ts
+
+        name = path.replace("/", ".") + "/"
+        kvstore = {"driver": "ocdbt", "base": self._base, "path": name}
+        spec = {"driver": self._drivers[path], "kvstore": kvstore}
+        try:
+            return ts.open(spec, read=True, open=True).result()
+        except ValueError as error:
+            raise CheckpointError(f"parameter {path} cannot be read: {_short(error)}") from error
+
+    def check(self, expected: Mapping[str, Shape]) -> None:
+        """Compares names and shapes with a model's, and reports all differences at once.
+
+        Raises:
+          CheckpointError: parameters missing, surplus, or of another shape.
+        """
+        problems = [
+            f"missing: {path} {shape}"
+            for path, shape in expected.items()
+            if path not in self._drivers
+        ]
+        problems += [f"surplus: {path}" for path in self.paths if path not in expected]
+        for path, shape in expected.items():
+            if path in self._drivers and (found := tuple(self.open(path).shape)) != tuple(shape):
+                problems.append(f"wrong shape: {path} is {found}, the model has {tuple(shape)}")
+        if problems:
+            raise CheckpointError(
+                f"the parameters in {self._base} do not fit the model:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
+
+
+def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.ndarray:
+    """Reads an opened parameter, or a part of it, chunk by chunk into one array.
+
+    Args:
+      store: from `ParamStore.open`.
+      index: one slice per axis.
+      dtype: cast to it; the stored one if None.
+
+    Returns:
+      An array aligned so that JAX on the CPU takes it without a copy.
+
+    Raises:
+      CheckpointError: stored data is damaged.
+    """
+    index = index or (slice(None),) * len(store.shape)
+    bounds = [part.indices(size)[:2] for part, size in zip(index, store.shape, strict=True)]
+    shape = tuple(stop - start for start, stop in bounds)
+    out = aligned_empty(shape, np.dtype(dtype or store.dtype.numpy_dtype))
+    waiting: collections.deque = collections.deque()
+    in_flight = 0
+    for cell in _cells(bounds, store.chunk_layout.read_chunk.shape or ()):  # None for a scalar
+        if in_flight > _IN_FLIGHT:
+            in_flight -= _take(waiting.popleft(), out)
+        target = tuple(
+            slice(a - low, b - low) for (a, b), (low, _) in zip(cell, bounds, strict=True)
+        )
+        waiting.append((store[tuple(slice(a, b) for a, b in cell)].read(), target))
+        in_flight += math.prod(b - a for a, b in cell) * store.dtype.numpy_dtype.itemsize
+    while waiting:
+        _take(waiting.popleft(), out)
+    return out
+
+
+def _take(waiting, out: np.ndarray) -> int:
+    """Puts a finished read into its place and returns its bytes."""
+    future, target = waiting
+    try:
+        value = future.result()
+    except ValueError as error:
+        raise CheckpointError(f"stored data is damaged: {_short(error)}") from error
+    out[target] = value
+    return value.nbytes
+
+
+def _cells(bounds: Sequence[tuple[int, int]], chunk: Sequence[int]) -> Iterator[tuple]:
+    """Cuts a box at the chunk grid, so that each chunk is read once."""
+    axes = []
+    for (low, high), size in zip(bounds, chunk, strict=True):
+        cuts = range((low // size + 1) * size, high, size)
+        axes.append(list(itertools.pairwise([low, *cuts, high])) if high > low else [])
+    yield from itertools.product(*axes)
+
+
+def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array on a 64-byte boundary."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _short(error: Exception) -> str:
+    """The first sentence of a storage error; the rest is the library's source lines."""
+    return str(error).split(" [")[0][:300]

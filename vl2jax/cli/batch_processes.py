@@ -1,0 +1,102 @@
+"""`--batch` by several processes of one run.
+
+With shares, each process answers its rows into a file of its own (`answer_file.part_of`); when all
+are done, process 0 puts these in the order of the rows behind what OUT has, and removes them.
+Together, all answer every row, and process 0 writes OUT.  Either way OUT is at any moment a
+beginning of the result, and a run that ended early goes on.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+from vl2jax.cli.batch import Asked, Run, answer_file, opened, part_of, resume
+from vl2jax.cli.shards import Share
+from vl2jax.common.errors import UserError
+from vl2jax.inference.session import Session
+from vl2jax.parallel.processes import agree, is_first, tell_all, tell_first
+
+
+def answer_by_processes(
+    session: Session, source: Path, target: Path, batch_size: int, share: Share
+) -> int:
+    """Like `answer_file`, called by all processes of a run.
+
+    Returns:
+      The number of bad rows in all, on every process.
+
+    Raises:
+      UserError: as `answer_file`; part files of another number of processes; processes that read
+        different rows.
+    """
+    with source.open("rb") as file:
+        agree({"digest": hashlib.file_digest(file, "blake2b").hexdigest()[:16]}, str(source))
+    asked = Asked(source, session.settings)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(opened(target) if is_first() else contextlib.nullcontext())
+        begun = (0, 0, 0)
+        if is_first():
+            begun = resume(asked, out, target)
+            _refuse_other_parts(target, share.count)
+        total, done, bad = json.loads(tell_all("rows done before", json.dumps(begun)))
+        if done:
+            print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
+        if share.together:
+            bad += Run(session, asked, agree).write(out, batch_size, done, total)
+        elif done < total:
+            part = (share.index, share.count)
+            own = answer_file(session, source, target, batch_size, part, skip=done)
+            found = tell_first("bad rows", str(own))
+            if is_first():
+                _append_parts(target, out, share.count)
+            bad += int(tell_all("bad rows in all", str(sum(map(int, found)))))
+        if is_first():
+            for part in _parts(target, share.count):
+                part.unlink(missing_ok=True)
+    print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
+    return bad
+
+
+def _parts(target: Path, count: int) -> list[Path]:
+    return [part_of(target, (index, count)) for index in range(count)] if count > 1 else []
+
+
+def _refuse_other_parts(target: Path, count: int) -> None:
+    """Raises UserError where files are left of a run by another number of processes."""
+    form = re.escape(target.stem) + r"-\d{5}-of-\d{5}" + re.escape(target.suffix)
+    own = {path.name for path in _parts(target, count)}
+    for path in sorted(target.parent.iterdir()):
+        if re.fullmatch(form, path.name) and path.name not in own:
+            others = int(path.stem[-5:])
+            raise UserError(
+                f"{path} was begun by {others} processes and is not joined yet; go on with as many,"
+                " or remove it"
+            )
+
+
+def _append_parts(target: Path, out: BinaryIO, count: int) -> None:
+    """Puts the rows of all parts behind those of `out`, at once: a kill leaves it as it was."""
+    partial = target.with_name(f".{target.name}.partial")
+    with contextlib.ExitStack() as stack:
+        joined = stack.enter_context(partial.open("wb"))
+        out.seek(0)
+        shutil.copyfileobj(out, joined)
+        parts = []
+        for index, path in enumerate(_parts(target, count)):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is not here, but process {index} has written it: --out must be on a"
+                    " file system that all processes share"
+                )
+            parts.append(stack.enter_context(path.open("rb")))
+        while any(lines := [part.readline() for part in parts]):
+            joined.writelines(lines)  # of those that have no more rows nothing
+        joined.flush()
+        os.fsync(joined.fileno())
+    os.replace(partial, target)

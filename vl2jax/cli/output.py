@@ -1,0 +1,128 @@
+"""Answers on standard output, as text or as JSON, and on a picture."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from vl2jax.common.errors import UserError
+from vl2jax.inference.generate import Generation
+from vl2jax.processing import grounding
+from vl2jax.processing.collate import Sample
+from vl2jax.processing.grounding import Grounding
+from vl2jax.processing.image import ImageSource, load_image
+
+# Control characters as their pictures: an answer must not drive the terminal.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Output:
+    """Writes answers to standard output and nothing else there."""
+
+    def __init__(self, *, as_json: bool, stream: bool, draw_on: int | None = None):
+        """
+        Args:
+          as_json: one JSON object per answer instead of its text.
+          stream: show text as it comes.
+          draw_on: image (from 1) whose pixels the boxes count; None: the last.
+        """
+        self._as_json, self._draw_on = as_json, draw_on
+        self._streams = stream and not as_json
+
+    def show(self, text: str) -> None:
+        """Takes a new piece of an answer."""
+        if self._streams and text:
+            print(_printable(text), end="", flush=True)
+
+    def finish(self, generation: Generation, sample: Sample) -> None:
+        """Takes the whole answer."""
+        if self._as_json:
+            print(json_line(record(generation, sample, self._draw_on)), flush=True)
+        else:
+            print("" if self._streams else _printable(generation.text), flush=True)
+
+    def interrupt(self) -> None:
+        """Ends an answer that will not be finished."""
+        if self._streams:
+            print(flush=True)
+
+
+def _printable(text: str) -> str:
+    """Text that is safe for a terminal; unchanged where it goes elsewhere."""
+    return text.translate(_VISIBLE) if sys.stdout.isatty() else text
+
+
+def record(generation: Generation, sample: Sample, draw_on: int | None = None) -> dict[str, Any]:
+    """An answer as a JSON object; `boxes` are pixels of image `draw_on`, by default the last."""
+    found = ground(generation.text, sample, draw_on)
+    return {
+        "text": generation.text,
+        "tokens": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "image_tokens": sum(sample.image_tokens),
+        "boxes": [{"label": box.label, "box": list(box.xyxy)} for box in found.boxes],
+        "boxes_refused": list(found.refused),
+        "seconds_to_first_token": round(generation.seconds_to_first_token, 4),
+        "tokens_per_second": round(generation.tokens_per_second, 2),
+    }
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """JSON on one line, readable in any language."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def ground(text: str, sample: Sample, draw_on: int | None) -> Grounding:
+    """Boxes of an answer on one of its images; an answer without any tag refuses nothing."""
+    if not sample.image_sizes or not ("<|ref|>" in text or "<|det|>" in text):
+        return Grounding()
+    number = image_number(sample, draw_on)
+    return grounding.parse(text, sample.image_sizes[number - 1])
+
+
+def image_number(sample: Sample, draw_on: int | None) -> int:
+    """Which image (from 1) boxes belong to.
+
+    Raises:
+      UserError: there is no such image.
+    """
+    images = len(sample.image_sizes)
+    number = images if draw_on is None else draw_on
+    if not 1 <= number <= images:
+        raise UserError(
+            f"--draw_on {number}: the conversation has {images} images; expected 1 to {images}"
+            if images
+            else "boxes need an image to be drawn on; the conversation has none"
+        )
+    return number
+
+
+def check_drawing(path: Path) -> None:
+    """Raises UserError unless a picture can be written there."""
+    PIL.Image.init()
+    kind = PIL.Image.registered_extensions().get(path.suffix.lower())
+    if kind not in PIL.Image.SAVE:
+        raise UserError(f"--draw {path}: no picture format is named so; use .png or .jpg")
+    check_folder("--draw", path)
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raises UserError unless a file can be created at `path`."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise UserError(f"{flag} {path}: {what}; expected the path of a file to write")
+
+
+def draw_answer(path: Path, source: ImageSource, exif: bool, found: Grounding) -> None:
+    """Draws the boxes on the picture and says on standard error what became of them."""
+    grounding.draw(load_image(source, exif=exif), found.boxes).save(path)
+    count = len(found.boxes)
+    reasons = [*found.refused, *found.notes]
+    if not reasons and not count:
+        reasons = ["the answer has no <|ref|>..<|/ref|><|det|>..<|/det|>"]
+    why = f": {'; '.join(reasons)}" if reasons else ""
+    print(f"{path}: {count} {'box' if count == 1 else 'boxes'} drawn{why}", file=sys.stderr)

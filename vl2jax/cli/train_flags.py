@@ -1,0 +1,100 @@
+"""The command line of train.py: a configuration file and its overrides, with readable refusals."""
+
+import contextlib
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from vl2jax.common.errors import UserError
+from vl2jax.parallel.processes import Joining
+
+FLAGS = flags.FLAGS
+# Loading a file that fails is told by a traceback in the message; its last line is what happened.
+_LAST_LINE = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception): )?(\S.*)$", re.MULTILINE)
+
+
+def define_flags() -> None:
+    """Defines --config, --workdir, --compilation_cache, those of several processes, and --help."""
+    app.define_help_flags()
+    what = "a file in configs/, with its argument if it takes one: FILE[:arg]"
+    config_flags.DEFINE_config_file("config", None, what)
+    flags.DEFINE_string("workdir", None, "where the run lives; default runs/<name of the config>")
+    flags.DEFINE_string("compilation_cache", None, "directory of compiled programs, or off")
+    flags.DEFINE_bool("distributed", False, "join the processes of this SLURM, GKE or TPU job")
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand")
+    flags.DEFINE_integer("num_processes", -1, "of the run, with --coordinator")
+    flags.DEFINE_integer("process_id", -1, "of this process, from 0, with --coordinator")
+    flags.DEFINE_integer("join_timeout", 300, "seconds to wait for all processes")
+
+
+def read_flags(argv: Sequence[str]) -> Mapping:
+    """Parses the command line; the configuration as a plain nested dict.
+
+    Raises:
+      UserError: no or a broken configuration file, an unknown flag or field, a value of another
+        type.
+    """
+    overrides = [arg for arg in argv[1:] if arg.lstrip("-").startswith("config.")]
+    others = [arg for arg in argv[1:] if arg not in overrides]
+    try:
+        with _command_line([argv[0], *others]):
+            surplus = FLAGS([argv[0], *others])[1:]
+            config = FLAGS.config
+            _ = config is not None and config.to_dict()  # where a file that is not there fails
+    except (flags.Error, AttributeError, OSError) as error:
+        raise UserError(_LAST_LINE.findall(str(error))[-1]) from error
+    if config is None:
+        raise UserError("give a configuration: --config=configs/tiny.py")
+    if surplus:
+        raise UserError(f"{surplus[0]!r} is no flag; fields are set by --config.NAME=VALUE")
+    for override in overrides:
+        _check_field(config, override)
+    FLAGS.unparse_flags()
+    try:
+        with _command_line(argv):
+            FLAGS(list(argv))
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{error}; give a value of the type in the configuration file") from error
+    return FLAGS.config.to_dict()
+
+
+def read_joining() -> Joining:
+    """How the processes of the run find each other, once flags are read.
+
+    Raises:
+      UserError: flags that need each other.
+    """
+    return Joining(
+        auto=FLAGS.distributed,
+        coordinator=FLAGS.coordinator,
+        num_processes=FLAGS.num_processes,
+        process_id=FLAGS.process_id,
+        timeout=FLAGS.join_timeout,
+    )
+
+
+@contextlib.contextmanager
+def _command_line(argv: Sequence[str]) -> Iterator[None]:
+    """Replaces `sys.argv`, where config_flags looks for fields that are set."""
+    before, sys.argv = sys.argv, list(argv)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _check_field(config, override: str) -> None:
+    """Raises UserError where `--config.a.b=value` names no field."""
+    names = override.lstrip("-").partition("=")[0].split(".")[1:]
+    for depth, name in enumerate(names):
+        fields = list(config) if hasattr(config, "keys") else []
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            here = ".".join(["config", *names[:depth]])
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields) or 'none'}"
+            raise UserError(f"{here} has no field {name!r}; {hint}")
+        config = config[name]

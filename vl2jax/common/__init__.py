@@ -1,0 +1,5 @@
+"""What every package may use: errors that users see, progress on a terminal, file locks, and the
+cache of compiled programs.
+
+Imports nothing of the library.  Start with `errors.py`.
+"""

@@ -1,0 +1,95 @@
+"""Loading a model directory for use."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vl2jax.checkpoints.model_dir import flat_shapes, load_params, read_model_dir
+from vl2jax.common.errors import UserError
+from vl2jax.config import VL2Config
+from vl2jax.model.vl2 import abstract_params
+from vl2jax.ops.int8 import Int8, check_kind
+from vl2jax.parallel.sharding import param_shardings
+from vl2jax.processing.processor import Processor
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model ready for use.
+
+    Attributes:
+      config: architecture.
+      params: variables, `{"params": ..., "router": ...}`, for `forward` and `generate`.
+      processor: conversations and pictures to `Batch`.
+    """
+
+    config: VL2Config
+    params: Any
+    processor: Processor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def size(self) -> int:
+        """Number of parameters; scales of int8 weights do not count."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Int8))
+        return sum(leaf.size for leaf in leaves)
+
+
+def load(
+    path: str | os.PathLike,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    quantize: str | None = None,
+    on_leaf: Callable[[str, int], None] | None = None,
+) -> Model:
+    """Loads a model parameter by parameter.
+
+    Args:
+      path: a directory that `convert.to_jax` made, or a training workdir (its newest checkpoint),
+        or one of its checkpoints (WORKDIR/checkpoints/500).
+      dtype: "bfloat16", "float32" or a NumPy dtype of these; None: as stored. The router's
+        correction bias stays float32.
+      mesh: splits the parameters over its axes by `sharding.PARAM_RULES`, each device reading its
+        own part; None: everything on the default device.
+      quantize: "int8": most weights are kept as int8 with a scale per output channel, see
+        `vl2jax.ops.int8`; the model is never whole in its stored dtype. For `forward` and
+        `generate`, not for training. None: off.
+      on_leaf: called with path and bytes of each parameter once it is there.
+
+    Raises:
+      UserError: not such a directory, parameters that do not fit its configuration, a tokenizer
+        that does not fit the vocabulary, a mesh that does not divide the sizes, or an unknown
+        `quantize`.
+    """
+    check_kind(quantize)
+    directory = read_model_dir(path)
+    dtype = _float_dtype(directory.dtype if dtype is None else dtype)
+    processor = Processor.from_dir(directory.path, directory.config)
+    abstract = abstract_params(directory.config)
+    params = load_params(
+        directory.params,
+        flat_shapes(abstract),
+        dtype=dtype,
+        shardings=None if mesh is None else param_shardings(mesh, abstract),
+        quantize=quantize,
+        on_leaf=on_leaf,
+    )
+    return Model(directory.config, params, processor)
+
+
+def _float_dtype(dtype: Any) -> jnp.dtype:
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return jnp.dtype(DTYPES[name])

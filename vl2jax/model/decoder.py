@@ -1,0 +1,177 @@
+"""DeepSeekMoE decoder: runs of equal layers, each one stack of parameters and one scan.
+
+Axis legend: B rows, T tokens, S cache slots, D width, E experts, M layers with experts.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vl2jax.config import DecoderConfig, LayerRun
+from vl2jax.model.attention import MHA, MLA, Cache, Context, init_cache
+from vl2jax.model.layers import GatedMLP, Kernel, RMSNorm, matmul, remat_layer
+from vl2jax.model.moe import EXPERT_STACKS, Balance, MoE
+from vl2jax.model.parameter import parameter
+from vl2jax.model.rope import rope_table
+from vl2jax.parallel.mesh import BATCH_AXES, constrain
+
+Caches = dict[str, Cache]  # by name of the run
+
+
+def runs_of(cfg: DecoderConfig, layers_apart: bool) -> tuple[LayerRun, ...]:
+    """How layers are grouped: into stacks, or each by itself (`apart.py`)."""
+    return cfg.single_runs if layers_apart else cfg.layer_runs
+
+
+def init_caches(
+    cfg: DecoderConfig, rows: int, slots: int, dtype, layers_apart: bool = False
+) -> Caches:
+    """Empty caches of all runs for `rows` rows of up to `slots` tokens."""
+    runs = runs_of(cfg, layers_apart)
+    return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in runs}
+
+
+class DecoderLayer(nn.Module):
+    """Attention and a feed-forward network (dense or experts), each pre-normed with residual."""
+
+    cfg: DecoderConfig
+    is_moe: bool
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    moe_implementation: str = "blocked"
+    max_segments: int = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, Cache | None],
+        layer: jax.Array,
+        context: Context,
+        balance_ids: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, Cache | None], Balance | None]:
+        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        (x, cache), balance = carry, None
+        attention = (MLA if cfg.use_mla else MHA)(cfg, **kinds, name="self_attn")
+        normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="input_layernorm")(x)
+        y, cache = attention(normed, context, cache, layer)
+        self.sow("intermediates", "attn_out", y)
+        x += y
+        normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="post_attention_layernorm")(x)
+        if self.is_moe:
+            how = dict(implementation=self.moe_implementation, max_segments=self.max_segments)
+            y, balance = MoE(cfg, **kinds, **how, name="mlp")(normed, balance_ids, layer)
+        else:
+            init = nn.initializers.normal(cfg.initializer_range)
+            y = GatedMLP(cfg.intermediate_size, init, **kinds, name="mlp")(normed)
+        self.sow("intermediates", "mlp_out", y)
+        x = constrain(x + y, BATCH_AXES)
+        self.sow("intermediates", "layer_out", x)
+        return (x, cache), balance
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and output head.
+
+    Attributes:
+      layers_apart: parameters and caches are of single layers, not of stacks (`apart.py`).
+    """
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    moe_implementation: str = "blocked"
+    max_segments: int = 1
+    remat: str = "none"
+    layers_apart: bool = False
+
+    def setup(self):
+        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        init = nn.initializers.normal(cfg.initializer_range)
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, init, **kinds)
+        self.runs = [
+            nn.scan(
+                remat_layer(DecoderLayer, self.remat),
+                variable_axes={"params": 0, "router": 0, "intermediates": 0},
+                variable_broadcast=EXPERT_STACKS,
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=run.count,
+                check_constancy_invariants=False,  # one tracing of the layer in place of two
+            )(
+                cfg,
+                run.is_moe,
+                **kinds,
+                moe_implementation=self.moe_implementation,
+                max_segments=self.max_segments,
+                name=run.name,
+            )
+            for run in runs_of(cfg, self.layers_apart)
+        ]
+        self.norm = RMSNorm(cfg.rms_norm_eps, **kinds)
+        self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, self.param_dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, T] -> [B, T, D]."""
+        return self.embed_tokens(tokens)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        caches: Caches | None = None,
+        balance_ids: jax.Array | None = None,
+        padding_counts: bool = True,
+    ) -> tuple[jax.Array, Caches | None, Balance | None]:
+        """Runs the layers and the final norm.
+
+        Args:
+          x: [B, T, D].
+          positions, segment_ids: int32[B, T], see `Batch`.
+          caches: written and attended to; then segments are ignored, and slot = position.
+          balance_ids: int32[B, T], segments of the tokens that count in the balance; None: all
+            but padding, and with caches none.
+          padding_counts: see `Context`.
+
+        Returns:
+          [B, T, D]; the caches; the balance of all layers with experts (leading axis M), or None
+          if there are none, or no tokens that count.
+        """
+        cfg = self.cfg
+        # Only `dynamic` RoPE asks for a length; with a cache the limit is never exceeded.
+        cos, sin = rope_table(cfg, positions, 0 if caches is not None else x.shape[1])
+        context = Context(positions, segment_ids, cos, sin, padding_counts)
+        if balance_ids is None and caches is None:
+            balance_ids = segment_ids
+        written, balances = {}, []
+        for run, layers in zip(runs_of(cfg, self.layers_apart), self.runs, strict=True):
+            cache = None if caches is None else caches[run.name]
+            numbers = jnp.arange(run.count)
+            (x, written[run.name]), balance = layers((x, cache), numbers, context, balance_ids)
+            balances += [balance] if run.is_moe else []
+        x = self.norm(x)
+        self.sow("intermediates", "final_norm", x)
+        joined = jax.tree.map(lambda *a: jnp.concatenate(a), *balances) if balances else None
+        return x, None if caches is None else written, joined
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32[..., vocab]."""
+        y = matmul(x.reshape(-1, x.shape[-1]), self.lm_head())
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class Embedding(nn.Module):
+    """Token embedding."""
+
+    vocab_size: int
+    features: int
+    init: nn.initializers.Initializer
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        shape = (self.vocab_size, self.features)
+        table = parameter(self, "embedding", self.init, shape, self.param_dtype)
+        table = constrain(table, "tensor")  # whole rows: else tokens of all devices were gathered
+        return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

@@ -1,0 +1,216 @@
+"""DeepSeekMoE layer: router, routed experts, shared experts (DeepSeek-V2, Eq. 20-22).
+
+Axis legend: B rows, T tokens, D width, F expert width, E experts, K experts per token.
+"""
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from vl2jax.config import DecoderConfig
+from vl2jax.model.layers import GatedMLP
+from vl2jax.model.losses import batch_balance_loss, expert_load, sequence_balance_loss
+from vl2jax.model.parameter import parameter
+from vl2jax.ops.experts.exchange import expert_parallel
+from vl2jax.ops.experts.xla import IMPLEMENTATIONS, ExpertWeights, automatic
+from vl2jax.parallel.mesh import current_mesh
+
+EXPERT_STACKS = "expert_stacks"  # a collection, see `expert_stacks`
+
+
+@flax.struct.dataclass
+class Routing:
+    """What the router decides, all from float32 scores.
+
+    Attributes:
+      weights: float32[..., K], normalised and scaled.
+      experts: int32[..., K].
+      scores: float32[..., E], before bias and selection.
+    """
+
+    weights: jax.Array
+    experts: jax.Array
+    scores: jax.Array
+
+
+@flax.struct.dataclass
+class Balance:
+    """How one layer spread its tokens.
+
+    Attributes:
+      aux_loss: float32[], the auxiliary loss times `aux_loss_alpha`.
+      load: float32[E], tokens per expert; padding does not count.
+    """
+
+    aux_loss: jax.Array
+    load: jax.Array
+
+
+def route(cfg: DecoderConfig, logits: jax.Array, bias: jax.Array | None = None) -> Routing:
+    """Chooses experts and their weights.
+
+    `greedy` takes the K best scores; `group_limited_greedy` the K best within the `topk_group`
+    groups of highest best score; `noaux_tc` chooses by score plus bias, groups by the sum of
+    their two best, and weighs by the score alone. Rejected groups are masked with -inf (the
+    original uses 0, which lets their experts win over negative biased scores).
+
+    Args:
+      cfg: decoder configuration.
+      logits: float32[..., E].
+      bias: float32[E], `e_score_correction_bias`, for `noaux_tc` only.
+    """
+    score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[cfg.scoring_func]
+    scores = choice = score(logits.astype(jnp.float32))
+    if cfg.topk_method == "noaux_tc":
+        choice = scores + jnp.expand_dims(bias, range(scores.ndim - 1))
+    if cfg.topk_method != "greedy":
+        choice = _limit_groups(cfg, choice)
+    _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+    return Routing(weights * cfg.routed_scaling_factor, experts, scores)
+
+
+def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
+    """Sets all experts outside the `topk_group` best groups to -inf."""
+    grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
+    best = 2 if cfg.topk_method == "noaux_tc" else 1
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
+    _, kept = jax.lax.top_k(group_scores, cfg.topk_group)
+    keep = jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_).any(axis=-2)
+    return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+class Gate(nn.Module):
+    """Router, in float32; its correction bias lives in the collection `router`, not in `params`."""
+
+    cfg: DecoderConfig
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Routing:
+        cfg, bias = self.cfg, None
+        init = nn.initializers.normal(cfg.initializer_range)
+        shape = (x.shape[-1], cfg.n_routed_experts)
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
+        logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
+        if cfg.topk_method == "noaux_tc":
+            shape = (cfg.n_routed_experts,)
+            bias = self.variable("router", "e_score_correction_bias", jnp.zeros, shape).value
+        routing = route(cfg, logits, bias)
+        self.sow("intermediates", "routing", routing)
+        return routing
+
+
+class Experts(nn.Module):
+    """The routed experts, their weights stacked; on a mesh, see `expert_parallel`.
+
+    In inference the weights of all layers may come whole, in the collection `EXPERT_STACKS` (see
+    `expert_stacks`): then only what the chosen experts need is read, where a scan over layers
+    would first copy all experts of a layer.
+    """
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, routing: Routing, layer: jax.Array, implementation: str
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; `layer` is the number of the layer in its stack."""
+        cfg = self.cfg
+        experts, hidden, width = cfg.n_routed_experts, cfg.moe_intermediate_size, x.shape[-1]
+        tokens = math.prod(x.shape[:-1])
+        inputs = (
+            x.reshape(tokens, width),
+            routing.weights.reshape(tokens, -1),
+            routing.experts.reshape(tokens, -1),
+        )
+        mesh = current_mesh()
+        if self.has_variable(EXPERT_STACKS, "gate_proj"):
+            names = ("gate_proj", "up_proj", "down_proj")
+            stacks = ExpertWeights(*(self.get_variable(EXPERT_STACKS, name) for name in names))
+            if mesh is not None:
+                routed = (x, routing.weights, routing.experts)
+                return expert_parallel(mesh, *routed, stacks, automatic, layer=layer)
+            weights = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacks)
+            y = automatic(*inputs, weights, first=layer * experts, n_experts=experts)
+            return y.reshape(x.shape)
+        init = nn.initializers.normal(cfg.initializer_range)
+
+        def weight(name: str, *shape: int) -> jax.Array:
+            shape = (experts, *shape)
+            return parameter(self, name, init, shape, self.param_dtype)
+
+        weights = ExpertWeights(
+            gate=weight("gate_proj", width, hidden),
+            up=weight("up_proj", width, hidden),
+            down=weight("down_proj", hidden, width),
+        )
+        if self.is_initializing():  # only the parameters are wanted
+            return x
+        compute = IMPLEMENTATIONS[implementation]
+        if mesh is not None:
+            return expert_parallel(mesh, x, routing.weights, routing.experts, weights, compute)
+        return compute(*inputs, weights).reshape(x.shape)
+
+
+def expert_stacks(variables: dict) -> dict:
+    """Variables for inference: the experts' weights moved from `params` to `EXPERT_STACKS`."""
+    flat = flax.traverse_util.flatten_dict(variables["params"])
+    stacks = {path: leaf for path, leaf in flat.items() if "experts" in path}
+    rest = {path: leaf for path, leaf in flat.items() if path not in stacks}
+    unflatten = flax.traverse_util.unflatten_dict
+    return {**variables, "params": unflatten(rest), EXPERT_STACKS: unflatten(stacks)}
+
+
+class MoE(nn.Module):
+    """Sum of the chosen experts, weighted, and of the shared experts.
+
+    Attributes:
+      implementation: a name in `experts.IMPLEMENTATIONS`.
+      max_segments: largest segment id in the batch, for the sequence-wise auxiliary loss.
+    """
+
+    cfg: DecoderConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    implementation: str = "blocked"
+    max_segments: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, balance_ids: jax.Array | None, layer: jax.Array
+    ) -> tuple[jax.Array, Balance | None]:
+        """[B, T, D] -> [B, T, D].
+
+        Args:
+          x: tokens.
+          balance_ids: int32[B, T], the segment of each token that counts in the balance, else 0;
+            None: the balance is not asked for.
+          layer: number of the layer in its stack.
+        """
+        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        routing = Gate(cfg, self.param_dtype, name="gate")(x)
+        y = Experts(cfg, **kinds, name="experts")(x, routing, layer, self.implementation)
+        if cfg.n_shared_experts is not None:
+            width = cfg.moe_intermediate_size * cfg.n_shared_experts
+            init = nn.initializers.normal(cfg.initializer_range)
+            y += GatedMLP(width, init, **kinds, name="shared_experts")(x)
+        if balance_ids is None:
+            return y, None
+        counted = balance_ids > 0
+        if cfg.seq_aux:
+            loss = sequence_balance_loss(
+                routing.scores, routing.experts, balance_ids, self.max_segments
+            )
+        else:
+            loss = batch_balance_loss(routing.scores, routing.experts, counted)
+        load = expert_load(routing.experts, counted, cfg.n_routed_experts)
+        return y, Balance(loss * cfg.aux_loss_alpha, load)

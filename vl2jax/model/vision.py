@@ -1,0 +1,123 @@
+"""SigLIP vision tower (paper section 2): tiles of pixels to features of patches.
+
+Axis legend: I tiles, S pixels per side, P patches, W width, H heads, K head width, L blocks.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vl2jax.config import VisionConfig
+from vl2jax.model.layers import LayerNorm, Linear, einsum, remat_layer
+from vl2jax.model.parameter import parameter
+from vl2jax.ops.attention.xla import attend
+
+
+def normalize(tiles: jax.Array) -> jax.Array:
+    """uint8 pixels to float32 in [-1, 1], `(x / 255 - 0.5) / 0.5`."""
+    return (tiles.astype(jnp.float32) / 255 - 0.5) / 0.5
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one linear map; pixels beyond the last patch are cut off."""
+
+    cfg: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """[I, S, S, 3] -> [I, P, W]."""
+        grid, patch, width = self.cfg.grid, self.cfg.patch_size, self.cfg.width
+        used = grid * patch
+        shape = (patch, patch, 3, width)
+        init = nn.initializers.normal(1 / math.sqrt(3 * patch * patch))
+        kernel = parameter(self, "kernel", init, shape, self.param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (width,), self.param_dtype)
+        x = pixels[:, :used, :used].astype(self.dtype)
+        x = x.reshape(-1, grid, patch, grid, patch, 3)
+        x = einsum("IgphqC,pqCW->IghW", x, kernel)
+        x += bias.astype(jnp.float32)[None, None, None]
+        return x.reshape(-1, grid * grid, width).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of all patches of a tile, with biases."""
+
+    cfg: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads, width = self.cfg.heads, self.cfg.head_dim
+        kinds = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
+        qkv = Linear((3, heads, width), **kinds, name="qkv")(x)  # [I, P, 3, H, K]
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        y = v if self.is_initializing() else attend(q, k, v, width**-0.5)
+        return Linear((self.cfg.width,), num_in=2, **kinds, name="proj")(y)
+
+
+class MLP(nn.Module):
+    """Two linear maps with the tanh form of GELU."""
+
+    cfg: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kinds = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
+        x = Linear((self.cfg.intermediate_size,), **kinds, name="fc1")(x)
+        return Linear((self.cfg.width,), **kinds, name="fc2")(nn.gelu(x, approximate=True))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    cfg: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x += Attention(self.cfg, **kinds, name="attn")(LayerNorm(**kinds, name="norm1")(x))
+        x += MLP(self.cfg, **kinds, name="mlp")(LayerNorm(**kinds, name="norm2")(x))
+        self.sow("intermediates", "block_out", x)
+        return x, None
+
+
+class VisionTower(nn.Module):
+    """uint8 tiles to patch features; the blocks are one stack of parameters, scanned."""
+
+    cfg: VisionConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tiles: jax.Array) -> jax.Array:
+        """uint8[I, S, S, 3] -> [I, P, W], after the final LayerNorm."""
+        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = PatchEmbed(cfg, **kinds, name="patch_embed")(normalize(tiles))
+        self.sow("intermediates", "patch_embed_out", x)
+        shape = (cfg.grid**2, cfg.width)
+        # Larger than what a patch gives: beside it, the usual 1 / sqrt(width) is hardly seen, and
+        # what a model learns first, what is in a picture, drowns where it is.
+        init = nn.initializers.normal(4.0)
+        position = parameter(self, "pos_embed", init, shape, self.param_dtype)
+        x += position.astype(self.dtype)[None]
+        blocks = nn.scan(
+            remat_layer(Block, self.remat),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=cfg.layers,
+            check_constancy_invariants=False,  # one tracing of the layer in place of two
+        )
+        x, _ = blocks(cfg, **kinds, name="blocks")(x, None)
+        x = LayerNorm(**kinds, name="norm")(x)
+        self.sow("intermediates", "vision_out", x)
+        return x

@@ -1,0 +1,231 @@
+"""The whole model: tiles and tokens to logits.
+
+Axis legend: B rows, T tokens, G pools, I tiles of all pools, Q tokens per tile, D width.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vl2jax.common.errors import UserError
+from vl2jax.config import VL2Config
+from vl2jax.model.adaptor import Adaptor
+from vl2jax.model.decoder import Caches, Decoder
+from vl2jax.model.layers import REMAT
+from vl2jax.model.moe import Balance
+from vl2jax.model.parameter import parameter, shapes_alone
+from vl2jax.model.unstacked_layers import are_apart
+from vl2jax.model.vision import VisionTower
+from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
+from vl2jax.processing.batch import TEXT, Batch
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+      hidden: [B, T, D], after the final norm.
+      logits: float32[B, T, vocab], or None if not asked for.
+      balance: of the layers with experts, or None if there are none.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array | None
+    balance: Balance | None
+
+
+class VL2(nn.Module):
+    """DeepSeek-VL2.
+
+    Variables: `params`, and `router` with the correction bias of `noaux_tc` routers.
+
+    Attributes:
+      config: architecture.
+      dtype: of activations and matrix products (which accumulate in float32).
+      param_dtype: of parameters that `init` makes.
+      moe_implementation: how routed experts are computed, see `experts.IMPLEMENTATIONS`.
+      max_segments: largest segment id in a batch (1 unless sequences are packed).
+      remat: what training keeps of each layer, a name in `layers.REMAT`.
+      tile_pools: G, pools of tiles in a batch: the g-th part of its rows reads the g-th part of its
+        tile slots, and `image_index` counts within it. On a mesh, one for each part of the batch,
+        so that no projected tile leaves its device.
+      layers_apart: the decoder's parameters and caches are of single layers (`apart.py`).
+    """
+
+    config: VL2Config
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    moe_implementation: str = "blocked"
+    max_segments: int = 1
+    remat: str = "none"
+    tile_pools: int = 1
+    layers_apart: bool = False
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise UserError(f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
+        super().__post_init__()
+
+    def setup(self):
+        cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.vision = VisionTower(cfg.vision, **kinds, remat=self.remat)
+        self.adaptor = Adaptor(cfg.adaptor, **kinds)
+        self.decoder = Decoder(
+            cfg.decoder,
+            **kinds,
+            moe_implementation=self.moe_implementation,
+            max_segments=self.max_segments,
+            remat=self.remat,
+            layers_apart=self.layers_apart,
+        )
+        width = cfg.adaptor.n_embed
+        init = nn.initializers.normal(width**-0.5)
+        self.image_newline = parameter(self, "image_newline", init, (width,), self.param_dtype)
+        self.view_seperator = parameter(self, "view_seperator", init, (width,), self.param_dtype)
+
+    def image_table(self, tiles: jax.Array) -> jax.Array:
+        """The rows that `image_index` points into.
+
+        Args:
+          tiles: uint8[I, S, S, 3]; with I = 0 the vision tower is not run.
+
+        Returns:
+          [G, 2 + I / G * Q, D]: image_newline, view_seperator, then the pool's projected tiles.
+        """
+        learned = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
+        learned = jnp.broadcast_to(learned, (self.tile_pools, *learned.shape))
+        if tiles.shape[0] == 0:
+            return learned
+        projected = self.adaptor(self.vision(constrain(tiles, BATCH_AXES)))
+        projected = projected.reshape(self.tile_pools, -1, projected.shape[-1])
+        return constrain(jnp.concatenate([learned, projected], axis=1), BATCH_AXES)
+
+    def embed(self, table: jax.Array, tokens: jax.Array, image_index: jax.Array) -> jax.Array:
+        """Input embeddings [B, T, D]: one gather from the table, or the token embedding."""
+
+        def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+            return jnp.take(table, index, axis=0, mode="clip")
+
+        index = image_index.reshape(self.tile_pools, -1)
+        visual = jax.vmap(look_up)(table, index).reshape(*image_index.shape, -1)
+        x = jnp.where((image_index == TEXT)[..., None], self.embed_tokens(tokens), visual)
+        x = constrain(x, BATCH_AXES)
+        self.sow("intermediates", "inputs_embeds", x)
+        return x
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Text alone: int32[B, T] -> [B, T, D]."""
+        return self.decoder.embed(tokens)
+
+    def decode(
+        self, x: jax.Array, positions: jax.Array, caches: Caches
+    ) -> tuple[jax.Array, Caches]:
+        """Layers over a cache: [B, T, D] -> hidden [B, T, D] and the written caches."""
+        segments = jnp.ones_like(positions)
+        hidden, caches, _ = self.decoder(x, positions, segments, caches)
+        return hidden, caches
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32[..., vocab]."""
+        return self.decoder.logits(hidden)
+
+    def __call__(
+        self,
+        batch: Batch,
+        balance_ids: jax.Array | None = None,
+        with_logits: bool = True,
+        padding_counts: bool = True,
+    ) -> Output:
+        """One pass over whole sequences, without a cache.
+
+        Args:
+          balance_ids: see `Decoder`.
+          with_logits: whether logits are computed.
+          padding_counts: False where nobody looks at what padding gives, which is faster.
+        """
+        x = self.embed(self.image_table(batch.tiles), batch.tokens, batch.image_index)
+        hidden, _, balance = self.decoder(
+            x,
+            batch.positions,
+            batch.segment_ids,
+            balance_ids=balance_ids,
+            padding_counts=padding_counts,
+        )
+        logits = self.logits(hidden) if with_logits else None
+        return Output(hidden=hidden, logits=logits, balance=balance)
+
+
+def compute_dtype(params) -> jnp.dtype:
+    """The dtype in which weights are stored, in which they are also computed by default."""
+    return params["params"]["image_newline"].dtype
+
+
+def forward(
+    config: VL2Config,
+    params,
+    batch: Batch,
+    *,
+    dtype: jnp.dtype | None = None,
+    moe_implementation: str = "blocked",
+) -> jax.Array:
+    """Logits of every position.
+
+    Args:
+      config: architecture.
+      params: variables of the model, `{"params": ..., "router": ...}`, as `vl2jax.load` gives; the
+        mesh that they lie on is used.
+      batch: what a `Processor` gives; logits at padding are meaningless.
+      dtype: of the computation; None: that of the parameters.
+      moe_implementation: see `vl2jax.ops.experts`.
+
+    Returns:
+      float32[B, T, vocab].
+    """
+    dtype = jnp.dtype(dtype or compute_dtype(params))
+    with mesh_of(params):
+        apart = are_apart(config.decoder, params)
+        return _forward(config, dtype, moe_implementation, apart, params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(config, dtype, moe_implementation, layers_apart, params, batch) -> jax.Array:
+    model = VL2(config, dtype, moe_implementation=moe_implementation, layers_apart=layers_apart)
+    return model.apply(params, batch).logits
+
+
+def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
+    """Random parameters, and zero correction biases (`router`) where the model has any."""
+    size = model.config.vision.image_size
+    integers = jnp.ones((1, 1), jnp.int32)
+    batch = Batch(
+        tiles=jnp.zeros((1, size, size, 3), jnp.uint8),
+        tokens=integers,
+        image_index=integers,
+        positions=integers,
+        segment_ids=integers,
+        loss_mask=jnp.ones((1, 1), bool),
+    )
+    variables = model.clone(tile_pools=1).init(key, batch)
+    return {name: variables[name] for name in ("params", "router") if name in variables}
+
+
+def abstract_params(config: VL2Config, param_dtype=jnp.float32):
+    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`.
+
+    The router's correction bias is float32, whatever `param_dtype` is.
+    """
+    variables = jax.tree.map(lambda shape: shape, _abstract_params(config))
+    in_dtype = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(param_dtype))
+    params = jax.tree.map(lambda leaf: in_dtype(leaf.shape), variables["params"])
+    return {**variables, "params": params}
+
+
+@functools.cache
+def _abstract_params(config: VL2Config):
+    with shapes_alone():
+        return jax.eval_shape(lambda: init_variables(VL2(config), jax.random.key(0)))

@@ -1,0 +1,49 @@
+"""Routed experts for the one or two tokens of a decoding step, on CPU.
+
+Suffixes as in `experts.py`.  Sorting and a loop over experts cost such a step more than its
+products; here the chosen experts are copied and are one product of many matrices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vl2jax.model.layers import einsum
+from vl2jax.ops.int8 import Weight
+
+
+def serves(tokens: int, top_k: int, n_experts: int) -> bool:
+    """Whether a step uses so few of the experts that each pair may have a copy of its own."""
+    return 3 * tokens * top_k < n_experts
+
+
+def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
+    """Each pair of token and expert by itself: exact, nothing dropped.
+
+    Args and result as of `experts.blocked`.
+    """
+    del n_experts
+    tokens, top_k = experts_TK.shape
+    index_P = experts_TK.reshape(-1) + first
+    gate, up, down = (jax.tree.map(lambda a: _copies(a, index_P), stack) for stack in w)
+    x_P1D = jnp.repeat(x_TD, top_k, axis=0)[:, None]
+    hidden = jax.nn.silu(_product(x_P1D, gate)) * _product(x_P1D, up)
+    y_P1D = _product(hidden.astype(x_TD.dtype), down).astype(x_TD.dtype)
+    y_TKD = y_P1D.reshape(tokens, top_k, -1).astype(jnp.float32)
+    weights_TK = weights_TK.astype(jnp.float32)
+    return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD).astype(x_TD.dtype)
+
+
+def _product(x_P1D: jax.Array, w_PDF: Weight) -> jax.Array:
+    """float32[P, 1, F]; a single bfloat16 row gets company, as in `layers.matmul`."""
+    if x_P1D.dtype == jnp.bfloat16:
+        x_P1D = jnp.pad(x_P1D, ((0, 0), (0, 1), (0, 0)))
+    return einsum("PMD,PDF->PMF", x_P1D, w_PDF)[:, :1]
+
+
+def _copies(stack: jax.Array, index: jax.Array) -> jax.Array:
+    """`stack[index]`; bfloat16 as its bits, for XLA's CPU compiler would widen it on the way."""
+    if stack.dtype != jnp.bfloat16:
+        return stack.at[index].get(mode="promise_in_bounds")
+    bits = jax.lax.bitcast_convert_type(stack, jnp.uint16)
+    bits = bits.at[index].get(mode="promise_in_bounds")
+    return jax.lax.bitcast_convert_type(bits, stack.dtype)

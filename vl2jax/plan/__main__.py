@@ -1,0 +1,12 @@
+"""`python -m vl2jax.plan`."""
+
+import sys
+
+import jax
+
+from vl2jax.plan.planning import define_plan_flags, main
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # the TPU is compiled for, not used
+    define_plan_flags()
+    raise SystemExit(main(sys.argv))

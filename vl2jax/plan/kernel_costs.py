@@ -1,0 +1,74 @@
+"""What the TPU kernels compute and move, from the shapes of their operands.
+
+XLA knows nothing of a kernel's inside, and the kernels' own estimates count every row of a buffer
+and every block of a mask, also those that the kernels skip.
+"""
+
+import math
+
+from vl2jax.ops.attention.tpu import MAX_BLOCK
+from vl2jax.ops.experts.tpu_gmm import tile_columns, tile_rows
+from vl2jax.plan.hlo import KernelCost
+from vl2jax.plan.hlo_text import Array
+
+
+def kernel_cost(rows_per_device: float, groups_per_layer: int) -> KernelCost:
+    """The costs of `splash` and `grouped_ffn`.
+
+    Args:
+      rows_per_device: pairs of token and expert that a device works on, with balanced experts; a
+        buffer may have room for more.
+      groups_per_layer: experts of one layer on a device; the weights may be those of many layers.
+    """
+
+    def cost(name: str, operands: list[Array], results: tuple[Array, ...]):
+        if name.startswith(("gmm", "tgmm")):
+            return _grouped(name, operands, results, rows_per_device, groups_per_layer)
+        if name.startswith("splash"):
+            return _splash(name, operands, results)
+        return None
+
+    return cost
+
+
+def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, float]:
+    """A tile of rows is worked off once for every expert that has rows in it."""
+    left, right = [a for a in operands if len(a.shape) >= 2][-2:]
+    out, size = results[0], left.nbytes / math.prod(left.shape)
+    buffer = left.shape[0]
+    groups = (out if name.startswith("tgmm") else right).shape[0]
+    tile, rows = tile_rows(buffer, min(groups, layer)), min(buffer, limit)
+    active = min(groups, layer, max(rows, 1))
+    visits = rows / tile + active - 1
+    if name.startswith("tgmm"):
+        inner, outer = left.shape[1], right.shape[1]
+        again = -(-outer // tile_columns(outer)), -(-inner // tile_columns(inner))
+        read = rows * (inner * again[0] + outer * again[1]) * size
+        return 2 * visits * tile * inner * outer, read + out.nbytes
+    inner, outer = left.shape[1], out.shape[1]
+    columns, parts = -(-outer // tile_columns(outer)), -(-inner // tile_columns(inner))
+    weights = (visits if parts > 1 else active) * inner * outer * size
+    read = rows * inner * columns * size
+    return 2 * visits * tile * inner * outer, read + weights + rows * outer * size
+
+
+def _splash(name, operands, results) -> tuple[float, float]:
+    """Of a causal mask the blocks on and below the diagonal."""
+    # [B, H, T, .], or without the axis of rows where there is one row.
+    q, k, v = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")][:3]
+    length = q.shape[-2]
+    block = next(b for b in range(MAX_BLOCK, 0, -128) if length % b == 0)
+    blocks = length // block
+    # The kernel of a causal mask gets the numbers of the queries as one more operand.
+    causal = any(a.shape == (length, 128) for a in operands)
+    share = (blocks + 1) / (2 * blocks) if causal else 1.0
+    scores = math.prod(q.shape[:-1]) * k.shape[-2] * share
+    keys, values = q.shape[-1], v.shape[-1]
+    products = keys + values
+    if "_dq" in name:
+        products = 2 * keys + values
+    elif "_dkv" in name:
+        products = 2 * keys + 2 * values
+    again = (k.nbytes + v.nbytes) * max(blocks * share - 1, 0)  # keys and values, per block of q
+    moved = sum(a.nbytes for a in (*operands, *results) if a.in_memory)
+    return 2.0 * scores * products, moved + again

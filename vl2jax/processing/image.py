@@ -1,0 +1,321 @@
+"""Pictures on the host: loading, choice of a resolution, padding, tiles, layout as integers.
+
+Axis legend: S pixels per tile side, Q projected tokens per tile, n views of one image.
+"""
+
+import base64
+import binascii
+import contextlib
+import io
+import os
+import pathlib
+import struct
+import threading
+import urllib.parse
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import PIL.Image
+
+from vl2jax.common.errors import UserError
+from vl2jax.processing.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
+
+ImageSource = str | os.PathLike | bytes | PIL.Image.Image
+URL_SCHEMES = ("data:", "file:", "http:", "https:")  # a source that begins so is no path
+
+# A quarter of a gigabyte of RGB, Pillow's own threshold; beyond it a small file can fill memory.
+MAX_PIXELS = 89_478_485
+MEAN_COLOUR = (127, 127, 127)  # int(0.5 * 255): the released mean, the only one that is built
+
+# What Pillow's decoders raise for bytes that are not the picture they claim to be.
+_DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
+    *(OverflowError, struct.error, zlib.error, PIL.Image.DecompressionBombError),
+)
+# Formats that are decoded in this process; Pillow hands some others to outside programs.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+# Of these the size is known before decoding; the others may correct it then.
+_HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM")
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+_TRANSPOSES = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+# `warnings` state is global to the process: readers in threads take turns at the short header part.
+_HEADER_LOCK = threading.Lock()
+
+
+def load_image(source: ImageSource, *, exif: bool = True) -> PIL.Image.Image:
+    """Opens a picture and converts it to RGB; alpha is dropped and 16-bit gray is clipped.
+
+    Args:
+      source: a path, a `file://` or base64 `data:` URL, the bytes of a file, or a PIL image (taken
+        as it is, only converted to RGB: its orientation is the caller's).
+      exif: whether to turn the picture as its EXIF orientation says; the original does not.
+
+    Returns:
+      The first frame, mode RGB.
+
+    Raises:
+      UserError: nothing there, not a picture, truncated, or more than `MAX_PIXELS` pixels.
+    """
+    with _reading(source) as (name, opened):
+        if isinstance(opened, PIL.Image.Image):
+            _check_pixels(opened.size, name)
+            return _to_rgb(opened)
+        image = _read_header(name, opened)
+        image.load()
+        orientation = _orientation(image) if exif else 1
+        image = _to_rgb(image)
+        return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
+
+
+def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
+    """Size of what `load_image` gives; of most formats only the header is read.
+
+    Returns:
+      (width, height) in pixels.
+
+    Raises:
+      UserError: as for `load_image`, but for damage that only decoding shows.
+    """
+    with _reading(source) as (name, opened):
+        if isinstance(opened, PIL.Image.Image):
+            _check_pixels(opened.size, name)
+            return opened.size
+        image = _read_header(name, opened)
+        if image.format not in _HEADER_TELLS_SIZE:
+            image.load()
+        turned = exif and _orientation(image) in _SIDEWAYS
+        return image.size[::-1] if turned else image.size
+
+
+def select_best_resolution(
+    size: tuple[int, int], candidates: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
+    """Chooses the canvas that keeps most of the picture, then the one that wastes least.
+
+    Floating-point scale and truncation are part of the definition: exact arithmetic chooses
+    otherwise for some sizes, (1523, 2285) for one.
+
+    Args:
+      size: (width, height) of the picture.
+      candidates: (width, height) of each canvas; the first of equals wins.
+    """
+    width, height = size
+    best, best_kept, best_wasted = None, 0, float("inf")
+    for canvas_width, canvas_height in candidates:
+        scale = min(canvas_width / width, canvas_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = canvas_width * canvas_height - kept
+        if kept > best_kept or (kept == best_kept and wasted < best_wasted):
+            best, best_kept, best_wasted = (canvas_width, canvas_height), kept, wasted
+    return best
+
+
+def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Size of a picture resized into a canvas with its aspect ratio, at least one pixel a side."""
+    width, height = size
+    ratio, canvas_ratio = width / height, canvas[0] / canvas[1]
+    if ratio > canvas_ratio:
+        return canvas[0], max(1, round(height / width * canvas[0]))
+    if ratio < canvas_ratio:
+        return max(1, round(width / height * canvas[1])), canvas[1]
+    return canvas
+
+
+def pad_to(image: PIL.Image.Image, canvas: tuple[int, int]) -> PIL.Image.Image:
+    """Resizes (bicubic) into the middle of a canvas of the mean colour, as `PIL.ImageOps.pad`.
+
+    Unlike there, a picture too thin to survive the resizing stays one pixel wide or high.
+    """
+    width, height = fitted_size(image.size, canvas)
+    resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    if (width, height) == canvas:
+        return resized
+    padded = PIL.Image.new("RGB", canvas, MEAN_COLOUR)
+    padded.paste(resized, (round((canvas[0] - width) * 0.5), round((canvas[1] - height) * 0.5)))
+    return padded
+
+
+def make_views(image: PIL.Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
+    """Cuts one picture into its global view and its tiles, row by row.
+
+    Args:
+      image: mode RGB.
+      canvas: (width, height) of the local view, multiples of `side`.
+      side: S.
+
+    Returns:
+      uint8[n, S, S, 3], n = 1 + tiles: the global view comes first.
+    """
+    overview = np.asarray(pad_to(image, (side, side)), np.uint8)
+    local = np.asarray(pad_to(image, canvas), np.uint8)
+    columns, rows = canvas[0] // side, canvas[1] // side
+    tiles = local.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    return np.concatenate([overview[None], tiles.reshape(-1, side, side, 3)])
+
+
+def image_tokens(tiles_wide: int, tiles_high: int, tile_grid: int) -> int:
+    """Tokens of one image: both views with a newline after each row, and the separator."""
+    overview = tile_grid * (tile_grid + 1)
+    local = tiles_high * tile_grid * (tiles_wide * tile_grid + 1)
+    return overview + 1 + local
+
+
+def image_layout(
+    tiles_wide: int,
+    tiles_high: int,
+    tile_grid: int,
+    *,
+    first_slot: int = 0,
+    global_view_pos: str = "head",
+) -> np.ndarray:
+    """Rows of the visual table that one image's tokens read, in the order of the tokens.
+
+    Args:
+      tiles_wide: tiles of the local view across; `tiles_high` down.
+      tile_grid: projected tokens per tile side, the square root of Q.
+      first_slot: slot of the image's global view in the tile pool; its tiles follow row by row.
+      global_view_pos: "head" (global, separator, local) or "tail" (local, separator, global).
+
+    Returns:
+      int32[image_tokens(...)].
+    """
+    views = 1 + tiles_wide * tiles_high
+    first = FIRST_TILE_ROW + first_slot * tile_grid**2
+    rows = first + np.arange(views * tile_grid**2, dtype=np.int32).reshape(
+        views, tile_grid, tile_grid
+    )
+    stitched = rows[1:].reshape(tiles_high, tiles_wide, tile_grid, tile_grid).swapaxes(1, 2)
+    overview = _with_newlines(rows[0])
+    local = _with_newlines(stitched.reshape(tiles_high * tile_grid, tiles_wide * tile_grid))
+    separator = np.array([VIEW_SEPERATOR], np.int32)
+    ordered = (
+        (overview, separator, local) if global_view_pos == "head" else (local, separator, overview)
+    )
+    return np.concatenate(ordered)
+
+
+def _with_newlines(rows: np.ndarray) -> np.ndarray:
+    """Appends the newline's row to each line of int32[h, w] and flattens."""
+    return np.pad(rows, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE).ravel()
+
+
+def _open_source(source: str | os.PathLike | bytes) -> tuple[str, io.BufferedIOBase]:
+    """A name for messages and an open binary file."""
+    if isinstance(source, bytes):
+        return "image bytes", io.BytesIO(source)
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"an image must be a path, bytes or a PIL image, got {type(source).__name__}"
+        )
+    text = os.fspath(source)
+    scheme = text.split(":", 1)[0].lower() if isinstance(text, str) and ":" in text else ""
+    if scheme == "data":
+        return "data: URL", io.BytesIO(_decode_data_url(text))
+    if scheme in ("http", "https"):
+        raise UserError(f"{text}: pictures are not fetched; download it and give its path")
+    if scheme == "file":
+        text = _file_url_path(text)
+    try:
+        return text, pathlib.Path(text).open("rb")
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"{text}: cannot open the picture ({reason}); expected the path of an image file"
+        ) from error
+
+
+def _decode_data_url(url: str) -> bytes:
+    """Bytes of `data:image/...;base64,...`."""
+    header, comma, payload = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise UserError(
+            f"data: URL {url[:40]!r}: only data:image/...;base64,... is read; encode it so"
+        )
+    try:
+        return base64.b64decode(urllib.parse.unquote(payload), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"data: URL {url[:40]!r}: not valid base64 ({error})") from error
+
+
+def _file_url_path(url: str) -> str:
+    """Local path of a `file://` URL."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(f"{url}: the file is on another host; expected file:///path")
+    return urllib.parse.unquote(parts.path)
+
+
+@contextlib.contextmanager
+def _reading(source: ImageSource) -> Iterator[tuple[str, io.BufferedIOBase | PIL.Image.Image]]:
+    """A name for messages and the open source; what Pillow raises becomes UserError."""
+    if isinstance(source, PIL.Image.Image):
+        name, file = "PIL image", contextlib.nullcontext(source)
+    else:
+        name, file = _open_source(source)
+    try:
+        with file as opened:
+            yield name, opened
+    except UserError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise UserError(
+            f"{name}: not a picture in a format that can be read (JPEG, PNG, WebP, GIF, ...);"
+            " check the file, its name decides nothing"
+        ) from error
+    except _DECODING_ERRORS as error:
+        raise UserError(f"{name}: damaged or truncated picture ({error}); get it again") from error
+
+
+def _read_header(name: str, file: io.BufferedIOBase) -> PIL.Image.Image:
+    """The picture, not decoded yet."""
+    with _HEADER_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # size is checked below, oddities in metadata do not matter
+        try:
+            PIL.Image.init()
+            image = PIL.Image.open(file, formats=[f for f in _FORMATS if f in PIL.Image.OPEN])
+        except PIL.Image.DecompressionBombError as error:
+            raise UserError(f"{name}: {error}; {_BOMB_ADVICE}") from error
+        _check_pixels(image.size, name)
+    return image
+
+
+_BOMB_ADVICE = f"at most {MAX_PIXELS:,} pixels are decoded; make the picture smaller"
+
+
+def _check_pixels(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name}: {width} x {height} pixels; {_BOMB_ADVICE}")
+    if width * height == 0:
+        raise UserError(f"{name}: the picture is empty ({width} x {height} pixels)")
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """EXIF orientation 1 to 8; metadata that cannot be read turns nothing."""
+    with _HEADER_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return image.getexif().get(_EXIF_ORIENTATION, 1)
+        except _DECODING_ERRORS:
+            return 1
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Converts pixels as `convert("RGB")`, without its warning about transparent palettes."""
+    if image.mode == "RGB":
+        return image
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")

@@ -1,0 +1,352 @@
+"""Conversations and pictures in, `Batch` out: the host side as one object.
+
+Axis legend: B rows, T tokens, n views of a sample (global views and tiles), S pixels per tile
+side, Q projected tokens per tile.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from vl2jax.common.errors import UserError
+from vl2jax.config import VL2Config
+from vl2jax.config.processor import CONFIG_FILE, ProcessorConfig
+from vl2jax.processing import image as images_lib
+from vl2jax.processing import prompt as prompt_lib
+from vl2jax.processing.batch import TEXT, Batch
+from vl2jax.processing.collate import Sample, collate
+from vl2jax.processing.image import ImageSource
+from vl2jax.processing.prompt import Message, Piece
+from vl2jax.processing.tokenizer import Tokenizer, read_json
+
+# With more images than this in a conversation none of them is tiled.
+MAX_TILED_IMAGES = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Processor:
+    """What the original calls `DeepseekVLV2Processor`."""
+
+    tokenizer: Tokenizer
+    settings: ProcessorConfig
+    config: VL2Config
+
+    def __post_init__(self):
+        _check_sizes(self.settings, self.config)
+        _check_vocabulary(self.tokenizer, self.config)
+
+    @classmethod
+    def from_dir(cls, path: str | os.PathLike, config: VL2Config) -> "Processor":
+        """Reads `processor_config.json` and the tokenizer of a model directory.
+
+        Raises:
+          UserError: a file is absent or malformed, asks for what is not built, or does not fit
+            the model.
+        """
+        path = pathlib.Path(path)
+        settings = ProcessorConfig.from_dict(read_json(path / CONFIG_FILE))
+        tokenizer = Tokenizer.from_dir(
+            path, image_token=settings.image_token, pad_token=settings.pad_token
+        )
+        return cls(tokenizer=tokenizer, settings=settings, config=config)
+
+    def __call__(
+        self,
+        conversation: Sequence,
+        images: Sequence | None = None,
+        *,
+        inference: bool = True,
+        mask_prompt: bool | None = None,
+        sft_format: str | None = None,
+        crop: bool | None = None,
+        exif: bool = True,
+    ) -> Batch:
+        """Makes a batch of one conversation, or of a list of conversations.
+
+        Args:
+          conversation: a list of messages (see `prompt.read_conversation`), or a list of these.
+          images: the images of the conversation, or for several a list of such lists; None to
+            take those that the conversations name themselves.
+          inference: whether to leave out the last eos, so that the answer can go on.
+          mask_prompt, sft_format: instead of the settings of `processor_config.json`.
+          crop: whether to tile images; None tiles up to `MAX_TILED_IMAGES` per conversation.
+          exif: whether files are turned as their EXIF orientation says.
+
+        Returns:
+          A `Batch` of numpy arrays, rows padded on the right to the longest.
+
+        Raises:
+          UserError: anything wrong with the conversation or its images.
+        """
+        options = {
+            "inference": inference,
+            "mask_prompt": mask_prompt,
+            "sft_format": sft_format,
+            "crop": crop,
+            "exif": exif,
+        }
+        first = conversation[0] if isinstance(conversation, list | tuple) and conversation else None
+        if not isinstance(first, list | tuple):
+            return self.collate([self.sample(conversation, images, **options)])
+        if images is None:
+            images = [None] * len(conversation)
+        if len(images) != len(conversation):
+            raise UserError(
+                f"{len(conversation)} conversations and {len(images)} lists of images; give one"
+                " list for each"
+            )
+        rows = zip(conversation, images, strict=True)
+        return self.collate([self.sample(row, pictures, **options) for row, pictures in rows])
+
+    def sample(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | None = None,
+        *,
+        inference: bool = True,
+        mask_prompt: bool | None = None,
+        sft_format: str | None = None,
+        crop: bool | None = None,
+        exif: bool = True,
+    ) -> Sample:
+        """Makes one conversation into integers and tiles; arguments as for a call.
+
+        `images` replace those under the messages' "images"; image parts with their own source
+        leave no place for them.
+
+        Raises:
+          UserError: also where the tokens are more than the model has positions.
+        """
+        sft_format = self.settings.sft_format if sft_format is None else sft_format
+        mask_prompt = self.settings.mask_prompt if mask_prompt is None else mask_prompt
+        token = self.tokenizer.image_token
+        messages, named = prompt_lib.read_conversation(
+            conversation, sft_format=sft_format, image_token=token
+        )
+        pieces = prompt_lib.conversation_pieces(
+            messages, sft_format=sft_format, mask_prompt=mask_prompt, image_token=token
+        )
+        sources = _choose_images(conversation, named, images)
+        crop = len(sources) <= MAX_TILED_IMAGES if crop is None else crop
+        if sft_format == "alignment" and len(sources) == _count(messages, token):
+            # The text is replaced, with fewer placeholders than were written: the first images.
+            sources = sources[: prompt_lib.count_placeholders(pieces)]
+        display = prompt_lib.render_conversation(
+            messages, sft_format=sft_format, eos_token=self.tokenizer.eos_token
+        )
+        return self._build(_without_eos(pieces, inference), sources, display, crop, exif)
+
+    def sample_prompt(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        apply_sft_format: bool = False,
+        system_prompt: str = "",
+        inference: bool = True,
+        crop: bool | None = None,
+        exif: bool = True,
+    ) -> Sample:
+        """Makes one text into integers and tiles, without or with a chat format around it.
+
+        All its tokens but those of images are targets, as in the original.
+
+        Raises:
+          UserError: as for `sample`.
+        """
+        if apply_sft_format:
+            prompt = prompt_lib.render_prompt(
+                prompt, sft_format=self.settings.sft_format, system_prompt=system_prompt
+            )
+        pieces = prompt_lib.prompt_pieces(prompt, image_token=self.tokenizer.image_token)
+        crop = len(images) <= MAX_TILED_IMAGES if crop is None else crop
+        return self._build(_without_eos(pieces, inference), list(images), prompt, crop, exif)
+
+    def collate(
+        self, samples: Sequence[Sample], length: int | None = None, tile_slots: int | None = None
+    ) -> Batch:
+        """Pads samples on the right and puts their tiles into one pool, in order.
+
+        Args:
+          length: T; None for the longest sample's.
+          tile_slots: slots of the pool; None for as many as there are tiles.
+
+        Raises:
+          UserError: there is no sample, or one does not fit.
+        """
+        return collate(
+            samples,
+            pad_id=self.tokenizer.pad_id,
+            tile_side=self.config.vision.image_size,
+            tokens_per_tile=self.config.tokens_per_tile,
+            length=length,
+            tile_slots=tile_slots,
+        )
+
+    def _build(
+        self,
+        pieces: Sequence[Piece],
+        sources: Sequence[ImageSource],
+        display: str,
+        crop: bool,
+        exif: bool,
+    ) -> Sample:
+        """Loads images, lays the pieces out as integers, checks the length, cuts the tiles."""
+        needed = prompt_lib.count_placeholders(pieces)
+        if len(sources) != needed:
+            raise UserError(
+                f"{needed} {self.tokenizer.image_token} placeholders but {len(sources)} images;"
+                " give one image for each placeholder, in order"
+            )
+        pictures = [images_lib.load_image(source, exif=exif) for source in sources]
+        canvases = [self._canvas(picture, crop) for picture in pictures]
+        side = self.config.vision.image_size
+        grids = tuple((width // side, height // side) for width, height in canvases)
+        tokens, index, mask, prompt_length = self._lay_out(pieces, grids)
+        counts = tuple(
+            images_lib.image_tokens(*grid, tile_grid=self.config.tile_grid) for grid in grids
+        )
+        self._check_length(len(tokens), grids, counts)
+        views = [
+            images_lib.make_views(picture, canvas, side)
+            for picture, canvas in zip(pictures, canvases, strict=True)
+        ]
+        return Sample(
+            tokens=tokens,
+            image_index=index,
+            loss_mask=mask,
+            tiles=np.concatenate([np.zeros((0, side, side, 3), np.uint8), *views]),
+            image_sizes=tuple(picture.size for picture in pictures),
+            image_tiles=grids,
+            image_tokens=counts,
+            prompt_length=prompt_length,
+            display=display,
+        )
+
+    def _canvas(self, picture: PIL.Image.Image, crop: bool) -> tuple[int, int]:
+        """Size of the local view: the best candidate, or a single tile."""
+        if crop:
+            return images_lib.select_best_resolution(
+                picture.size, self.settings.candidate_resolutions
+            )
+        side = self.config.vision.image_size
+        return side, side
+
+    def _lay_out(
+        self, pieces: Sequence[Piece], grids: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Tokens, image index and loss mask, each [T], and the length of the prompt."""
+        tokens: list[list[int]] = []
+        index: list[np.ndarray] = []
+        slot, remaining = 0, iter(grids)
+        for piece in pieces:
+            if piece.kind == "image":
+                tiles_wide, tiles_high = next(remaining)
+                rows = images_lib.image_layout(
+                    tiles_wide,
+                    tiles_high,
+                    self.config.tile_grid,
+                    first_slot=slot,
+                    global_view_pos=self.config.global_view_pos,
+                )
+                slot += 1 + tiles_wide * tiles_high
+                tokens.append([self.tokenizer.image_id] * len(rows))
+            else:
+                tokens.append(self._encode(piece))
+                rows = np.full(len(tokens[-1]), TEXT, np.int32)
+            index.append(rows)
+        mask = np.repeat([piece.supervised for piece in pieces], [len(part) for part in tokens])
+        prompt_length = sum(map(len, tokens[: _answer_start(pieces)]))
+        flat = np.array([token for part in tokens for token in part], np.int32)
+        return flat, np.concatenate(index), mask, prompt_length
+
+    def _encode(self, piece: Piece) -> list[int]:
+        if piece.kind == "bos":
+            return [self.tokenizer.bos_id]
+        if piece.kind == "eos":
+            return [self.tokenizer.eos_id]
+        return self.tokenizer.encode(piece.text)
+
+    def _check_length(
+        self, total: int, grids: Sequence[tuple[int, int]], counts: Sequence[int]
+    ) -> None:
+        limit = self.config.decoder.max_position_embeddings
+        if total <= limit:
+            return
+        parts = [f"text {total - sum(counts)}"]
+        for number, ((wide, high), count) in enumerate(zip(grids, counts, strict=True), 1):
+            parts.append(f"image {number} {count} ({wide} x {high} tiles)")
+        single = images_lib.image_tokens(1, 1, self.config.tile_grid)
+        fix = f"; without tiling an image takes {single}" if counts else ""
+        raise UserError(
+            f"the prompt has {total} tokens, more than max_position_embeddings {limit}:"
+            f" {', '.join(parts)}{fix}; shorten it or give fewer images"
+        )
+
+
+def _choose_images(
+    conversation: Sequence[Mapping[str, Any]], named: list[Any], images: Sequence | None
+) -> list[Any]:
+    """The images of a conversation: the caller's, or those that it names itself."""
+    if images is None:
+        if any(source is None for source in named):
+            raise UserError("a part of type image has no source, and no images are given for it")
+        return named
+    if isinstance(images, str | bytes | os.PathLike | PIL.Image.Image):
+        raise UserError("images must be a list of images, got a single one; put it into a list")
+    parts = sum(not isinstance(message.get("content"), str | None) for message in conversation)
+    if parts and any(source is not None for source in named):
+        raise UserError(
+            "images are given twice, as parts of the messages and as `images`; give them once"
+        )
+    return list(images)
+
+
+def _count(messages: Sequence[Message], image_token: str) -> int:
+    """Placeholders that were written."""
+    return sum(message.text.count(image_token) for message in messages)
+
+
+def _answer_start(pieces: Sequence[Piece]) -> int:
+    """Number of the piece with which the last answer begins, or of pieces if a question is last."""
+    for number in range(max(0, len(pieces) - 2), len(pieces)):
+        if pieces[number].kind == "answer":
+            return number
+    return len(pieces)
+
+
+def _without_eos(pieces: list[Piece], inference: bool) -> list[Piece]:
+    """Leaves the last answer open in inference."""
+    return pieces[:-1] if inference and pieces[-1].kind == "eos" else pieces
+
+
+def _check_sizes(settings: ProcessorConfig, config: VL2Config) -> None:
+    """Raises UserError where processor and model disagree about tiles."""
+    side = config.vision.image_size
+    for name, found, expected in (
+        ("patch_size", settings.patch_size, config.vision.patch_size),
+        ("downsample_ratio", settings.downsample_ratio, config.adaptor.downsample_ratio),
+        ("candidate_resolutions[0]", [*settings.candidate_resolutions, None][0], (side, side)),
+    ):
+        if found != expected:
+            raise UserError(f"{CONFIG_FILE}: {name} is {found}, but the model has {expected}")
+    for size in settings.candidate_resolutions:
+        if any(pixels <= 0 or pixels % side for pixels in size):
+            raise UserError(
+                f"{CONFIG_FILE}: candidate resolution {size} is not a multiple of image_size {side}"
+            )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: VL2Config) -> None:
+    """Raises UserError where a token has no row in the embedding."""
+    largest, rows = max(tokenizer.max_id, len(tokenizer) - 1), config.decoder.vocab_size
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens (largest id {largest}), but the model's"
+            f" vocab_size is {rows}: the tokenizer does not belong to this checkpoint"
+        )

@@ -1,0 +1,145 @@
+"""Which model a workdir is of: the files beside its checkpoints, and what training starts from."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vl2jax.checkpoints import model_dir as checkpoint
+from vl2jax.checkpoints.model_dir import ModelDir
+from vl2jax.common.errors import UserError
+from vl2jax.config import VL2Config
+
+# Fields that do not change what the parameters mean.
+_FREE_FIELDS = frozenset(
+    [
+        *("torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "ep_size"),
+        *("initializer_range", "attention_dropout", "aux_loss_alpha", "seq_aux", "lm_head"),
+        *("rm_head", "model_name", "candidate_resolutions"),
+    ]
+)
+_SECTIONS = {"vision": "vision_config", "adaptor": "projector_config", "decoder": "language_config"}
+
+
+def prepare(
+    path: str | os.PathLike,
+    config: VL2Config,
+    files_from: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    dropped: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Makes a workdir into a model directory at its first use; later it only checks.
+
+    Args:
+      path: the workdir.
+      config: the architecture.
+      files_from: a directory with tokenizer and processor files.
+      dtype: of the parameters in its checkpoints, "float32" or "bfloat16".
+      dropped: see `ModelDir`.
+
+    Raises:
+      UserError: the workdir is of another model, is no workdir, or files are missing.
+    """
+    path, files_from = Path(path).expanduser(), Path(files_from).expanduser()
+    if (path / checkpoint.PARAMS).exists():
+        raise UserError(f"{path} is a converted model, not a workdir; choose another workdir")
+    if (path / checkpoint.MODEL_FILE).is_file():
+        _check_same(path, config, dtype)
+        return
+    absent = [name for name in checkpoint.REQUIRED_FILES if not (files_from / name).is_file()]
+    if absent:
+        raise UserError(f"{files_from} has no {' and no '.join(absent)}; expected a model's files")
+    if jax.process_index() != 0:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
+        if (files_from / name).is_file():
+            shutil.copyfile(files_from / name, path / name)
+    checkpoint.write_model_json(
+        ModelDir(path=path, config=config, dtype=dtype, source_dtype=dtype, dropped=dropped)
+    )
+
+
+def _check_same(path: Path, config: VL2Config, dtype: str) -> None:
+    """Refuses to train a model in the workdir of another."""
+    model = checkpoint.read_model_json(path)
+    problems = config_differences(model.config, config)
+    if model.dtype != dtype:
+        problems.append(f"parameters are {model.dtype}, not {dtype}")
+    if problems:
+        raise UserError(
+            f"workdir {path} is of another model; choose another workdir, or the model that it"
+            " holds:\n" + listed(problems)
+        )
+
+
+def init_params(
+    path: str | os.PathLike,
+    abstract: Any,
+    shardings: Any,
+    dtype: Any,
+    *,
+    config: VL2Config | None = None,
+) -> dict[str, Any]:
+    """Reads parameters to start training from.
+
+    Args:
+      path: a model directory or a training workdir.
+      abstract: the model's parameters as `abstract_params` gives them.
+      shardings: a tree like it; None: everything on the default device.
+      dtype: of the parameters; the router's correction bias is float32 whatever it is.
+      config: the model's architecture, to be compared with the one at `path`.
+
+    Returns:
+      A tree like `abstract`.
+
+    Raises:
+      UserError: no such model, or one of another architecture, field by field.
+    """
+    model = checkpoint.read_model_dir(path)
+    problems = [] if config is None else config_differences(model.config, config)
+    if problems:
+        raise UserError(
+            f"{model.path} has another architecture than the run's configuration:\n"
+            + listed(problems)
+        )
+    shapes = checkpoint.flat_shapes(abstract)
+    loaded = checkpoint.load_params(model.params, shapes, dtype=dtype, shardings=shardings)
+    by_path = checkpoint.flatten(loaded)
+    leaves = [by_path[path] for path in shapes]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def config_differences(a: VL2Config, b: VL2Config) -> list[str]:
+    """Fields in which two architectures differ so that parameters of one are not the other's.
+
+    Returns:
+      One line per field, named as in the original's config.json, first the value in `a`.
+    """
+
+    def values(config: VL2Config) -> dict[str, Any]:
+        top = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        found = {name: value for name, value in top.items() if name not in _SECTIONS}
+        for name, section in _SECTIONS.items():
+            part = top[name]
+            for field in dataclasses.fields(part):
+                found[f"{section}.{field.name}"] = getattr(part, field.name)
+        return found
+
+    theirs = values(b)
+    return [
+        f"{name} is {value!r}, not {theirs[name]!r}"
+        for name, value in values(a).items()
+        if value != theirs[name] and name.split(".")[-1] not in _FREE_FIELDS
+    ]
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """Problems below each other, each on its line."""
+    shown = [f"  - {problem}" for problem in problems[:most]]
+    return "\n".join(shown + [f"  - and {len(problems) - most} more"] * (len(problems) > most))

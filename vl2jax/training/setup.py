@@ -1,0 +1,195 @@
+"""From a run's configuration to what the training loop needs."""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vl2jax.checkpoints.model_dir import MODEL_FILE, flatten, read_model_dir, write_json
+from vl2jax.common.errors import UserError
+from vl2jax.config import VL2Config
+from vl2jax.data.files import open_source
+from vl2jax.data.packing import BatchShape
+from vl2jax.data.pipeline import make_pipeline
+from vl2jax.data.row import Source
+from vl2jax.inference.loading import DTYPES
+from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.ops.compiler_options import compiler_options
+from vl2jax.parallel.mesh import batch_shards
+from vl2jax.parallel.sharding import (
+    batch_sharding,
+    check_batch,
+    optimizer_shardings,
+    param_shardings,
+)
+from vl2jax.processing.processor import Processor
+from vl2jax.synthetic import Synthetic
+from vl2jax.synthetic.tokens import write_processor_files
+from vl2jax.training.feed import Feed
+from vl2jax.training.lineage import config_differences, prepare
+from vl2jax.training.optim import learning_rate, make_optimizer, trained_paths
+from vl2jax.training.run_config import RunConfig, read_architecture, read_sources, with_balance
+from vl2jax.training.train_step import Recipe, TrainState, eval_step, new_state, train_step
+
+
+def choose_architecture(config: RunConfig) -> VL2Config:
+    """The architecture of `model` or `init_from`, which must agree, balanced as the run says."""
+    architecture = read_architecture(config)
+    if config.init_from:
+        found = read_model_dir(config.init_from).config
+        differences = [] if architecture is None else config_differences(found, architecture)
+        if differences:
+            raise UserError(
+                f"config.model and {config.init_from} differ (leave config.model empty to take"
+                " its architecture): in the latter " + "; ".join(differences[:8])
+            )
+        architecture = architecture or found
+    if architecture is None:
+        raise UserError("the configuration has no model; set config.model or config.init_from")
+    return with_balance(architecture, config.balance)
+
+
+def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.Mesh) -> Recipe:
+    """What a step does.
+
+    Raises:
+      UserError: the mesh does not divide the batch.
+    """
+    batch = config.batch
+    check_batch(mesh, rows=batch.rows, tiles=batch.tiles, microbatches=batch.microbatches)
+    compute = config.compute
+    model = VL2(
+        architecture,
+        dtype=DTYPES[compute.dtype],
+        param_dtype=DTYPES[compute.param_dtype],
+        moe_implementation=compute.moe_implementation,
+        max_segments=batch.segments,
+        remat=compute.remat,
+        tile_pools=batch_shards(mesh),
+    )
+    return Recipe(
+        model=model,
+        optimizer=make_optimizer(config.optim, config.steps),
+        schedule=learning_rate(config.optim, config.steps),
+        trained=trained_paths(config.optim, flatten(abstract_params(architecture)["params"])),
+        bias_update_step=config.balance.bias_update_step,
+        loss_chunk=compute.loss_chunk,
+    )
+
+
+def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes and shardings of the state; nothing is allocated."""
+    variables = abstract_params(recipe.model.config, recipe.model.param_dtype)
+    shapes = jax.eval_shape(functools.partial(new_state, recipe), variables)
+    scalar = optimizer_shardings(mesh, shapes.step)
+    shardings = TrainState(
+        step=scalar,
+        params=param_shardings(mesh, shapes.params),
+        router=param_shardings(mesh, shapes.router),
+        opt_state=optimizer_shardings(mesh, shapes.opt_state),
+    )
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def jit_train_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
+    """`train_step` as one program of a mesh: (state (donated), batch) -> (state, metrics).
+
+    Args:
+      recipe: what a step does.
+      mesh: must be in force (`jax.set_mesh`) when the step is called.
+      shardings: of the state.
+    """
+    return jax.jit(
+        functools.partial(train_step, recipe),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+        compiler_options=compiler_options(recipe.model.dtype, mesh.devices.flat[0].platform),
+    )
+
+
+def jit_eval_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
+    """`eval_step` likewise: (params, router, batch) -> sums."""
+    return jax.jit(
+        functools.partial(eval_step, recipe),
+        in_shardings=(shardings.params, shardings.router, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(recipe.model.dtype, mesh.devices.flat[0].platform),
+    )
+
+
+def prepare_workdir(path: Path, config: RunConfig, architecture: VL2Config) -> None:
+    """Makes the working directory a model directory, and keeps the configuration there."""
+    with tempfile.TemporaryDirectory() as made:
+        files = config.tokenizer or config.init_from
+        if not files and not (path / MODEL_FILE).exists():
+            write_processor_files(Path(made), architecture)
+        dropped = read_model_dir(config.init_from).dropped if config.init_from else ()
+        dtype = config.compute.param_dtype
+        prepare(path, architecture, files or made, dtype=dtype, dropped=dropped)
+    if jax.process_index() == 0:
+        write_json(path / "config.json", dataclasses.asdict(config))
+
+
+def make_data(
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    processor: Processor,
+    split: str,
+    on_skip: Callable[[str], None],
+    pools: int,
+    shards: int = 1,
+) -> Feed | None:
+    """`data.train` (endless, shuffled) or `data.heldout` (in order).
+
+    Args:
+      pools, shards: see `feed`. Held-out data are one shard, so that their end is everywhere the
+        same.
+
+    Returns:
+      None for held-out data that the run does without.
+    """
+    data, batch, training = config.data, config.batch, split == "train"
+    names = data.train if training else data.heldout
+    if not training and not (names and config.eval.every):
+        return None
+
+    def source(name: str) -> Source:
+        if name == "synthetic":
+            return Synthetic(split, seed=config.seed, lessons=training)
+        return open_source(name, images_root=data.images_root or None)
+
+    sources = [(source(name), weight) for name, weight in read_sources(names, f"data.{split}")]
+    count = batch.microbatches * pools
+    shape = BatchShape(
+        count // shards, batch.rows // count, batch.length, batch.tiles // count, batch.segments
+    )
+
+    def pipeline(shard: int) -> grain.IterDataset:
+        return make_pipeline(
+            sources,
+            processor,
+            shape,
+            mask_prompt=data.supervise == "answers",
+            seed=config.seed,
+            shuffle=training,
+            repeat=training,
+            on_error=data.on_error,
+            on_skip=on_skip,
+            threads=data.threads,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            process_index=shard,
+            process_count=shards,
+        )
+
+    return Feed(mesh, pools, shards, pipeline)
