@@ -44,7 +44,7 @@ from vl2jax.evaluation.scoring import (
 from vl2jax.inference.generate import Generation, generate
 from vl2jax.inference.request import Request
 from vl2jax.inference.session import Session
-from vl2jax.ops.int8 import KINDS
+from vl2jax.model.quantization import KINDS
 from vl2jax.parallel.processes import agree, first_speaks, is_first, joined, leave, tell_first
 from vl2jax.processing.collate import Sample
 from vl2jax.synthetic import Question

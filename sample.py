@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import jax
 
+from vl2jax import ops
 from vl2jax.cli.batch import answer_file
 from vl2jax.cli.batch_processes import answer_by_processes
 from vl2jax.cli.chat import Chat
@@ -59,6 +60,7 @@ def run_here(args: argparse.Namespace, share: Share) -> int:
     set_compilation_cache(args.compilation_cache)
     if args.verbose:
         show_compilations()
+        ops.tell(lambda line: print(f"ops: {line}", file=sys.stderr))
     if args.plan:
         session.plan(args.batch_size if args.batch else 1)
         return 0

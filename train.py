@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vl2jax import ops
 from vl2jax.cli.command import run_cli
 from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags, read_joining
 from vl2jax.common.compilation_cache import set_compilation_cache
@@ -30,8 +31,8 @@ from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
 from vl2jax.inference.loading import DTYPES
 from vl2jax.ops.compiler_options import options_to_run_once
-from vl2jax.parallel.mesh import batch_shards, must_block
-from vl2jax.parallel.processes import agree, is_first, joined, leave, wait_for_all
+from vl2jax.parallel.mesh import batch_shards
+from vl2jax.parallel.processes import agree, is_first, joined, leave, must_block, wait_for_all
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.processing.processor import Processor
 from vl2jax.training.events import Profile, Skipped, StopSignal, keep_batch
@@ -62,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     with joined(read_joining()):
         agree(dataclasses.asdict(config) | {"workdir": str(path)})
         mesh = make_mesh(dataclasses.asdict(config.mesh))
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), ops.use(**ops.parse(config.compute.ops)):
             return run_on_mesh(config, path, mesh)
 
 
@@ -130,7 +131,7 @@ def first_state(
             init_state,
             static_argnums=0,
             out_shardings=shardings,
-            compiler_options=options_to_run_once(jax.default_backend()),
+            compiler_options=options_to_run_once(),
         )
         return init(recipe, jax.random.key(config.seed)), None
     variables = init_params(

@@ -19,7 +19,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ops.experts.xla import ExpertWeights, blocked, dense
+from vl2jax.ops.experts import ExpertWeights
+from vl2jax.ops.experts.reference import dense
+from vl2jax.ops.experts.xla import blocked
 
 
 def ragged(x, weights, chosen, w: ExpertWeights):

@@ -30,10 +30,11 @@ from vl2jax.config import VL2Config
 from vl2jax.inference.buckets import length_bucket
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import BURST, DecodeState, programs
+from vl2jax.model.quantization import KINDS, quantize_tree
 from vl2jax.model.unstacked_layers import pays, take_apart
 from vl2jax.model.vl2 import VL2, init_variables
 from vl2jax.ops.compiler_options import compiler_options
-from vl2jax.ops.int8 import KINDS, quantize_tree
+from vl2jax.ops.platform import platform_of
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.image import image_layout
 
@@ -81,7 +82,7 @@ class Case:
         apart = pays(config.decoder, self.params) if apart is None else apart
         if apart:
             self.params = take_apart(config.decoder, self.params)
-        self.steps = programs(config, self.dtype, jax.default_backend(), None, apart)
+        self.steps = programs(config, self.dtype, platform_of(self.params), None, apart)
 
     def vision(self, tiles: int = 4) -> Callable[[], object]:
         """Tower and adaptor on some tiles."""

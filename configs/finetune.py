@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
         param_dtype="float32",
         remat="dots",
         moe_implementation="auto",
+        ops="",
         loss_chunk=256,
     )
     config.mesh = dict(data=1, fsdp=-1, expert=1, tensor=1)

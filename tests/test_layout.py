@@ -26,9 +26,13 @@ def _modules() -> dict[str, set[str]]:
     return {name: _imported(path) & paths.keys() for name, path in paths.items()}
 
 
+def _parsed(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _imported(path: pathlib.Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_parsed(path)):
         if isinstance(node, ast.ImportFrom):
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
@@ -65,9 +69,17 @@ def test_only_ops_knows_platforms():
 
 
 def test_every_package_says_what_it_is_for():
-    for name in ORDER:
-        lines = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text()))
-        assert 4 <= len(lines.splitlines()) <= 10, name
+    """What it is for, what it may import, and where to start reading."""
+    modules = _modules()
+    for place, name in enumerate(ORDER):
+        text = " ".join(ast.get_docstring(_parsed(PACKAGE / name / "__init__.py")).split())
+        assert "Start with `" in text and "mports" in text, name
+        imported = set().union(
+            *(deps for module, deps in modules.items() if _package(module) == name)
+        )
+        for other in {_package(module) for module in imported} - {name, ""}:
+            assert f"`{other}`" in text or "mports everything" in text, f"{name}: {other}"
+            assert ORDER.index(other) < place
 
 
 def test_the_library_does_not_know_its_programs():

@@ -1,4 +1,4 @@
-"""Attention: absorbed = expanded, cached = whole, chunked = at once, and who sees whom."""
+"""Attention: absorbed = expanded, cached = whole, and who sees whom."""
 
 import dataclasses
 
@@ -10,7 +10,6 @@ import pytest
 from vl2jax.config import DecoderConfig
 from vl2jax.model.attention import MHA, MLA, Context, init_cache
 from vl2jax.model.rope import rope_table
-from vl2jax.ops.attention import xla as attend
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -111,77 +110,3 @@ def test_packed_equals_alone():
     )
     alone, _ = apply(params, x[:, 3:], _context(MLA_CFG, [[0, 1, 2, 3]]), None, 0)
     _assert_close(packed[:, 3:], alone)
-
-
-def test_query_chunks_change_nothing(monkeypatch):
-    """Values and gradients, with a length that the chunk does not divide."""
-    keys = jax.random.split(jax.random.key(4), 3)
-    q, k, v = (jax.random.normal(key, (2, 50, 3, 8)) for key in keys)
-    positions = jnp.tile(jnp.arange(50), (2, 1))
-    segments = jnp.where(positions < 45, 1 + positions // 20, 0)
-    see = attend.Visibility(positions, segments, positions, segments)
-
-    def run(q, k, v):
-        y = attend.attend(q, k, v, 0.3, see)
-        return (jnp.sin(y) * (segments > 0)[..., None, None]).sum(), y
-
-    grad = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
-    (_, whole), gradients = grad(q, k, v)
-    monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k, ordered: 16)
-    (_, chunked), gradients_chunked = grad(q, k, v)
-    real = np.asarray(segments) > 0
-    _assert_close(chunked[real], whole[real])
-    for a, b in zip(gradients_chunked, gradients, strict=True):
-        _assert_close(a, b)
-
-
-def _plain(q, k, v, scale, see=None):
-    """Attention as the equation says, by the ordinary derivative."""
-    scores = jnp.einsum("bthk,bshk->bhts", q, jnp.broadcast_to(k, (*k.shape[:2], *q.shape[2:])))
-    scores *= scale
-    if see is not None:
-        scores = jnp.where(see.mask()[:, None], scores, -jnp.inf)
-    return jnp.einsum(
-        "bhts,bshv->bthv",
-        jax.nn.softmax(scores, axis=-1),
-        jnp.broadcast_to(v, (*v.shape[:2], q.shape[2], v.shape[-1])),
-    )
-
-
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("chunk", [5, 100])
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("masked", [False, True, "ordered"])
-def test_attend_equals_the_plain_softmax(monkeypatch, masked, shared, chunk, apart):
-    """Values and gradients, all heads at once and one by one; widths of keys and values differ."""
-    monkeypatch.setattr(attend, "_cpu_chunk", lambda q, k, ordered: chunk)
-    for least in ("SCORES_APART", "ORDERED_APART", "ALL_APART"):
-        monkeypatch.setattr(attend, least, 0 if apart else 1 << 30)
-    keys = jax.random.split(jax.random.key(5), 3)
-    heads = 1 if shared else 3
-    q = jax.random.normal(keys[0], (2, 13, 3, 8))
-    k = jax.random.normal(keys[1], (2, 13, heads, 8))
-    v = jax.random.normal(keys[2], (2, 13, heads, 5))
-    positions = jnp.tile(jnp.arange(13), (2, 1))
-    segments = 1 + positions // 6
-    see = attend.Visibility(positions, segments, positions, segments, ordered=masked == "ordered")
-    see = see if masked else None
-
-    def run(implementation):
-        def total(q, k, v):
-            return jnp.sin(implementation(q, k, v, 0.3, see)).sum()
-
-        return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
-
-    (got, gradients), (want, expected) = run(attend.attend), run(_plain)
-    assert got == pytest.approx(float(want), rel=1e-5)
-    for a, b in zip(gradients, expected, strict=True):
-        _assert_close(a, b)
-
-
-def test_scores_do_not_outlive_a_step():
-    """Training on 2048 tokens keeps less than one float32 [T, S] per head."""
-    shape = jax.ShapeDtypeStruct((1, 2048, 8, 16), jnp.float32)
-    total = jax.grad(lambda q, k, v: attend.attend(q, k, v, 0.3).sum(), argnums=(0, 1, 2))
-    memory = jax.jit(total).lower(shape, shape, shape).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * 8 * 2048 * 2048 / 2

@@ -13,8 +13,9 @@ from mesh_case import drawn
 
 from vl2jax.common.errors import UserError
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
-from vl2jax.model.layers import REMAT, GatedMLP, RMSNorm, einsum
+from vl2jax.model.layers import REMAT, GatedMLP, RMSNorm
 from vl2jax.model.vl2 import VL2, abstract_params, init_variables
+from vl2jax.ops.matmul import einsum
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.training.chunked_loss import chunked_next_token_loss
 

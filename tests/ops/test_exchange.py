@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vl2jax.ops.experts import xla as experts
-from vl2jax.ops.experts.exchange import choose_exchange, expert_parallel, rows_sent
+from vl2jax.ops.experts import ExpertWeights
+from vl2jax.ops.experts.exchange import choose_exchange, rows_sent
+from vl2jax.ops.experts.reference import dense
+from vl2jax.ops.experts.sharded import sharded_experts
+from vl2jax.ops.experts.xla import blocked
 from vl2jax.parallel.mesh import AXES
 from vl2jax.parallel.sharding import make_mesh, param_shardings
 from vl2jax.plan import hlo
@@ -31,7 +34,7 @@ def case():
         "one": jnp.full((B, T, K), 5),  # all tokens to one expert, K times
     }
     x, weights = jax.random.normal(keys[4], (B, T, D)), jax.random.uniform(keys[5], (B, T, K))
-    return x, weights, routing, experts.ExpertWeights(*drawn)
+    return x, weights, routing, ExpertWeights(*drawn)
 
 
 def placed(mesh, w):
@@ -41,7 +44,7 @@ def placed(mesh, w):
     found = param_shardings(mesh, tree)["decoder"]["moe_1"]
     specs = [jax.sharding.PartitionSpec(*s.spec[1:]) for s in found.values()]
     where = [jax.sharding.NamedSharding(mesh, spec) for spec in specs]
-    return jax.device_put(w, experts.ExpertWeights(*where))
+    return jax.device_put(w, ExpertWeights(*where))
 
 
 def value_and_gradients(f):
@@ -55,7 +58,7 @@ def value_and_gradients(f):
 @value_and_gradients
 def oracle(x, weights, chosen, w):
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
-    return experts.dense(*flat, w).reshape(x.shape)
+    return dense(*flat, w).reshape(x.shape)
 
 
 def emulated(operand, output, *sizes, axis_name):
@@ -89,8 +92,8 @@ def test_equals_one_device(case, monkeypatch, shape, exchange, rows):
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)))
     with jax.set_mesh(mesh):
         here = jax.sharding.get_abstract_mesh()
-        split = functools.partial(expert_parallel, here, exchange=exchange)
-        f = value_and_gradients(lambda *a: split(*a, experts.blocked))
+        options = {"exchange": exchange, "implementation": "blocked"}
+        f = value_and_gradients(functools.partial(sharded_experts, here, **options))
         for name, chosen in routing.items():
             got = f(x[:rows], weights[:rows], placed(mesh, w), chosen[:rows])
             want = oracle(x[:rows], weights[:rows], w, chosen[:rows])
@@ -104,7 +107,7 @@ def test_rows_of_other_places_do_no_harm(case):
     x, weights, routing, w = case
     chosen = jnp.where(routing["random"] < 4, routing["random"], E).reshape(-1, K)
     kept = jnp.where(chosen < E, weights.reshape(-1, K), 0)
-    found = [f(x.reshape(-1, D), kept, chosen, w) for f in (experts.dense, experts.blocked)]
+    found = [f(x.reshape(-1, D), kept, chosen, w) for f in (dense, blocked)]
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
 
@@ -131,9 +134,7 @@ def test_compiled_programs_send_what_the_choice_counts_on(case, width):
     with jax.set_mesh(mesh):
         here = jax.sharding.get_abstract_mesh()
         for name in ("gather", "all_to_all"):
-            f = functools.partial(
-                expert_parallel, here, implementation=experts.dense, exchange=name
-            )
+            f = functools.partial(sharded_experts, here, implementation="dense", exchange=name)
             text = (
                 jax.jit(f).lower(x, weights, routing["random"], placed(mesh, w)).compile().as_text()
             )

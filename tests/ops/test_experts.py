@@ -1,36 +1,24 @@
-"""The blocked experts against the dense oracle: values and gradients."""
+"""Routed experts against the dense oracle: values and gradients."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expert_case import E, case
 
-from vl2jax.ops.experts import xla as experts
+from vl2jax.ops.experts import ExpertWeights, cpu, routed_experts, xla
+from vl2jax.ops.experts.reference import dense
+from vl2jax.ops.experts.xla import blocked
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-T, D, F, E, K = 37, 12, 8, 6, 3
-
-
-def _case(routing: str, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(1), 6)
-    x = jax.random.normal(keys[0], (T, D), dtype)
-    shapes = ((E, D, F), (E, D, F), (E, F, D))
-    weights = experts.ExpertWeights(
-        *(jax.random.normal(k, s, dtype) / 3 for k, s in zip(keys[1:4], shapes, strict=True))
-    )
-    chosen = {
-        "random": jax.lax.top_k(jax.random.normal(keys[4], (T, E)), K)[1],
-        "empty": jax.lax.top_k(jax.random.normal(keys[4], (T, K)), K)[1] + 2,  # 2, 3, 4 alone
-        "one": jnp.full((T, K), 4),  # all tokens on one expert, and that K times
-    }[routing]
-    return x, jax.nn.softmax(jax.random.normal(keys[5], (T, K))), chosen.astype(jnp.int32), weights
 
 
 @pytest.mark.parametrize("block", [None, 1, 4, 64])
 @pytest.mark.parametrize("routing", ["random", "empty", "one"])
 def test_blocked_equals_dense(routing, block):
-    x, weights, chosen, w = _case(routing)
+    x, weights, chosen, w = case(routing)
 
     def loss(implementation, **options):
         def value(x, weights, w):
@@ -39,8 +27,8 @@ def test_blocked_equals_dense(routing, block):
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
-    (_, y), gradients = loss(experts.blocked, block=block)(x, weights, w)
-    (_, y_dense), gradients_dense = loss(experts.dense)(x, weights, w)
+    (_, y), gradients = loss(blocked, block=block)(x, weights, w)
+    (_, y_dense), gradients_dense = loss(dense)(x, weights, w)
     np.testing.assert_allclose(y, y_dense, atol=2e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), gradients, gradients_dense
@@ -49,14 +37,14 @@ def test_blocked_equals_dense(routing, block):
 
 def test_unused_experts_are_not_read():
     """NaN in the weights of experts without tokens stays out of values and gradients."""
-    x, weights, chosen, w = _case("empty")
+    x, weights, chosen, w = case("empty")
     used = sorted(set(np.ravel(chosen)))
     poisoned = jax.tree.map(
         lambda a: jnp.full_like(a, jnp.nan).at[np.array(used)].set(a[np.array(used)]), w
     )
 
     def total(w):
-        return experts.blocked(x, weights, chosen, w).sum()
+        return blocked(x, weights, chosen, w).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(poisoned)
     assert np.isfinite(value)
@@ -67,16 +55,16 @@ def test_unused_experts_are_not_read():
 
 
 def test_single_token():
-    x, weights, chosen, w = _case("random")
-    got = experts.blocked(x[:1], weights[:1], chosen[:1], w)
-    np.testing.assert_allclose(got, experts.dense(x[:1], weights[:1], chosen[:1], w), atol=1e-5)
+    x, weights, chosen, w = case("random")
+    got = blocked(x[:1], weights[:1], chosen[:1], w)
+    np.testing.assert_allclose(got, dense(x[:1], weights[:1], chosen[:1], w), atol=1e-5)
 
 
 def test_bfloat16_keeps_its_dtype():
-    x, weights, chosen, w = _case("random", jnp.bfloat16)
-    got = experts.blocked(x, weights, chosen, w)
+    x, weights, chosen, w = case("random", jnp.bfloat16)
+    got = blocked(x, weights, chosen, w)
     assert got.dtype == jnp.bfloat16
-    want = experts.dense(
+    want = dense(
         *jax.tree.map(lambda a: a.astype(jnp.float32), (x, weights)),
         chosen,
         jax.tree.map(lambda a: a.astype(jnp.float32), w),
@@ -88,16 +76,16 @@ def test_bfloat16_keeps_its_dtype():
     ("pairs", "n", "rows"), [(6, 64, 2), (48, 64, 2), (100, 64, 4), (192, 64, 4), (12288, 64, 128)]
 )
 def test_block_rows(pairs, n, rows):
-    assert experts._block_rows(pairs, n) == rows
+    assert xla._block_rows(pairs, n) == rows
 
 
 def test_experts_within_a_larger_stack():
     """Weights of several layers in one stack: the others are neither read nor given gradients."""
-    x, weights, chosen, w = _case("random")
+    x, weights, chosen, w = case("random")
     stack = jax.tree.map(lambda a: jnp.concatenate([a * jnp.nan, a, a * jnp.nan]), w)
 
     def total(x, w, **where):
-        return jnp.sin(experts.blocked(x, weights, chosen, w, **where)).sum()
+        return jnp.sin(blocked(x, weights, chosen, w, **where)).sum()
 
     value, (dx, dw) = jax.value_and_grad(total, argnums=(0, 1))(x, w)
     where = {"first": jnp.int32(E), "n_experts": E}
@@ -108,3 +96,32 @@ def test_experts_within_a_larger_stack():
         np.testing.assert_allclose(whole[E : 2 * E], part, atol=1e-6)
         assert not np.any(whole[:E])
         assert not np.any(whole[2 * E :])
+
+
+@pytest.mark.parametrize(("tokens", "n_experts", "layers"), [(1, 8, 3), (2, 16, 1), (2, 16, 3)])
+def test_experts_of_few_tokens(tokens, n_experts, layers):
+    """Copies of the chosen experts, of one layer or out of many: as the oracle has it."""
+    keys = jax.random.split(jax.random.key(tokens), 6)
+    x = jax.random.normal(keys[0], (tokens, 8))
+    weights = jax.random.uniform(keys[1], (tokens, 2))
+    experts = jax.vmap(lambda key: jax.random.permutation(key, n_experts)[:2])(
+        jax.random.split(keys[2], tokens)
+    )
+    shapes = ((8, 12), (8, 12), (12, 8))
+    stacks = ExpertWeights(
+        *(
+            jax.random.normal(key, (layers * n_experts, *shape))
+            for key, shape in zip(keys[3:], shapes, strict=True)
+        )
+    )
+    first = (layers - 1) * n_experts
+    assert not cpu.refuses(x, weights, experts, stacks, first, n_experts)
+    form = jax.jit(functools.partial(routed_experts, first=first, n_experts=n_experts))
+    got = form(x, weights, experts, stacks)
+    want = jax.jit(dense)(x, weights, experts, jax.tree.map(lambda a: a[first:], stacks))
+    np.testing.assert_allclose(got, want, atol=2e-4)
+    low = [a.astype(jnp.bfloat16) for a in (x, *stacks)]
+    got = form(low[0], weights, experts, ExpertWeights(*low[1:]))
+    assert got.dtype == jnp.bfloat16
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03 * scale)

@@ -25,19 +25,15 @@ from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import programs
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.moe import expert_stacks
+from vl2jax.model.quantization import quantize_tree, summed_axes
 from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.ops.experts import ExpertWeights
 from vl2jax.ops.experts.cpu import few
-from vl2jax.ops.experts.xla import ExpertWeights, blocked, dense, gmm
-from vl2jax.ops.int8 import (
-    Int8,
-    cast,
-    int8_sharding,
-    quantize,
-    quantize_tree,
-    scale_spec,
-    summed_axes,
-    widen,
-)
+from vl2jax.ops.experts.reference import dense
+from vl2jax.ops.experts.tpu import gmm
+from vl2jax.ops.experts.xla import blocked
+from vl2jax.ops.matmul import Int8, cast, quantize, widen
+from vl2jax.ops.matmul.int8 import int8_sharding, scale_spec
 from vl2jax.ops.platform import compiling_for
 from vl2jax.parallel.mesh import AXES
 from vl2jax.parallel.sharding import make_mesh, param_shardings, param_spec

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_experts import E, _case
+from expert_case import E, case
 
+from vl2jax.ops.attention import Visibility, attention
 from vl2jax.ops.attention.tpu import splash
-from vl2jax.ops.attention.xla import Visibility, attend
-from vl2jax.ops.experts import xla as experts
+from vl2jax.ops.experts.reference import dense
+from vl2jax.ops.experts.tpu import gmm
 from vl2jax.ops.experts.tpu_gmm import grouped_ffn, tile_columns, tile_rows
-from vl2jax.ops.platform import compiling_for, on_tpu
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 )
 def test_gmm_equals_dense(routing, chunk):
     """Whole, and in chunks of pairs of which the last is partly empty."""
-    x, weights, chosen, w = _case(routing)
+    x, weights, chosen, w = case(routing)
 
     def loss(implementation):
         def value(x, weights, w):
@@ -31,10 +31,8 @@ def test_gmm_equals_dense(routing, chunk):
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
-    (_, y), gradients = loss(functools.partial(experts.gmm, chunk=chunk, interpret=True))(
-        x, weights, w
-    )
-    (_, y_dense), gradients_dense = loss(experts.dense)(x, weights, w)
+    (_, y), gradients = loss(functools.partial(gmm, chunk=chunk, interpret=True))(x, weights, w)
+    (_, y_dense), gradients_dense = loss(dense)(x, weights, w)
     np.testing.assert_allclose(y, y_dense, atol=2e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), gradients, gradients_dense
@@ -43,7 +41,7 @@ def test_gmm_equals_dense(routing, chunk):
 
 def test_rows_behind_the_last_group_are_zero():
     """As an exchange of tokens leaves them: not computed, and without gradients."""
-    _, _, _, w = _case("random")
+    _, _, _, w = case("random")
     x = jax.random.normal(jax.random.key(0), (40, w.gate.shape[1]))
     sizes = jnp.array([3, 0, 20, 5, 0, 1], jnp.int32)
 
@@ -58,11 +56,11 @@ def test_rows_behind_the_last_group_are_zero():
 
 def test_chunks_leave_out_what_belongs_to_no_expert():
     """As where most of a buffer is empty: such pairs add nothing and get no gradient."""
-    x, weights, chosen, w = _case("random")
+    x, weights, chosen, w = case("random")
     chosen = jnp.where(jnp.arange(len(x))[:, None] % 3 == 0, chosen, E)
 
     def total(x, weights, w, **options):
-        return jnp.sum(jnp.sin(experts.gmm(x, weights, chosen, w, interpret=True, **options)))
+        return jnp.sum(jnp.sin(gmm(x, weights, chosen, w, interpret=True, **options)))
 
     def gradients(**options):
         return jax.jit(jax.value_and_grad(functools.partial(total, **options), (0, 1, 2)))
@@ -73,14 +71,14 @@ def test_chunks_leave_out_what_belongs_to_no_expert():
 
 
 def test_gmm_within_a_larger_stack():
-    x, weights, chosen, w = _case("random")
+    x, weights, chosen, w = case("random")
     stack = jax.tree.map(lambda a: jnp.concatenate([a * jnp.nan, a, a * jnp.nan]), w)
-    got = experts.gmm(x, weights, chosen, stack, first=E, n_experts=E, interpret=True)
-    np.testing.assert_allclose(got, experts.dense(x, weights, chosen, w), atol=2e-5)
+    got = gmm(x, weights, chosen, stack, first=E, n_experts=E, interpret=True)
+    np.testing.assert_allclose(got, dense(x, weights, chosen, w), atol=2e-5)
 
 
 @pytest.mark.parametrize(("width", "value_width", "causal"), [(24, 16, True), (9, 9, False)])
-def test_splash_equals_attend(width, value_width, causal):
+def test_splash_equals_the_plain_form(width, value_width, causal):
     """Packed rows with padding (MLA has wider keys than values), and tiles that see all."""
     length, padding, first = 150, 20, 90
     keys = jax.random.split(jax.random.key(0), 3)
@@ -95,25 +93,21 @@ def test_splash_equals_attend(width, value_width, causal):
     visibility = Visibility(positions, segments, positions, segments) if causal else None
     real = (segments > 0)[..., None, None] if causal else jnp.ones((1, 1, 1, 1))
 
-    def loss(attention):
+    def loss(implementation):
         def value(q, k, v):
-            y = attention(q, k, v, width**-0.5) * real  # what padding sees is nobody's business
+            y = (
+                implementation(q, k, v, width**-0.5) * real
+            )  # what padding sees is nobody's business
             return jnp.sum(jnp.sin(y)), y
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
     kernel = functools.partial(splash, segments=segments if causal else None, interpret=True)
     (_, y), gradients = loss(kernel)(q, k, v)
-    (_, want), wanted = loss(functools.partial(attend, visibility=visibility))(q, k, v)
+    (_, want), wanted = loss(functools.partial(attention, visibility=visibility))(q, k, v)
     np.testing.assert_allclose(y, want, atol=2e-6)
     for gradient, other in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(gradient, other, atol=1e-5)
-
-
-def test_kernels_are_for_tpu_alone():
-    assert not on_tpu()
-    with compiling_for("tpu"):
-        assert on_tpu()
 
 
 def test_tiles():

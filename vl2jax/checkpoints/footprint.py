@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from vl2jax.config import VL2Config
 from vl2jax.model.decoder import init_caches
+from vl2jax.model.quantization import quantize_tree
 from vl2jax.model.vl2 import abstract_params
-from vl2jax.ops.int8 import quantize_tree
 
 
 def parameter_bytes(config: VL2Config, dtype: jnp.dtype, quantize: str | None = None) -> int:

@@ -243,7 +243,7 @@ def load_params(
     """
     import jax
 
-    from vl2jax.ops.int8 import summed_axes
+    from vl2jax.model.quantization import summed_axes
 
     store = ParamStore(Path(path))
     if expected is not None:
@@ -311,7 +311,7 @@ def read_int8(stored, axes: tuple[int, ...], sharding: Any = None):
     import jax
     import tensorstore as ts
 
-    from vl2jax.ops.int8 import layer_quantizer, quantizer
+    from vl2jax.model.quantization import layer_quantizer, quantizer
 
     if 0 in axes or stored.chunk_layout.read_chunk.shape[0] > 1:
         return quantizer(axes, sharding)(read_leaf(stored, sharding=sharding))

@@ -1,4 +1,4 @@
 """What the command lines share: flags, errors on one line, chat, files of requests, printing.
 
-Nothing in the library imports it but `plan`.  Start with `command.py`.
+Imports everything to its left; in the library only `plan` imports it.  Start with `command.py`.
 """

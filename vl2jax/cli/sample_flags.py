@@ -10,7 +10,7 @@ from vl2jax.cli.output import check_drawing, check_folder
 from vl2jax.cli.shards import add_join_flags, read_joining
 from vl2jax.common.errors import UserError
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.ops.int8 import KINDS
+from vl2jax.model.quantization import KINDS
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--raw_orientation", action="store_true", help="ignore EXIF orientation, as the original")
     add("--nocrop", action="store_true", help="no tiles: each image is seen as a whole only")
     add("--plan", action="store_true", help="only say how much memory it takes")
-    add("--verbose", action="store_true", help="show what is compiled, and why")
+    add("--verbose", action="store_true", help="show what is compiled, and which kernels")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
     return parser
 

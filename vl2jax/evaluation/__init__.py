@@ -1,5 +1,5 @@
 """Scores: how an answer is judged, and how scores are shown and compared.
 
-Imports `processing`, `data` and `synthetic`; it scores text and knows no model.  Start with
-`scoring.py`.
+It scores text and boxes and knows no model.  Imports `common`, `processing` and `synthetic`.
+Start with `scoring.py`.
 """

@@ -25,6 +25,7 @@ from vl2jax.inference.steps import BURST, NOTHING, DecodeState, programs
 from vl2jax.model.decoder import Caches
 from vl2jax.model.unstacked_layers import are_apart
 from vl2jax.model.vl2 import compute_dtype
+from vl2jax.ops.platform import platform_of
 from vl2jax.parallel.mesh import mesh_of
 from vl2jax.processing.batch import TEXT
 
@@ -102,7 +103,7 @@ class Engine:
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         apart = are_apart(config.decoder, params)
-        self.steps = programs(config, dtype, jax.default_backend(), cache_dtype, apart)
+        self.steps = programs(config, dtype, platform_of(params), cache_dtype, apart)
         self.dtype = dtype
         self.pictures = Pictures(self.steps, params)
         self._prefixes = Prefixes()

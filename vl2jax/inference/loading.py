@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from vl2jax.checkpoints.model_dir import flat_shapes, load_params, read_model_dir
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
+from vl2jax.model.quantization import check_kind
 from vl2jax.model.vl2 import abstract_params
-from vl2jax.ops.int8 import Int8, check_kind
+from vl2jax.ops.matmul import Int8
 from vl2jax.parallel.sharding import param_shardings
 from vl2jax.processing.processor import Processor
 
@@ -63,7 +64,7 @@ def load(
       mesh: splits the parameters over its axes by `sharding.PARAM_RULES`, each device reading its
         own part; None: everything on the default device.
       quantize: "int8": most weights are kept as int8 with a scale per output channel, see
-        `vl2jax.ops.int8`; the model is never whole in its stored dtype. For `forward` and
+        `vl2jax.model.quantization`; the model is never whole in its stored dtype. For `forward` and
         `generate`, not for training. None: off.
       on_leaf: called with path and bytes of each parameter once it is there.
 

@@ -20,7 +20,8 @@ from vl2jax.model.decoder import Caches, init_caches
 from vl2jax.model.moe import expert_stacks
 from vl2jax.model.vl2 import VL2
 from vl2jax.ops.compiler_options import compiler_options
-from vl2jax.parallel.mesh import constrain, must_block
+from vl2jax.parallel.mesh import constrain
+from vl2jax.parallel.processes import must_block
 from vl2jax.processing.batch import FIRST_TILE_ROW
 
 BURST = 16  # tokens decoded on the device between two looks of the host

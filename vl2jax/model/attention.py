@@ -10,20 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.config import DecoderConfig
-from vl2jax.model.layers import Kernel, Linear, RMSNorm, einsum
+from vl2jax.model.layers import Kernel, Linear, RMSNorm
 from vl2jax.model.rope import apply_rope, softmax_scale
-from vl2jax.ops.attention.xla import Visibility, attend
-from vl2jax.ops.int8 import Weight
-from vl2jax.ops.platform import on_cpu
-from vl2jax.parallel.mesh import constrain, current_mesh
+from vl2jax.ops import cache as cache_ops
+from vl2jax.ops.attention import Visibility, attention
+from vl2jax.ops.latent_attention import absorbed_attention
+from vl2jax.ops.matmul import einsum
+from vl2jax.parallel.mesh import constrain
 from vl2jax.parallel.sharding import CACHE_RULES
 
 # The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
 _LATENT_NORM_EPS = 1e-6
-# What a cache that is kept as bits holds, and whether float32 is kept so, see `init_cache`.
-_OF_BITS = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint32): jnp.float32}
-_COPIES_FLOAT32 = jax.__version_info__ < (0, 12)
-_FEW = 16  # queries of all heads and rows, see `_absorbed_few`
 
 
 @flax.struct.dataclass
@@ -91,16 +88,8 @@ class Context:
 
 
 def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) -> Cache:
-    """Zeros: a cache for `layers` layers, `rows` rows of up to `slots` tokens.
-
-    On CPU bfloat16 is kept as its bits, uint16: to write one token, XLA's compiler would make all
-    of the cache float32 and bfloat16 again.  For MHA, so is float32 before jax 0.12: to read a
-    cache that it writes in place, it would copy it, three times per token.
-    """
-    if on_cpu() and dtype == jnp.bfloat16:
-        dtype = jnp.uint16
-    elif on_cpu() and dtype == jnp.float32 and not cfg.use_mla and _COPIES_FLOAT32:
-        dtype = jnp.uint32
+    """Zeros: a cache for `layers` layers and `rows` rows of up to `slots` tokens."""
+    dtype = cache_ops.stored_dtype(dtype, by_heads=not cfg.use_mla)
 
     def zeros(name: str, *shape: int) -> jax.Array:
         return constrain(jnp.zeros((layers, rows, *shape), dtype), *CACHE_RULES[name])
@@ -109,48 +98,6 @@ def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) ->
         return LatentCache(zeros("latent", slots, cfg.kv_lora_rank + cfg.qk_rope_head_dim))
     heads, width = cfg.num_attention_heads, cfg.qk_head_dim
     return KVCache(*(zeros(name, heads, slots, width) for name in ("keys", "values")))
-
-
-def _write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Puts `new` [B, ..., T, K] into slots `positions` of one layer of `stack` [n, B, ..., S, K].
-
-    With T > 1 (a prefill chunk) all rows start at the same position.  What a row that is done
-    writes beyond the last slot is lost, or on CPU replaces that slot.
-    """
-    new = _as_stored(new, stack.dtype)
-    between = (0,) * (new.ndim - 3)
-    if new.shape[-2] > 1:
-        return jax.lax.dynamic_update_slice(
-            stack, new[None], (layer, 0, *between, positions[0, 0], 0)
-        )
-    rows = jnp.arange(new.shape[0])
-    if not on_cpu() or current_mesh() is not None:
-        at = stack.at[layer, rows, ..., positions[:, 0], :]
-        return at.set(new[..., 0, :], mode="drop")
-
-    def put(row: jax.Array, stack: jax.Array) -> jax.Array:
-        one = jax.lax.dynamic_slice_in_dim(new, row, 1)[None]
-        start = (layer, row, *between, positions[row, 0], 0)
-        return jax.lax.dynamic_update_slice(stack, one, start)
-
-    # In place, where a scatter would go through all of `stack`; and not fused with what reads it,
-    # which would write all of it anew.
-    stack = jax.lax.fori_loop(0, len(rows), put, stack, unroll=min(len(rows), 8))
-    return jax.lax.optimization_barrier(stack)
-
-
-def _as_stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Values in the dtype of a cache, see `init_cache`."""
-    if dtype not in _OF_BITS:
-        return x.astype(dtype)
-    return jax.lax.bitcast_convert_type(x.astype(_OF_BITS[dtype]), dtype)
-
-
-def _as_read(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The inverse of `_as_stored`."""
-    if x.dtype in _OF_BITS:
-        x = jax.lax.bitcast_convert_type(x, _OF_BITS[x.dtype])
-    return x.astype(dtype)
 
 
 class MHA(nn.Module):
@@ -178,13 +125,13 @@ class MHA(nn.Module):
         k = apply_rope(k, context.cos, context.sin, interleaved=False)
         slots = None
         if cache is not None:
-            keys = _write(cache.keys, layer, k.swapaxes(1, 2), context.positions)
-            values = _write(cache.values, layer, v.swapaxes(1, 2), context.positions)
+            keys = cache_ops.write(cache.keys, layer, k.swapaxes(1, 2), context.positions)
+            values = cache_ops.write(cache.values, layer, v.swapaxes(1, 2), context.positions)
             cache, slots = KVCache(keys, values), keys.shape[-2]
-            k, v = (_as_read(a[layer], self.dtype).swapaxes(1, 2) for a in (keys, values))
+            k, v = (cache_ops.read(a[layer], self.dtype).swapaxes(1, 2) for a in (keys, values))
         y = v  # will do where only the parameters are wanted
         if not self.is_initializing():
-            y = attend(q, k, v, softmax_scale(cfg), context.visibility(slots))
+            y = attention(q, k, v, softmax_scale(cfg), context.visibility(slots))
         return Linear((cfg.hidden_size,), num_in=2, **kinds, name="o_proj")(y), cache
 
 
@@ -240,16 +187,16 @@ class MLA(nn.Module):
 
         slots, absorb = None, bool(self.absorb)
         if cache is not None:
-            stack = _write(cache.latent, layer, latent, context.positions)
+            stack = cache_ops.write(cache.latent, layer, latent, context.positions)
             cache, slots = LatentCache(stack), stack.shape[-2]
-            latent = _as_read(stack[layer], self.dtype)  # [B, S, C + R]
+            latent = cache_ops.read(stack[layer], self.dtype)  # [B, S, C + R]
             absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
 
         shape = (rank, heads, nope + cfg.v_head_dim)
         w_kv_b = Kernel(shape, kinds["init"], self.param_dtype, name="kv_b_proj")()
-        attention = _absorbed if absorb else _expanded
+        attend = absorbed_attention if absorb else _expanded
         visibility = context.visibility(slots)
-        y = attention(q_nope, q_rope, latent, w_kv_b, softmax_scale(cfg), visibility)
+        y = attend(q_nope, q_rope, latent, w_kv_b, softmax_scale(cfg), visibility)
         out = Linear(
             (cfg.hidden_size,), num_in=2, use_bias=cfg.attention_bias, **kinds, name="o_proj"
         )
@@ -260,45 +207,8 @@ def _expanded(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
     """Keys and values of every head are computed from the latent: few flops per query."""
     rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
     latent, k_rope = jnp.split(latent, [rank], axis=-1)
-    kv = _einsum("BSC,CHX->BSHX", latent, w_kv_b)
+    kv = einsum("BSC,CHX->BSHX", latent, w_kv_b).astype(latent.dtype)
     k_nope, v = jnp.split(kv, [nope], axis=-1)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], k_rope.shape[-1]))
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
-    return attend(q, jnp.concatenate([k_nope, k_rope], axis=-1), v, scale, visibility)
-
-
-def _absorbed(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
-    """W_UK goes into the query and W_UV into the output: nothing is expanded per cached token."""
-    rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
-    if on_cpu() and current_mesh() is None and q_nope.shape[0] * q_nope.shape[2] <= _FEW:
-        return _absorbed_few(q_nope, q_rope, latent, w_kv_b, scale, visibility)
-    w_uk = jax.tree.map(lambda a: a[..., :nope], w_kv_b)
-    w_uv = jax.tree.map(lambda a: a[..., nope:], w_kv_b)
-    q = jnp.concatenate([_einsum("BTHN,CHN->BTHC", q_nope, w_uk), q_rope], axis=-1)
-    y = attend(q, latent[:, :, None], latent[:, :, None, :rank], scale, visibility)
-    return _einsum("BTHC,CHV->BTHV", y, w_uv)
-
-
-def _absorbed_few(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
-    """The same as products without a batch axis: each head's query meets the weights of all heads,
-    zeros in the place of theirs.
-
-    Where there are few queries this costs less than bringing the weights' heads to the front,
-    which XLA's CPU compiler does for a product by heads, anew for every token.
-    """
-    rows, length, heads, nope = q_nope.shape
-    rank, width = w_kv_b.shape[0], w_kv_b.shape[-1]
-    own = jnp.eye(heads, dtype=q_nope.dtype)[None, None, :, :, None]
-    w = jax.tree.map(lambda a: a.reshape(a.shape[0], -1), w_kv_b)
-    padded = jnp.pad(q_nope, ((0, 0), (0, 0), (0, 0), (0, width - nope)))
-    spread = (padded[..., None, :] * own).reshape(-1, heads * width)
-    q = _einsum("MX,CX->MC", spread, w).reshape(rows, length, heads, rank)
-    q = jnp.concatenate([q, q_rope], axis=-1)
-    y = attend(q, latent[:, :, None], latent[:, :, None], scale, visibility)[..., :rank]
-    y = _einsum("MC,CX->MX", y.reshape(-1, rank), w).reshape(rows, length, heads, heads, width)
-    return jnp.sum(y[..., nope:] * own, axis=-2)
-
-
-def _einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`einsum` in the dtype of x."""
-    return einsum(equation, x, w).astype(x.dtype)
+    return attention(q, jnp.concatenate([k_nope, k_rope], axis=-1), v, scale, visibility)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from vl2jax.config import DecoderConfig, LayerRun
 from vl2jax.model.attention import MHA, MLA, Cache, Context, init_cache
-from vl2jax.model.layers import GatedMLP, Kernel, RMSNorm, matmul, remat_layer
+from vl2jax.model.layers import GatedMLP, Kernel, RMSNorm, remat_layer
 from vl2jax.model.moe import EXPERT_STACKS, Balance, MoE
 from vl2jax.model.parameter import parameter
 from vl2jax.model.rope import rope_table
+from vl2jax.ops.matmul import matmul
 from vl2jax.parallel.mesh import BATCH_AXES, constrain
 
 Caches = dict[str, Cache]  # by name of the run

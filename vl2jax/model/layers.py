@@ -1,6 +1,5 @@
 """Linear maps and norms: bfloat16 in and out where asked, float32 inside."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -8,10 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.model.parameter import parameter
-from vl2jax.ops.int8 import Int8, Weight, scaled_product
-from vl2jax.ops.platform import on_cpu
-
-EXCHANGED = "exchanged"  # name of the rows that an exchange among experts has brought
+from vl2jax.ops.matmul import Weight, matmul
+from vl2jax.ops.names import EXCHANGED, PRODUCT
 
 _policies = jax.checkpoint_policies
 
@@ -19,7 +16,6 @@ _policies = jax.checkpoint_policies
 # everything; the layer's input alone; what products give, also those within attention and experts
 # (which name it `PRODUCT`), and what an exchange among experts has brought, so that only norms,
 # activations and gathers are computed twice; what the exchange has brought alone.
-PRODUCT = "product"
 REMAT = {
     "none": None,
     "full": _policies.nothing_saveable,
@@ -46,58 +42,6 @@ def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     """`vector` with leading axes of size 1, so that it spreads over the trailing axes of `like`."""
     return jnp.expand_dims(vector, range(like.ndim - vector.ndim))
-
-
-def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two operands with a float32 result, whatever their dtype."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
-def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    """Activations times a weight: operands in the dtype of x, result float32, in every pass.
-
-    The weight may be a float32 master copy while x is bfloat16: it is cast here, and its gradient
-    is not rounded.  (The ordinary derivative multiplies with the float32 cotangent, which makes
-    all products of the backward pass float32.)  An int8 weight has no gradient.
-
-    Args:
-      equation: two operands; each of their axes occurs in the other or in the result.
-    """
-    if isinstance(w, Int8):
-        return scaled_product(product, equation, x, w)
-    return _einsum(equation, x, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return product(equation, x, w.astype(x.dtype))
-
-
-def _einsum_forward(equation, x, w):
-    return _einsum(equation, x, w), (x, w)
-
-
-def _einsum_backward(equation, residuals, g):
-    (x, w), g = residuals, g.astype(residuals[0].dtype)
-    operands, out = equation.split("->")
-    left, right = operands.split(",")
-    d_x = product(f"{out},{right}->{left}", g, w.astype(x.dtype))
-    d_w = product(f"{left},{out}->{right}", x, g)
-    return d_x.astype(x.dtype), d_w.astype(w.dtype)
-
-
-_einsum.defvjp(_einsum_forward, _einsum_backward)
-
-
-def matmul(x: jax.Array, w: Weight) -> jax.Array:
-    """`x w` by `einsum`: [M, K] times [K, N] is float32[M, N].
-
-    For a single bfloat16 row XLA's CPU compiler leaves its fast path (five times slower than two
-    rows), so there it gets a row of zeros for company.
-    """
-    if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu():
-        return einsum("MK,KN->MN", jnp.pad(x, ((0, 1), (0, 0))), w)[:1]
-    return einsum("MK,KN->MN", x, w)
 
 
 class Kernel(nn.Module):

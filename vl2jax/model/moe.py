@@ -15,8 +15,8 @@ from vl2jax.config import DecoderConfig
 from vl2jax.model.layers import GatedMLP
 from vl2jax.model.losses import batch_balance_loss, expert_load, sequence_balance_loss
 from vl2jax.model.parameter import parameter
-from vl2jax.ops.experts.exchange import expert_parallel
-from vl2jax.ops.experts.xla import IMPLEMENTATIONS, ExpertWeights, automatic
+from vl2jax.ops.experts import ExpertWeights, routed_experts
+from vl2jax.ops.experts.sharded import sharded_experts
 from vl2jax.parallel.mesh import current_mesh
 
 EXPERT_STACKS = "expert_stacks"  # a collection, see `expert_stacks`
@@ -138,9 +138,9 @@ class Experts(nn.Module):
             stacks = ExpertWeights(*(self.get_variable(EXPERT_STACKS, name) for name in names))
             if mesh is not None:
                 routed = (x, routing.weights, routing.experts)
-                return expert_parallel(mesh, *routed, stacks, automatic, layer=layer)
+                return sharded_experts(mesh, *routed, stacks, layer=layer)
             weights = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacks)
-            y = automatic(*inputs, weights, first=layer * experts, n_experts=experts)
+            y = routed_experts(*inputs, weights, first=layer * experts, n_experts=experts)
             return y.reshape(x.shape)
         init = nn.initializers.normal(cfg.initializer_range)
 
@@ -155,10 +155,10 @@ class Experts(nn.Module):
         )
         if self.is_initializing():  # only the parameters are wanted
             return x
-        compute = IMPLEMENTATIONS[implementation]
+        options = {"implementation": implementation}
         if mesh is not None:
-            return expert_parallel(mesh, x, routing.weights, routing.experts, weights, compute)
-        return compute(*inputs, weights).reshape(x.shape)
+            return sharded_experts(mesh, x, routing.weights, routing.experts, weights, **options)
+        return routed_experts(*inputs, weights, **options).reshape(x.shape)
 
 
 def expert_stacks(variables: dict) -> dict:
@@ -174,7 +174,7 @@ class MoE(nn.Module):
     """Sum of the chosen experts, weighted, and of the shared experts.
 
     Attributes:
-      implementation: a name in `experts.IMPLEMENTATIONS`.
+      implementation: a name in `ops.experts.IMPLEMENTATIONS`.
       max_segments: largest segment id in the batch, for the sequence-wise auxiliary loss.
     """
 

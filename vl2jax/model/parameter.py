@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 
-from vl2jax.ops.int8 import Weight
+from vl2jax.ops.matmul import Weight
 
 _shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.config import VisionConfig
-from vl2jax.model.layers import LayerNorm, Linear, einsum, remat_layer
+from vl2jax.model.layers import LayerNorm, Linear, remat_layer
 from vl2jax.model.parameter import parameter
-from vl2jax.ops.attention.xla import attend
+from vl2jax.ops.attention import attention
+from vl2jax.ops.matmul import einsum
 
 
 def normalize(tiles: jax.Array) -> jax.Array:
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         kinds = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv = Linear((3, heads, width), **kinds, name="qkv")(x)  # [I, P, 3, H, K]
         q, k, v = (qkv[:, :, i] for i in range(3))
-        y = v if self.is_initializing() else attend(q, k, v, width**-0.5)
+        y = v if self.is_initializing() else attention(q, k, v, width**-0.5)
         return Linear((self.cfg.width,), num_in=2, **kinds, name="proj")(y)
 
 

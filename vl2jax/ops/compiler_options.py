@@ -1,7 +1,8 @@
 """Options of XLA that a platform needs."""
 
-import jax
 import jax.numpy as jnp
+
+from vl2jax.ops.platform import platform
 
 
 def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, str] | None:
@@ -16,7 +17,7 @@ def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, 
     Args:
       backend: "cpu", "gpu" or "tpu"; None: the default one.
     """
-    backend = backend or jax.default_backend()
+    backend = backend or platform()
     if backend == "cpu" and dtype == jnp.bfloat16:
         return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     if backend == "tpu":
@@ -24,10 +25,10 @@ def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, 
     return None
 
 
-def options_to_run_once(backend: str) -> dict[str, int] | None:
+def options_to_run_once() -> dict[str, int] | None:
     """For a program that runs once: on CPU machine code is optimised only a little.
 
     That of the random numbers of a whole model takes three times as long to compile otherwise, and
     is not faster.
     """
-    return {"xla_backend_optimization_level": 1} if backend == "cpu" else None
+    return {"xla_backend_optimization_level": 1} if platform() == "cpu" else None

@@ -1,47 +1,34 @@
-"""Where hand-written TPU kernels run: in programs for TPU, on each device's part of the data."""
+"""The platform that a program is traced for."""
 
 import contextlib
-import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType
 
-from vl2jax.parallel.mesh import current_mesh
-
-# Part of the cache keys of jit, so a program traced for one platform is not taken for another.
-_platform = jax.make_user_context(None)
+# Part of jit's cache keys, so that a program traced for one platform is not taken for another.
+_compiling_for = jax.make_user_context(None)
 
 
-def compiling_for(platform: str) -> contextlib.AbstractContextManager:
-    """Within it programs are traced for `platform`, whatever runs here."""
-    return _platform(platform)
+def compiling_for(name: str) -> contextlib.AbstractContextManager:
+    """Within it programs are traced for this platform, whatever runs here.
 
-
-def on_tpu() -> bool:
-    """Whether the program that is being traced is for TPU."""
-    return (_platform.value or jax.default_backend()) == "tpu"
-
-
-def on_cpu() -> bool:
-    """Whether the program that is being traced is for CPU."""
-    return (_platform.value or jax.default_backend()) == "cpu"
-
-
-def per_device(run: Callable, in_specs, out_specs) -> Callable:
-    """`run` on each device's part, for the compiler cannot split a kernel by itself.
-
-    Without a mesh, or inside a `shard_map` over all of its axes, `run` itself.
+    Args:
+      name: "cpu", "gpu" or "tpu".
     """
-    mesh = current_mesh()
-    if mesh is None or all(kind == AxisType.Manual for kind in mesh.axis_types):
-        return run
-    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return _compiling_for(name)
 
 
-def split(size: int, *axes: str) -> tuple[str, ...] | None:
-    """The mesh axes, of those given, over which an axis of this size is split; None: not at all."""
-    mesh = current_mesh()
-    present = tuple(axis for axis in axes if mesh is not None and axis in mesh.axis_names)
-    divides = present and size % math.prod(mesh.shape[axis] for axis in present) == 0
-    return present if divides else None
+def platform() -> str:
+    """The platform of the program that is being traced: "cpu", "gpu" or "tpu"."""
+    return _compiling_for.value or jax.default_backend()
+
+
+def platform_of(tree: Any) -> str:
+    """The platform that a program for these arrays is compiled for: where they lie.
+
+    Where `compiling_for` says otherwise, or they lie nowhere (shapes), as `platform`.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if _compiling_for.value or not leaves or isinstance(leaves[0], jax.core.Tracer):
+        return platform()
+    return next(iter(leaves[0].sharding.device_set)).platform

@@ -8,9 +8,10 @@ one everything here does nothing.
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # the axes that rows and tiles are split over
@@ -61,14 +62,6 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def must_block() -> bool:
-    """Whether every step must have ended before the next begins.
-
-    Over gloo (CPU), steps of several processes that are never waited for come to hang.
-    """
-    return jax.process_count() > 1 and jax.default_backend() == "cpu"
-
-
 def mesh_of(tree) -> contextlib.AbstractContextManager:
     """Puts the mesh in force that the arrays of a tree lie on, where they lie on one.
 
@@ -80,3 +73,22 @@ def mesh_of(tree) -> contextlib.AbstractContextManager:
     sharding = leaves[0].sharding
     on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
     return jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext()
+
+
+def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
+    """`run` on each device's part, for the compiler cannot split a kernel by itself.
+
+    Without a mesh, or inside a `shard_map` over all of its axes, `run` itself.
+    """
+    mesh = current_mesh()
+    if mesh is None or all(kind == AxisType.Manual for kind in mesh.axis_types):
+        return run
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def dividing_axes(size: int, *axes: str) -> tuple[str, ...] | None:
+    """The mesh axes, of those given, over which an axis of this size is split; None: not at all."""
+    mesh = current_mesh()
+    present = tuple(axis for axis in axes if mesh is not None and axis in mesh.axis_names)
+    divides = present and size % math.prod(mesh.shape[axis] for axis in present) == 0
+    return present if divides else None

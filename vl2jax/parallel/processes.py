@@ -243,6 +243,14 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def must_block() -> bool:
+    """Whether every step must have ended before the next begins.
+
+    Over gloo (CPU), steps of several processes that are never waited for come to hang.
+    """
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
 def leave(code: int) -> int:
     """What a program ends with: where it has not parted from the others it does not wait for them.
 

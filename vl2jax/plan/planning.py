@@ -16,14 +16,15 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
+from vl2jax import ops
 from vl2jax.cli.command import run_cli
 from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.inference.steps import BURST
+from vl2jax.model.quantization import KINDS
 from vl2jax.ops.experts.tpu_chunked import CHUNKS, SCOPE
 from vl2jax.ops.experts.xla import ACTIVE, BLOCKS
-from vl2jax.ops.int8 import KINDS
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.plan.chips import Chip, collective_seconds, find_chip
@@ -241,7 +242,8 @@ def run(argv: Sequence[str]) -> int:
     request = Request(FLAGS.rows, FLAGS.prompt, slots, FLAGS.quantize)
     for what in FLAGS.what:
         try:
-            found = plan(config, FLAGS.topology, what, request)
+            with ops.use(**ops.parse(config.compute.ops)):
+                found = plan(config, FLAGS.topology, what, request)
         except UserError as error:
             raise UserError(f"{what} of {config.name} on {FLAGS.topology}: {error}") from error
         print(json.dumps(found) if FLAGS.json else describe(found), flush=True)

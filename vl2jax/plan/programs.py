@@ -20,8 +20,8 @@ from vl2jax.inference.loading import DTYPES
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import DecodeState, programs
 from vl2jax.model.decoder import init_caches
+from vl2jax.model.quantization import int8_shapes
 from vl2jax.model.vl2 import abstract_params
-from vl2jax.ops.int8 import int8_shapes
 from vl2jax.ops.platform import compiling_for
 from vl2jax.parallel.mesh import BATCH_AXES, batch_shards
 from vl2jax.parallel.sharding import CACHE_RULES, batch_sharding, param_shardings

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from vl2jax.model.layers import product
 from vl2jax.model.losses import shift_targets
+from vl2jax.ops.matmul import product
 from vl2jax.parallel.mesh import axis_size, batch_axes, batch_shards, current_mesh
 from vl2jax.processing.batch import Batch
 

@@ -119,6 +119,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
         param_dtype="float32",
         remat="full",
         moe_implementation="auto",
+        ops="",
         loss_chunk=1024,
     )
     config.mesh = dict(data=1, fsdp=-1, expert=1, tensor=1)

@@ -5,9 +5,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from vl2jax import ops
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.config.schema import read
+from vl2jax.ops.experts import IMPLEMENTATIONS
 from vl2jax.training.optim import OptimConfig
 
 
@@ -100,7 +102,8 @@ class ComputeConfig:
       dtype: of activations and products: "float32" or "bfloat16".
       param_dtype: of the parameters that are trained.
       remat: what is kept for the backward pass, see `layers.REMAT`.
-      moe_implementation: see `experts.IMPLEMENTATIONS`.
+      moe_implementation: of the routed experts, see `ops.experts.IMPLEMENTATIONS`.
+      ops: implementations to try first, "attention=xla,matmul=xla", see `ops.registry`.
       loss_chunk: tokens whose logits a device holds at a time.
     """
 
@@ -108,11 +111,14 @@ class ComputeConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     moe_implementation: str = "blocked"
+    ops: str = ""
     loss_chunk: int = 256
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
             _one_of(f"compute.{name}", getattr(self, name), ("float32", "bfloat16"))
+        _one_of("compute.moe_implementation", self.moe_implementation, IMPLEMENTATIONS)
+        ops.parse(self.ops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

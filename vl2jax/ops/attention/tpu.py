@@ -7,16 +7,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from vl2jax.ops.platform import per_device, split
-from vl2jax.parallel.mesh import BATCH_AXES
+from vl2jax.ops.attention.visibility import Visibility
+from vl2jax.parallel.mesh import BATCH_AXES, dividing_axes, on_each_device
 
 LANES = 128  # lengths and blocks are multiples of this
 MAX_BLOCK = 512
 
 
-def serves(q: jax.Array, k: jax.Array) -> bool:
-    """Whole sequences that attend to themselves (training, whole prefill, tiles); not decoding."""
-    return q.shape[:3] == k.shape[:3] and q.shape[1] >= LANES
+def refuses(q, k, v, scale, visibility) -> str:
+    """Whole sequences that attend to themselves (training, whole prefill, tiles) are served."""
+    if q.shape[:3] != k.shape[:3]:
+        return "queries and keys are not the same tokens"
+    return "" if q.shape[1] >= LANES else f"fewer than {LANES} tokens"
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, visibility: Visibility | None
+) -> jax.Array:
+    """As `ops.attention.attention`."""
+    return splash(q, k, v, scale, None if visibility is None else visibility.q_segments)
 
 
 def splash(
@@ -30,7 +39,8 @@ def splash(
 ) -> jax.Array:
     """`softmax(q k^T scale) v`, softmax in float32, forward and backward as kernels.
 
-    Unlike `attend`, padding (segment 0) attends to earlier padding: nobody looks at its result.
+    Unlike the other forms, padding (segment 0) attends to earlier padding: nobody looks at its
+    result.
 
     Args:
       q, k: [B, T, H, K].
@@ -56,9 +66,9 @@ def splash(
     def run(q, k, v, segments):
         return _kernel(*q.shape[1:3], causal, interpret)(q, k, v, segments)
 
-    row, head = split(rows, *BATCH_AXES), split(heads, "tensor")
+    row, head = dividing_axes(rows, *BATCH_AXES), dividing_axes(heads, "tensor")
     each = PartitionSpec(row, head)
-    y = per_device(run, in_specs=(each, each, each, PartitionSpec(row)), out_specs=each)
+    y = on_each_device(run, in_specs=(each, each, each, PartitionSpec(row)), out_specs=each)
     return y(q, k, v, segments)[:, :, :length].swapaxes(1, 2)
 
 

@@ -1,25 +1,28 @@
 """Routed experts for the one or two tokens of a decoding step, on CPU.
 
-Suffixes as in `experts.py`.  Sorting and a loop over experts cost such a step more than its
+Suffixes as in `xla.py`.  Sorting and a loop over experts cost such a step more than its
 products; here the chosen experts are copied and are one product of many matrices.
 """
 
 import jax
 import jax.numpy as jnp
 
-from vl2jax.model.layers import einsum
-from vl2jax.ops.int8 import Weight
+from vl2jax.ops.matmul import Weight, einsum
+from vl2jax.parallel.mesh import current_mesh
 
 
-def serves(tokens: int, top_k: int, n_experts: int) -> bool:
-    """Whether a step uses so few of the experts that each pair may have a copy of its own."""
-    return 3 * tokens * top_k < n_experts
+def refuses(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
+    """Steps are served that use so few experts that each pair may have a copy of its own."""
+    if current_mesh() is not None:
+        return "on a mesh"
+    few_pairs = 3 * experts_TK.size < (n_experts or w.gate.shape[0])
+    return "" if few_pairs else "more than a third as many pairs as experts"
 
 
 def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
     """Each pair of token and expert by itself: exact, nothing dropped.
 
-    Args and result as of `experts.blocked`.
+    Args and result as of `ops.experts.routed_experts`.
     """
     del n_experts
     tokens, top_k = experts_TK.shape
@@ -34,7 +37,7 @@ def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
 
 
 def _product(x_P1D: jax.Array, w_PDF: Weight) -> jax.Array:
-    """float32[P, 1, F]; a single bfloat16 row gets company, as in `layers.matmul`."""
+    """float32[P, 1, F]; a single bfloat16 row gets company, as in `ops.matmul.cpu`."""
     if x_P1D.dtype == jnp.bfloat16:
         x_P1D = jnp.pad(x_P1D, ((0, 0), (0, 1), (0, 0)))
     return einsum("PMD,PDF->PMF", x_P1D, w_PDF)[:, :1]

@@ -1,4 +1,4 @@
-"""Routed experts, exact implementations: `dense` (the oracle), `blocked`, and `gmm` for TPU.
+"""Routed experts as XLA compiles them: a loop over the experts that have tokens, in blocks of rows.
 
 Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert, E experts, D width,
 F expert width, M rows of a block.
@@ -11,42 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vl2jax.model.layers import PRODUCT, matmul, product
-from vl2jax.ops.experts.cpu import few, serves
-from vl2jax.ops.experts.tpu_chunked import CHUNKS, chunked_sum
-from vl2jax.ops.experts.tpu_gmm import MAX_ROWS, grouped_ffn
-from vl2jax.ops.int8 import Int8, Weight, cast, widen
-from vl2jax.ops.platform import on_cpu, on_tpu
-from vl2jax.parallel.mesh import axis_size, current_mesh
+from vl2jax.ops.experts.sorting import by_expert
+from vl2jax.ops.experts.weights import ExpertWeights
+from vl2jax.ops.matmul import Weight, cast, matmul, product
+from vl2jax.ops.names import PRODUCT
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK, TINY_BLOCK = 256, 64, 16, 4  # rows
 ACTIVE, BLOCKS = "active_experts", "expert_blocks"  # in the names of the loops
-MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
-
-
-class ExpertWeights(NamedTuple):
-    """Weights of all experts of a layer: gate and up [E, D, F], down [E, F, D]."""
-
-    gate: Weight
-    up: Weight
-    down: Weight
-
-
-def dense(
-    x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights
-) -> jax.Array:
-    """Every expert on every token, then the weighted sum of the chosen ones.
-
-    The oracle: it shares no code with what it judges.
-    """
-    w = ExpertWeights(*(widen(a, x_TD.dtype) for a in w))
-    chosen_TKE = jax.nn.one_hot(experts_TK, w.gate.shape[0], dtype=jnp.float32)
-    weights_TE = jnp.einsum("TK,TKE->TE", weights_TK.astype(jnp.float32), chosen_TKE)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    hidden_TEF = jax.nn.silu(einsum("TD,EDF->TEF", x_TD, w.gate))
-    hidden_TEF = (hidden_TEF * einsum("TD,EDF->TEF", x_TD, w.up)).astype(x_TD.dtype)
-    y_TED = einsum("TEF,EFD->TED", hidden_TEF, w.down).astype(x_TD.dtype)
-    return jnp.einsum("TE,TED->TD", weights_TE, y_TED.astype(jnp.float32)).astype(x_TD.dtype)
 
 
 def blocked(
@@ -63,17 +34,8 @@ def blocked(
     Only weights of experts that got a token are read. The backward pass is a loop of the same
     kind; the ordinary derivative would scatter into the whole weight stack per block.
 
-    Args:
-      x_TD: tokens.
-      weights_TK: float32, weight of each chosen expert.
-      experts_TK: int32, the chosen experts; E: none (its weight must be 0).
-      w: weights; those of a used expert are cast to the dtype of x.
-      block: rows of a block; None: fitted to the tokens per expert.
-      first: where expert 0 lies in w, which may hold the experts of many layers.
-      n_experts: E; None: all that w holds.
-
-    Returns:
-      The weighted sum [T, D] in the dtype of x, summed in float32.
+    Args and result as of `ops.experts.routed_experts`; `block` has the rows of a block, None:
+    fitted to the tokens per expert.
     """
     n_experts = n_experts or w.gate.shape[0]
     block = block or _block_rows(experts_TK.size, n_experts)
@@ -81,88 +43,7 @@ def blocked(
     def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
 
-    return _sorted(run, x_TD, weights_TK, experts_TK, n_experts)
-
-
-def gmm(
-    x_TD: jax.Array,
-    weights_TK: jax.Array,
-    experts_TK: jax.Array,
-    w: ExpertWeights,
-    first: jax.Array | int = 0,
-    n_experts: int | None = None,
-    chunk: int | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Tokens sorted by expert, then the grouped products of `experts_gmm`: exact, for TPU.
-
-    Where experts lie on several devices, `experts_chunked` works off the pairs that are here.
-
-    Args as of `blocked`.  The kernels take no int8: such weights of the layer are widened, all of
-    its experts.
-    """
-    if isinstance(w.gate, Int8):
-        w, first = _widened(w, first, n_experts or w.gate.shape[0], x_TD.dtype), 0
-    n_weights = w.gate.shape[0]
-    n_experts = n_experts or n_weights
-    mesh = current_mesh()
-    places = 1 if mesh is None else axis_size(mesh, "expert")
-
-    def place(group_sizes: jax.Array) -> jax.Array:
-        """Within the weights of many layers."""
-        if n_weights == n_experts:
-            return group_sizes
-        none = jnp.zeros(n_weights, group_sizes.dtype)
-        return jax.lax.dynamic_update_slice(none, group_sizes, (first,))
-
-    if chunk is None and places > 1 and experts_TK.size // places >= MIN_SPLIT:
-        chunk = -(-experts_TK.size // (places * CHUNKS * MAX_ROWS)) * MAX_ROWS
-    if chunk is not None:
-        flat_P = experts_TK.reshape(-1)
-        sizes = place(jnp.bincount(flat_P, length=n_experts))
-        order_P = jnp.argsort(flat_P, stable=True)
-        return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, n_experts, interpret)
-    return _sorted(
-        lambda x_PD, group_sizes: grouped_ffn(x_PD, w, place(group_sizes), n_experts, interpret),
-        *(x_TD, weights_TK, experts_TK, n_experts),
-    )
-
-
-def _widened(w: ExpertWeights, first, n_experts: int, dtype: jnp.dtype) -> ExpertWeights:
-    """One layer's part of int8 weights of many layers, as plain arrays."""
-    cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n_experts)
-    return ExpertWeights(*(widen(jax.tree.map(cut, stack), dtype) for stack in w))
-
-
-def automatic(
-    x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, w: ExpertWeights, **options
-) -> jax.Array:
-    """`gmm` in a program for TPU, but for few tokens and int8 weights, of which it would widen all
-    experts; `few` for few tokens on CPU; else `blocked`."""
-    n_experts, int8 = options.get("n_experts") or w.gate.shape[0], isinstance(w.gate, Int8)
-    implementation = blocked
-    if on_tpu() and not (int8 and experts_TK.size < n_experts):
-        implementation = gmm
-    if on_cpu() and current_mesh() is None and serves(*experts_TK.shape, n_experts):
-        implementation = few
-    return implementation(x_TD, weights_TK, experts_TK, w, **options)
-
-
-# Each takes tokens, weights, experts and their weights; an expert number E stands for none, with
-# weight 0, and adds nothing (experts that live on other devices, see `expert_parallel`).
-IMPLEMENTATIONS = {"dense": dense, "blocked": blocked, "gmm": gmm, "auto": automatic}
-
-
-def _sorted(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
-    """`grouped` (rows by expert, group sizes -> rows) between sorting and the weighted sum."""
-    flat_P, top_k = experts_TK.reshape(-1), experts_TK.shape[-1]
-    order_P = jnp.argsort(flat_P, stable=True)
-    inverse_P = jnp.zeros_like(order_P).at[order_P].set(jnp.arange(flat_P.size))
-    group_sizes = jnp.bincount(flat_P, length=n_experts)
-    y_PD = grouped(_spread(x_TD, order_P, inverse_P, top_k), group_sizes)
-    y_TKD = _permute(y_PD, inverse_P, order_P).reshape(*experts_TK.shape, -1)
-    weights_TK = weights_TK.astype(jnp.float32)
-    return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
+    return by_expert(run, x_TD, weights_TK, experts_TK, n_experts)
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:
@@ -224,35 +105,6 @@ def _ffn_backward(
         down=product("MF,MD->FD", (silu * up).astype(x.dtype), g),
     )
     return dx, dw
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_TD, order_P, inverse_P, top_k):
-    """Row of token t for each of its pairs, sorted by expert; backward is a gather as well."""
-    return x_TD[order_P // top_k]
-
-
-def _spread_forward(x_TD, order_P, inverse_P, top_k):
-    return _spread(x_TD, order_P, inverse_P, top_k), inverse_P
-
-
-def _spread_backward(top_k, inverse_P, g_PD):
-    g_TKD = g_PD[inverse_P].reshape(-1, top_k, g_PD.shape[-1])
-    return g_TKD.astype(jnp.float32).sum(axis=1).astype(g_PD.dtype), None, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
-
-
-@jax.custom_vjp
-def _permute(y_PD, order_P, inverse_P):
-    return y_PD[order_P]
-
-
-_permute.defvjp(
-    lambda y_PD, order_P, inverse_P: (y_PD[order_P], inverse_P),
-    lambda inverse_P, g_PD: (g_PD[inverse_P], None, None),
-)
 
 
 class _Groups(NamedTuple):

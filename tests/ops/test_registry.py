@@ -1,0 +1,109 @@
+"""Choosing among implementations: by platform, by arguments, as asked, and saying so."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vl2jax import ops
+from vl2jax.common.errors import UserError
+from vl2jax.ops import registry
+from vl2jax.ops.platform import platform_of
+from vl2jax.ops.registry import Implementation, Operation
+
+
+@pytest.fixture
+def halve(monkeypatch):
+    """An operation of three implementations, of which one is for TPU and one for even numbers."""
+    monkeypatch.setattr(registry, "_operations", dict(registry._operations))
+
+    def odd(x) -> str:
+        return "odd" if x % 2 else ""
+
+    return Operation(
+        "halve",
+        Implementation("tpu", lambda x: ("tpu", x / 2), ("tpu",)),
+        Implementation("even", lambda x: ("even", x // 2), refuses=odd),
+        Implementation("any", lambda x: ("any", x / 2)),
+    )
+
+
+def test_the_first_that_serves_is_taken(halve):
+    assert halve(4) == ("even", 2)
+    assert halve(3) == ("any", 1.5)
+    with ops.compiling_for("tpu"):
+        assert halve(4) == ("tpu", 2)
+
+
+def test_what_is_asked_for_comes_first(halve, monkeypatch):
+    with ops.use(halve="any"):
+        assert halve(4) == ("any", 2)
+        with ops.use(halve="even"):
+            assert halve(4)[0] == "even"
+            assert halve(3)[0] == "any"  # where it does not serve, the rest follows
+    monkeypatch.setenv(registry.ENVIRONMENT, " halve=any, attention=xla")
+    assert halve(4)[0] == "any"
+    with ops.use(halve="even"):
+        assert halve(4)[0] == "even"
+
+
+def test_jit_traces_anew_for_another_implementation():
+    """What is asked for is part of jit's cache keys."""
+    operation = Operation(
+        "test_only", Implementation("one", lambda x: x + 1), Implementation("two", lambda x: x + 2)
+    )
+    try:
+        f = jax.jit(operation)
+        assert f(1.0) == 2.0
+        with ops.use(test_only="two"):
+            assert f(1.0) == 3.0
+        assert f(1.0) == 2.0
+    finally:
+        del registry._operations["test_only"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("atention=xla", "no operation 'atention'"),
+        ("attention=cuda", "attention has no implementation 'cuda'; choose one of tpu, cpu, xla"),
+        ("attention", "no implementation ''"),
+    ],
+)
+def test_unknown_names_are_one_line(text, message):
+    with pytest.raises(UserError, match=message):
+        ops.parse(text)
+
+
+def test_choices_are_told_once(halve):
+    told = []
+    ops.tell(told.append)
+    try:
+        halve(3)
+        halve(3)
+    finally:
+        ops.tell(None)
+    halve(5)
+    assert told == ["halve of 3: any (not tpu: for tpu; even: odd)"]
+
+
+def test_every_operation_describes_itself(halve):
+    found = {name: (chosen, remark) for name, chosen, remark in ops.describe()}
+    assert found["halve"] == ("even", "else any; tpu for tpu")
+    assert {"attention", "latent_attention", "experts", "cache_write", "matmul"} <= set(found)
+
+
+def test_every_operation_serves_every_platform():
+    for operation in registry._operations.values():
+        unconditional = [
+            one
+            for one in operation.implementations.values()
+            if not one.platforms and one.refuses is registry._serves_all
+        ]
+        assert unconditional, operation.name
+
+
+def test_the_platform_is_where_arrays_lie():
+    assert platform_of({"a": jnp.ones(2)}) == "cpu"
+    assert platform_of(jax.ShapeDtypeStruct((2,), jnp.float32)) == "cpu"
+    with ops.compiling_for("tpu"):
+        assert platform_of(jnp.ones(2)) == "tpu"
