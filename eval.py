@@ -26,7 +26,7 @@ from typing import Any
 from vl2jax.checkpoints.model_dir import read_model_dir, write_json
 from vl2jax.cli.command import Parser, run_cli, whole
 from vl2jax.cli.output import json_line
-from vl2jax.cli.shards import Share, add_join_flags, choose_share, read_joining
+from vl2jax.cli.shards import Shard, add_distributed_flags, choose_shard, read_distributed_options
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
 from vl2jax.common.progress import StatusLine, bar, human_time
@@ -45,7 +45,14 @@ from vl2jax.inference.generate import Generation, generate
 from vl2jax.inference.request import Request
 from vl2jax.inference.session import Session
 from vl2jax.model.quantization import KINDS
-from vl2jax.parallel.processes import agree, first_speaks, is_first, joined, leave, tell_first
+from vl2jax.parallel.processes import (
+    assert_equal_across_processes,
+    distributed,
+    exit_process,
+    gather_to_process_0,
+    is_process_0,
+    print_on_process_0,
+)
 from vl2jax.processing.collate import Sample
 from vl2jax.synthetic import Question
 
@@ -76,13 +83,15 @@ Answer = Callable[[Sequence[Sample]], list[Generation]]
 
 def run(args: argparse.Namespace) -> None:
     """Asks, scores, writes; alone or with other processes."""
-    with joined(read_joining(args)), first_speaks():
+    with distributed(read_distributed_options(args)), print_on_process_0():
         own = ("process_id", "join_timeout")
-        agree({name: str(value) for name, value in vars(args).items() if name not in own}, "flags")
-        run_here(args, choose_share(args.mesh, rows=True))
+        assert_equal_across_processes(
+            {name: str(value) for name, value in vars(args).items() if name not in own}, "flags"
+        )
+        run_here(args, choose_shard(args.mesh, rows=True))
 
 
-def run_here(args: argparse.Namespace, share: Share) -> None:
+def run_here(args: argparse.Namespace, shard: Shard) -> None:
     """This process's part; process 0 puts all together."""
     dataset = find_dataset(args.data)
     split = dataset.check_split(args.split or dataset.splits[0])
@@ -90,7 +99,7 @@ def run_here(args: argparse.Namespace, share: Share) -> None:
     families = dataset.check_families(named)
     directory = read_model_dir(args.ckpt)
     out = args.out or directory.path / "eval"
-    if is_first():
+    if is_process_0():
         out.mkdir(parents=True, exist_ok=True)
     set_compilation_cache(args.compilation_cache)
 
@@ -102,13 +111,13 @@ def run_here(args: argparse.Namespace, share: Share) -> None:
     def evaluate(kind: str | None) -> tuple[list[Outcome], dict[str, Any]] | None:
         """Outcomes and scores of the model quantised so, which is gone from memory afterwards; None
         on other processes than the first."""
-        session = Session(directory.address, dtype=args.dtype, mesh=share.mesh, quantize=kind)
+        session = Session(directory.address, dtype=args.dtype, mesh=shard.mesh, quantize=kind)
         started = time.perf_counter()
-        own = questions[share.index :: share.count]
+        own = questions[shard.index :: shard.count]
         found = answer_all(session, ask, own, args.batch_size, args.max_new_tokens)
-        if share.count > 1:
+        if shard.count > 1:
             found = gather(f"outcomes/{kind}", found, questions)
-        if not is_first():
+        if not is_process_0():
             return None
         seconds = round(time.perf_counter() - started, 2)
         name = "answers.jsonl" if kind is None else f"answers-{kind}.jsonl"
@@ -149,11 +158,11 @@ def gather(
     Args:
       name: of the message; no two have the same.
     """
-    said = tell_first(name, json.dumps([dataclasses.asdict(one) for one in outcomes]))
+    said = gather_to_process_0(name, json.dumps([dataclasses.asdict(one) for one in outcomes]))
     all_told = [record for text in said for record in json.loads(text)]
     found = [Outcome(**one | {"score": Score(**one["score"])}) for one in all_told]
     by_question = {(one.family, one.index): one for one in found}
-    return [by_question[key] for key in wanted] if is_first() else []
+    return [by_question[key] for key in wanted] if is_process_0() else []
 
 
 def answer_all(
@@ -338,7 +347,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--quantize", choices=KINDS, help="compare with the model quantised so (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
-    add_join_flags(parser, whole)
+    add_distributed_flags(parser, whole)
     add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
     add("--json", action="store_true", help="scores as one JSON object instead of a table")
     add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
@@ -347,7 +356,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
-    return leave(run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size"))
+    return exit_process(
+        run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size")
+    )
 
 
 if __name__ == "__main__":

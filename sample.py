@@ -23,35 +23,43 @@ from collections.abc import Sequence
 import jax
 
 from vl2jax import ops
-from vl2jax.cli.batch import answer_file
-from vl2jax.cli.batch_processes import answer_by_processes
+from vl2jax.cli.batch import answer_batch
+from vl2jax.cli.batch_processes import answer_batch_by_processes
 from vl2jax.cli.chat import Chat
 from vl2jax.cli.command import run_cli
-from vl2jax.cli.output import Output, draw_answer, ground, image_number
+from vl2jax.cli.output import Output
 from vl2jax.cli.sample_flags import parse_flags
-from vl2jax.cli.shards import Share, choose_share, read_joining
+from vl2jax.cli.shards import Shard, choose_shard, read_distributed_options
 from vl2jax.common.compilation_cache import set_compilation_cache, show_compilations
 from vl2jax.common.errors import UserError
-from vl2jax.inference.request import from_prompt, read_request
+from vl2jax.inference.request import Request, from_prompt, read_request
 from vl2jax.inference.session import Session
-from vl2jax.parallel.processes import agree, first_speaks, is_first, joined, leave
+from vl2jax.parallel.processes import (
+    assert_equal_across_processes,
+    distributed,
+    exit_process,
+    is_process_0,
+    print_on_process_0,
+)
 
 
 def run(args: argparse.Namespace) -> int:
     """Answers, alone or with other processes; the exit code."""
-    with joined(read_joining(args)), first_speaks():
+    with distributed(read_distributed_options(args)), print_on_process_0():
         own = ("process_id", "join_timeout")
-        agree({name: str(value) for name, value in vars(args).items() if name not in own}, "flags")
-        return run_here(args, choose_share(args.mesh, rows=args.batch is not None))
+        assert_equal_across_processes(
+            {name: str(value) for name, value in vars(args).items() if name not in own}, "flags"
+        )
+        return run_here(args, choose_shard(args.mesh, rows=args.batch is not None))
 
 
-def run_here(args: argparse.Namespace, share: Share) -> int:
+def run_here(args: argparse.Namespace, shard: Shard) -> int:
     """This process's part; the exit code."""
     names = "max_new_tokens temperature top_p top_k repetition_penalty stop seed chunk_size"
     session = Session(
         args.ckpt,
         dtype=args.dtype,
-        mesh=share.mesh,
+        mesh=shard.mesh,
         quantize=args.quantize,
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
@@ -67,10 +75,16 @@ def run_here(args: argparse.Namespace, share: Share) -> int:
     if args.batch:
         files = (args.batch, args.out, args.batch_size)
         if jax.process_count() > 1:
-            return 1 if answer_by_processes(session, *files, share) else 0
+            return 1 if answer_batch_by_processes(session, *files, shard) else 0
         part = (args.process_index or 0, args.process_count or 1)
-        return 1 if answer_file(session, *files, part) else 0
-    output = Output(as_json=args.json, stream=args.stream, draw_on=args.draw_on)
+        return 1 if answer_batch(session, *files, part) else 0
+    output = Output(
+        as_json=args.json,
+        stream=args.stream,
+        draw=args.draw if is_process_0() else None,
+        draw_on=args.draw_on,
+        exif=session.exif,
+    )
     if args.prompt is None and not args.messages:
         Chat(session, output, system=args.system, images=args.image).run()
     else:
@@ -80,24 +94,22 @@ def run_here(args: argparse.Namespace, share: Share) -> int:
 
 def answer_one(session: Session, output: Output, args: argparse.Namespace) -> None:
     """Answers --prompt or --messages."""
-    token = session.processor.tokenizer.image_token
-    if args.messages:
-        request = read_request(args.messages, image_token=token)
-        if args.image and request.images is not None:
-            raise UserError(f"--image, but {args.messages} has images of its own; give them once")
-        if args.image:
-            request = dataclasses.replace(request, images=args.image)
-    else:
-        request = from_prompt(args.prompt, args.image, system=args.system, image_token=token)
-    sample = session.prepare(request)
-    agree({"digest": session.prompt(sample).digest}, "prompt")
-    if args.draw or args.draw_on:
-        number = image_number(sample, args.draw_on)
+    sample = session.prepare(read_one(args))
+    output.check(sample)
     generation = session.answer(sample, output.show)
     output.finish(generation, sample)
-    if args.draw and is_first():
-        found = ground(generation.text, sample, args.draw_on)
-        draw_answer(args.draw, session.image_source(request, number), session.exif, found)
+
+
+def read_one(args: argparse.Namespace) -> Request:
+    """The request of --prompt or --messages."""
+    if not args.messages:
+        return from_prompt(args.prompt, args.image, system=args.system)
+    request = read_request(args.messages)
+    if not args.image:
+        return request
+    if request.images is not None:
+        raise UserError(f"--image, but {args.messages} has images of its own; give them once")
+    return dataclasses.replace(request, images=args.image)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out_of_memory="--dtype bfloat16, --quantize int8, --chunk_size 512, a smaller"
         " --max_new_tokens or --batch_size, or fewer images",
     )
-    return leave(code)
+    return exit_process(code)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 
 from vl2jax import ops
 from vl2jax.cli.command import run_cli
-from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags, read_joining
+from vl2jax.cli.train_flags import FLAGS, define_flags, read_distributed_options, read_flags
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
@@ -32,11 +32,18 @@ from vl2jax.data.preview import preview
 from vl2jax.inference.loading import DTYPES
 from vl2jax.ops.compiler_options import options_to_run_once
 from vl2jax.parallel.mesh import batch_shards
-from vl2jax.parallel.processes import agree, is_first, joined, leave, must_block, wait_for_all
+from vl2jax.parallel.processes import (
+    assert_equal_across_processes,
+    distributed,
+    exit_process,
+    is_process_0,
+    must_wait_for_steps,
+    sync_processes,
+)
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.processing.processor import Processor
 from vl2jax.training.events import Profile, Skipped, StopSignal, keep_batch
-from vl2jax.training.feed import Fed, Feed, FeedIterator, choose_pools, fill_metrics
+from vl2jax.training.feed import DeviceBatch, Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.training.lineage import init_params
 from vl2jax.training.metrics import MetricsLog, NoLog, Throughput
 from vl2jax.training.report import describe_run, model_flops
@@ -60,8 +67,8 @@ def run(argv: Sequence[str]) -> int:
     """One run; the exit code."""
     config = read_run_config(read_flags(argv))
     path = Path(FLAGS.workdir or Path("runs", config.name))
-    with joined(read_joining()):
-        agree(dataclasses.asdict(config) | {"workdir": str(path)})
+    with distributed(read_distributed_options()):
+        assert_equal_across_processes(dataclasses.asdict(config) | {"workdir": str(path)})
         mesh = make_mesh(dataclasses.asdict(config.mesh))
         with jax.set_mesh(mesh), ops.use(**ops.parse(config.compute.ops)):
             return run_on_mesh(config, path, mesh)
@@ -72,14 +79,14 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
     architecture = choose_architecture(config)
     recipe = make_recipe(config, architecture, mesh)
     shapes = state_shapes(recipe, mesh)
-    if is_first():
+    if is_process_0():
         print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
     if config.dry_run:
         return 0
     read_sources(config.data.train, "data.train")  # before anything is written
     set_compilation_cache(FLAGS.compilation_cache)
     prepare_workdir(path, config, architecture)
-    wait_for_all("workdir")
+    sync_processes("workdir")
     processor = Processor.from_dir(path, architecture)
     skipped = Skipped(path / "skipped.txt")
     make = functools.partial(make_data, config, mesh, processor)
@@ -100,7 +107,7 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         if data_state is not None:
             batches.set_state(data_state)
         log = NoLog()
-        if is_first():
+        if is_process_0():
             log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
         stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
@@ -121,7 +128,7 @@ def first_state(
             like_params=shapes.variables,
             like_opt_state={"step": shapes.step, "optimizer": shapes.opt_state},
         )
-        if is_first():
+        if is_process_0():
             print(f"resumed  from step {step} of {workdir.path}", flush=True)
         params, router = variables["params"], variables["router"]
         return TrainState(rest["step"], params, router, rest["optimizer"]), data_state
@@ -146,12 +153,12 @@ def first_state(
 
 
 @dataclasses.dataclass
-class Begun:
+class InFlightStep:
     """A step that runs on the device; its metrics are there when it has ended."""
 
     step: int
     metrics: dict[str, jax.Array]
-    fed: Fed
+    device_batch: DeviceBatch
     data_wait: float  # seconds
 
 
@@ -179,47 +186,49 @@ def train(
     throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
     stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
 
-    def finish(begun: Begun, scores: Callable[[], dict[str, float]] = dict) -> bool:
+    def finish(in_flight: InFlightStep, scores: Callable[[], dict[str, float]] = dict) -> bool:
         """Waits for a step and writes its metrics; stops the run where they are not finite.
 
         Returns whether a process has asked, with the step's batch, that the run stop."""
-        metrics = {name: np.asarray(value) for name, value in begun.metrics.items()}
-        totals = {name: float(value) for name, value in begun.fed.totals.items()}
+        metrics = {name: np.asarray(value) for name, value in in_flight.metrics.items()}
+        totals = {name: float(value) for name, value in in_flight.device_batch.totals.items()}
         flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
-        speed = throughput.step(totals["tokens"], totals["images"], flops, begun.data_wait)
+        speed = throughput.step(totals["tokens"], totals["images"], flops, in_flight.data_wait)
         broken = [name for name in MUST_BE_FINITE if not np.isfinite(metrics[name])]
         more = {} if broken else scores()
-        log.write(begun.step, {**metrics, **speed, **fill_metrics(begun.fed), **more})
+        log.write(
+            in_flight.step, {**metrics, **speed, **fill_metrics(in_flight.device_batch), **more}
+        )
         if broken:
-            kept = keep_batch(workdir.path, begun.step, begun.fed)
-            raise UserError(_not_finite(broken[0], metrics[broken[0]], begun, kept, workdir))
+            kept = keep_batch(workdir.path, in_flight.step, in_flight.device_batch)
+            raise UserError(_not_finite(broken[0], metrics[broken[0]], in_flight, kept, workdir))
 
         return totals["stop"] > 0
 
     def heldout_scores() -> dict[str, float]:
         return evaluate(eval_fn, state, heldout, config.eval.batches)
 
-    begun: Begun | None = None
-    alone, in_step = jax.process_count() == 1, must_block()
+    in_flight: InFlightStep | None = None
+    alone, in_step = jax.process_count() == 1, must_wait_for_steps()
     for step in range(int(state.step) + 1, config.steps + 1):
         profile.before(step)
         started = time.perf_counter()
         batches.stopping = bool(stop.requested)
-        fed = next(batches)
+        device_batch = next(batches)
         data_wait = time.perf_counter() - started
-        state, metrics = step_fn(state, fed.batch)
-        asked = begun is not None and finish(begun)
-        begun = Begun(step, metrics, fed, data_wait)
+        state, metrics = step_fn(state, device_batch.batch)
+        asked = in_flight is not None and finish(in_flight)
+        in_flight = InFlightStep(step, metrics, device_batch, data_wait)
         if in_step:
-            jax.block_until_ready((metrics, fed.totals))
+            jax.block_until_ready((metrics, device_batch.totals))
         # Read once: a signal that comes later ends the next step.
         stopping = stop.requested if alone else asked and (stop.requested or "another process")
         last = step == config.steps or bool(stopping)
         evaluating = heldout is not None and (step % config.eval.every == 0 or last)
         saving = step % config.checkpoint.every == 0 or last
         if evaluating or saving:
-            finish(begun, heldout_scores if evaluating else dict)
-            begun = None
+            finish(in_flight, heldout_scores if evaluating else dict)
+            in_flight = None
         if saving:
             workdir.save(
                 step,
@@ -235,7 +244,7 @@ def train(
             log.note(f"{stopping}: step {step} is saved, the run stops here")
             break
     workdir.wait()
-    wait_for_all("end")
+    sync_processes("end")
     return 0 if workdir.latest_step() == int(state.step) else 1
 
 
@@ -243,17 +252,19 @@ def evaluate(eval_fn, state: TrainState, heldout: Feed, count: int) -> dict[str,
     """Mean loss and token accuracy over the first batches of the held-out data."""
     totals = np.zeros(3)
     with contextlib.closing(iter(heldout)) as batches:
-        for _, fed in zip(range(count), batches, strict=False):
-            totals += jax.device_get(eval_fn(state.params, state.router, fed.batch))
+        for _, device_batch in zip(range(count), batches, strict=False):
+            totals += jax.device_get(eval_fn(state.params, state.router, device_batch.batch))
     return {"heldout/loss": totals[0] / totals[2], "heldout/token_acc": totals[1] / totals[2]}
 
 
-def _not_finite(name: str, value: float, begun: Begun, kept: Path, workdir: Workdir) -> str:
-    newest, (packed, *_) = workdir.latest_step(), begun.fed.packed.values()
+def _not_finite(
+    name: str, value: float, in_flight: InFlightStep, kept: Path, workdir: Workdir
+) -> str:
+    newest, (packed, *_) = workdir.latest_step(), in_flight.device_batch.packed.values()
     rows = ", ".join(packed.names[:3])
     return (
-        f"{name} is {value} at step {begun.step}, so the run stops; its batch ({rows}, ...) is in"
-        f" {kept}, the newest checkpoint is {'none' if newest is None else f'of step {newest}'};"
+        f"{name} is {value} at step {in_flight.step}, so the run stops; its batch ({rows}, ...) is"
+        f" in {kept}, the newest checkpoint is {'none' if newest is None else f'of step {newest}'};"
         " try a lower optim.lr, or look at these rows"
     )
 
@@ -265,7 +276,7 @@ def main(argv: Sequence[str]) -> int:
         out_of_memory="--config.compute.remat=full, more --config.batch.microbatches, or a smaller"
         " --config.batch.rows",
     )
-    return leave(code)
+    return exit_process(code)
 
 
 if __name__ == "__main__":

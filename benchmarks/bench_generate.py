@@ -29,9 +29,9 @@ import numpy as np
 from vl2jax.config import VL2Config
 from vl2jax.inference.buckets import length_bucket
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import BURST, DecodeState, programs
+from vl2jax.inference.steps import BURST, DecodeState, compiled_steps
 from vl2jax.model.quantization import KINDS, quantize_tree
-from vl2jax.model.unstacked_layers import pays, take_apart
+from vl2jax.model.unstacked_layers import should_unstack, unstack_layers
 from vl2jax.model.vl2 import VL2, init_variables
 from vl2jax.ops.compiler_options import compiler_options
 from vl2jax.ops.platform import platform_of
@@ -71,18 +71,18 @@ class Case:
         config: VL2Config,
         dtype: str,
         *,
-        apart: bool | None = None,
+        unstacked: bool | None = None,
         quantize: str | None = None,
     ):
-        """`apart`: whether layers have arrays of their own; None: as `sample.py` has it."""
+        """`unstacked`: whether layers have arrays of their own; None: as `sample.py` has it."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.params = make_params(config, dtype)
         if quantize == "int8":
             self.params = jax.jit(quantize_tree)(self.params)
-        apart = pays(config.decoder, self.params) if apart is None else apart
-        if apart:
-            self.params = take_apart(config.decoder, self.params)
-        self.steps = programs(config, self.dtype, platform_of(self.params), None, apart)
+        unstacked = should_unstack(config.decoder, self.params) if unstacked is None else unstacked
+        if unstacked:
+            self.params = unstack_layers(config.decoder, self.params)
+        self.steps = compiled_steps(config, self.dtype, platform_of(self.params), None, unstacked)
 
     def vision(self, tiles: int = 4) -> Callable[[], object]:
         """Tower and adaptor on some tiles."""
@@ -263,14 +263,14 @@ def expert_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]
 
 
 def layouts(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
-    """Layers in stacks and apart, bursts and one dispatch per token."""
-    for apart in (False, True):
-        case = Case(config, dtype, apart=apart)
+    """Layers stacked and unstacked, bursts and one dispatch per token."""
+    for unstacked in (False, True):
+        case = Case(config, dtype, unstacked=unstacked)
         for rows in (1, 8):
             start = time.perf_counter()
             case.compiled_burst(rows)
             yield {
-                "layers": "apart" if apart else "stacked",
+                "layers": "unstacked" if unstacked else "stacked",
                 "rows": rows,
                 "compile_s": round(time.perf_counter() - start, 1),
                 "step_ms": step_ms(case, repeats, rows),

@@ -33,7 +33,7 @@ _PARTS = (
 )
 
 
-def part_of(name: str) -> str:
+def shard_path(name: str) -> str:
     """The part of the model that an instruction's `op_name` tells of."""
     return next((part for part, mark in _PARTS if mark in name), "sampling and the rest")
 
@@ -55,17 +55,17 @@ def instructions(text: str) -> dict[str, tuple[str, str, str]]:
         told = re.search(r'op_name="([^"]*)"', line)
         called = re.search(r"calls=%([\w.\-]+)", line)
         own = told.group(1) if told else ""
-        if called and part_of(own) == part_of(""):
+        if called and shard_path(own) == shard_path(""):
             own = inner.get(called.group(1), own)
-        if part_of(own) != part_of("") or computation not in inner:
+        if shard_path(own) != shard_path("") or computation not in inner:
             inner[computation] = own
         found[name] = (kind, shape.split("{")[0], own)
         for operand in re.findall(r"%([\w.\-]+)", line[match.end() :]):
             users[operand].append(name)
     for name, (kind, shape, own) in reversed(found.items()):  # what takes a result comes later
-        if part_of(own) == part_of(""):
+        if shard_path(own) == shard_path(""):
             takers = (found[user][2] for user in users[name])
-            own = next((told for told in takers if part_of(told) != part_of("")), own)
+            own = next((told for told in takers if shard_path(told) != shard_path("")), own)
             found[name] = (kind, shape, own)
     return found
 
@@ -92,8 +92,8 @@ def profile(case: bench_generate.Case, rows: int, repeats: int) -> dict:
             continue
         kind, shape, told = known[name]
         if kind not in _SKIPPED:
-            parts[part_of(told)] += nanoseconds
-            kinds[f"{part_of(told)}: {re.sub(r'[.0-9]+$', '', name)} {shape}"] += nanoseconds
+            parts[shard_path(told)] += nanoseconds
+            kinds[f"{shard_path(told)}: {re.sub(r'[.0-9]+$', '', name)} {shape}"] += nanoseconds
     return {
         "step_ms": round(1000 * seconds / steps, 2),
         "parts_us": _microseconds(parts, steps),

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from convert import to_jax
-from vl2jax.cli.batch import answer_file, part_of
+from vl2jax.cli.batch import answer_batch, shard_path
 from vl2jax.common.errors import UserError
 from vl2jax.inference.request import parse_question
 from vl2jax.inference.session import Session
@@ -20,7 +20,7 @@ from vl2jax.synthetic.__main__ import main as write_synthetic
 
 @pytest.fixture(scope="module")
 def ckpt(data_dir, tmp_path_factory):
-    target = tmp_path_factory.mktemp("answer_file") / "ckpt"
+    target = tmp_path_factory.mktemp("answer_batch") / "ckpt"
     to_jax.convert(data_dir / "mini-small", target)
     return target
 
@@ -50,7 +50,7 @@ def whole(session, tmp_path_factory):
     """A file of questions and its answers, in one run."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "in.jsonl").write_text(questions(9))
-    assert answer_file(session, folder / "in.jsonl", folder / "out.jsonl", 4) == 1
+    assert answer_batch(session, folder / "in.jsonl", folder / "out.jsonl", 4) == 1
     return folder / "in.jsonl", folder / "out.jsonl"
 
 
@@ -62,7 +62,7 @@ def test_any_beginning_is_continued(session, whole, tmp_path, capsys):
     for kept, torn in ((0, 5), (1, 0), (4, 40), (8, 1), (9, 0)):
         target = tmp_path / f"{kept}.jsonl"
         target.write_bytes(b"".join(lines[:kept]) + b"".join(lines[kept:])[:torn])
-        assert answer_file(session, source, target, 4) == 1
+        assert answer_batch(session, source, target, 4) == 1
         assert same(read(target)) == same(read(want))
         assert target.read_bytes().startswith(b"".join(lines[:kept]))
     assert "8 of 9 rows are answered already" in capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_rows_of_training_data_are_asked_without_their_answers(session, whole, t
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("in.json", "in.jsonl"):
         target = tmp_path / f"out-{name}"
-        assert answer_file(session, tmp_path / name, target, 4) == 6
+        assert answer_batch(session, tmp_path / name, target, 4) == 6
         found = read(target)
         assert [row["row"] for row in found] == list(range(1, 10))
         assert [row.get("id") for row in found] == [*"abcdefg", None, "i"]
@@ -115,12 +115,12 @@ def test_synthetic_rows_are_questions(tmp_path):
     assert write_synthetic(["--out", str(tmp_path), "-n", "5"]) == 0
     rows = json.loads((tmp_path / "data.json").read_text())
     for row in rows:
-        asked = parse_question(json.dumps(row).encode(), tmp_path, image_token="<image>")
+        request = parse_question(json.dumps(row).encode(), tmp_path)
         said = [turn["value"].strip() for turn in row["conversations"]]
-        assert [turn["content"] for turn in asked.conversation] == said[:-1]
-        assert asked.conversation[-1]["role"] == "user"
+        assert [turn["content"] for turn in request.conversation] == said[:-1]
+        assert request.conversation[-1]["role"] == "user"
         paths = [row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])
-        assert asked.images == [str(tmp_path / path) for path in paths]
+        assert request.images == [str(tmp_path / path) for path in paths]
     assert any("image" in row for row in rows)
 
 
@@ -129,13 +129,13 @@ def test_other_rows_or_flags_are_not_continued(ckpt, session, whole, tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_bytes(want.read_bytes())
     with pytest.raises(UserError, match="line 1 does not answer row 1"):
-        answer_file(Session(ckpt, max_new_tokens=7, seed=3), source, target, 4)
+        answer_batch(Session(ckpt, max_new_tokens=7, seed=3), source, target, 4)
     (tmp_path / "in.jsonl").write_text(questions(9).replace("what is 5", "who is 5"))
     with pytest.raises(UserError, match="line 6 does not answer row 11"):
-        answer_file(session, tmp_path / "in.jsonl", target, 4)
+        answer_batch(session, tmp_path / "in.jsonl", target, 4)
     (tmp_path / "in.jsonl").write_text(questions(5))
     with pytest.raises(UserError, match="more rows"):
-        answer_file(session, tmp_path / "in.jsonl", target, 4)
+        answer_batch(session, tmp_path / "in.jsonl", target, 4)
     assert target.read_bytes() == want.read_bytes()
 
 
@@ -143,11 +143,11 @@ def test_processes_share_the_rows(session, whole, tmp_path):
     source, want = whole
     target = tmp_path / "out.jsonl"
     parts = [(index, 2) for index in range(2)]
-    assert sum(answer_file(session, source, target, 4, part) for part in parts) == 1
-    found = [row for part in parts for row in read(part_of(target, part))]
+    assert sum(answer_batch(session, source, target, 4, part) for part in parts) == 1
+    found = [row for part in parts for row in read(shard_path(target, part))]
     assert same(sorted(found, key=lambda row: row["row"])) == same(read(want))
     assert not target.exists()
-    assert part_of(target, (1, 2)).name == "out-00001-of-00002.jsonl"
+    assert shard_path(target, (1, 2)).name == "out-00001-of-00002.jsonl"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on(ckpt, session, tmp_path):
     process.stderr.close()
     before = target.read_bytes()
     assert 0 < before.count(b"\n") < 200
-    assert answer_file(_like_the_program(ckpt), source, target, 4) == 1
+    assert answer_batch(_like_the_program(ckpt), source, target, 4) == 1
     assert [row["id"] for row in read(target)] == [f"q{n}" for n in range(200)]
     assert target.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
 

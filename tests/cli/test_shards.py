@@ -15,9 +15,9 @@ from processes import finish, long_test, start_two
 import eval as program
 import sample
 from convert import random_hf, to_jax
-from vl2jax.cli.batch import part_of
+from vl2jax.cli.batch import shard_path
 from vl2jax.cli.batch_processes import _append_parts, _refuse_other_parts
-from vl2jax.cli.shards import choose_share
+from vl2jax.cli.shards import choose_shard
 from vl2jax.common.errors import UserError
 
 SHORT = ["--dtype", "float32", "--max_new_tokens", "5"]
@@ -25,7 +25,7 @@ SHORT = ["--dtype", "float32", "--max_new_tokens", "5"]
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shares")
+    folder = tmp_path_factory.mktemp("shards")
     (folder / "hf").mkdir()
     random_hf.write_checkpoint(folder / "hf")
     to_jax.convert(folder / "hf", folder / "ckpt")
@@ -90,7 +90,7 @@ def test_rows_are_shared_and_put_together(ckpt, questions, answers, tmp_path):
     """What an earlier run has left is taken up: two rows, one and a half of the second's share."""
     lines, target = answers.splitlines(keepends=True), tmp_path / "out.jsonl"
     target.write_text("".join(lines[:2]))
-    part_of(target, (1, 2)).write_text(lines[3] + lines[5][:40])
+    shard_path(target, (1, 2)).write_text(lines[3] + lines[5][:40])
     flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
     first, second = finish(*start_two("sample.py", 1, *flags))
     assert (first[0], second[0]) == (1, 1), (first, second)  # for the bad row
@@ -118,7 +118,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(ckpt, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": f"What is {n}?"}) for n in range(300)))
     flags = flags_of(ckpt, "--batch", source, "--out", target, "--batch_size", 4)
-    started, part = start_two("sample.py", 1, *flags), part_of(target, (1, 2))
+    started, part = start_two("sample.py", 1, *flags), shard_path(target, (1, 2))
     while not (part.exists() and part.stat().st_size):
         assert all(process.poll() is None for process in started)
         time.sleep(0.02)
@@ -165,27 +165,27 @@ def two_processes(monkeypatch):
 
 def test_the_mesh_tells_who_answers_what(two_processes):
     """Eight devices in each of two processes, as far as this one can know."""
-    share = choose_share("expert=4", rows=True)
-    assert (share.index, share.count, dict(share.mesh.shape)["data"]) == (1, 2, 2)
-    assert not share.together and choose_share("", rows=True).mesh is None
-    assert choose_share("expert=4", rows=False).together
+    shard = choose_shard("expert=4", rows=True)
+    assert (shard.index, shard.count, dict(shard.mesh.shape)["data"]) == (1, 2, 2)
+    assert not shard.together and choose_shard("", rows=True).mesh is None
+    assert choose_shard("expert=4", rows=False).together
     with pytest.raises(UserError, match="on a mesh of all their 8 devices: give it, --mesh expert"):
-        choose_share("", rows=False)
+        choose_shard("", rows=False)
     with pytest.raises(UserError, match="does not fit 8 devices"):  # here are no more
-        choose_share("expert=16", rows=True)
+        choose_shard("expert=16", rows=True)
 
 
 def test_parts_are_dealt_out_again(tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("0\n")
     for index, text in enumerate(("1\n3\n5\n", "2\n4\n")):
-        part_of(target, (index, 2)).write_text(text)
+        shard_path(target, (index, 2)).write_text(text)
     with target.open("rb") as out:
         _append_parts(target, out, 2)
     assert target.read_text() == "0\n1\n2\n3\n4\n5\n"
     with pytest.raises(UserError, match=r"-of-00002\.jsonl was begun by 2 processes"):
         _refuse_other_parts(target, 3)
-    part_of(target, (1, 2)).unlink()
+    shard_path(target, (1, 2)).unlink()
     with target.open("rb") as out, pytest.raises(UserError, match="process 1 has written it"):
         _append_parts(target, out, 2)
 

@@ -1,6 +1,6 @@
 """Text as it grows: stop strings, end tokens, half characters."""
 
-from vl2jax.inference.completion import Answer
+from vl2jax.inference.completion import Completion
 
 
 class Bytes:
@@ -13,7 +13,7 @@ class Bytes:
 
 
 def _run(text: str, size: int, stop=(), eos=(), limit=1000):
-    answer = Answer(Bytes(), eos, stop, limit)
+    answer = Completion(Bytes(), eos, stop, limit)
     ids = list(text.encode())
     shown = [answer.push(ids[i : i + size]) for i in range(0, len(ids), size)]
     return answer, shown
@@ -54,6 +54,6 @@ def test_end_token():
 
 
 def test_without_a_tokenizer():
-    answer = Answer(None, [7], [], 3)
+    answer = Completion(None, [7], [], 3)
     assert answer.push([1, 2, 3, 4]) == ""
     assert (answer.tokens, answer.text, answer.finish_reason) == ([1, 2, 3], None, "length")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from vl2jax.common.errors import UserError
-from vl2jax.inference.completion import Answer
+from vl2jax.inference.completion import Completion
 from vl2jax.inference.engine import Engine
 from vl2jax.inference.sequence import Prompt
-from vl2jax.inference.steps import programs
+from vl2jax.inference.steps import compiled_steps
 
 NEW = 24
 CASES = ("text_only", "one_image", "two_images", "three_images", "batch_leftpad")
@@ -68,7 +68,7 @@ def test_random_mixes(asked):
         )
         rows, texts = answers(engine, [prompts[i] for i in chosen], news)
         for i, new, row, text in zip(chosen, news, rows, texts, strict=True):
-            want = Answer(tokenizer, eos, stop, new)
+            want = Completion(tokenizer, eos, stop, new)
             want.push(golden[i])
             assert row.answer.tokens == want.tokens, (number, i)
             assert row.answer.finish_reason == want.finish_reason, (number, i)
@@ -100,7 +100,7 @@ def test_pictures_and_shared_beginnings_pass_once(asked):
         questions.append(Prompt(tokens, index, longest.tiles, longest.tokens_per_tile))
     engine = Engine(model.config, model.params, rows=4)
     together, _ = answers(engine, questions, [4] * 7)
-    assert engine.pictures.encoded == len(set(longest.digests))
+    assert engine.image_cache.encoded == len(set(longest.digests))
     assert engine.prefilled < len(longest) + 1 + 6 * (16 + 1)
     for question, row in zip(questions, together, strict=True):
         alone, _ = answers(Engine(model.config, model.params, rows=1), [question], [4])
@@ -126,7 +126,7 @@ def test_a_next_turn_prefills_only_what_is_new(asked):
 def test_few_programs_compile(asked):
     """Prompts of many lengths and pictures need as many programs as there are buckets."""
     model, prompts, _ = asked
-    programs.cache_clear()  # counts begin at zero
+    compiled_steps.cache_clear()  # counts begin at zero
     engine = Engine(model.config, model.params, rows=1)
     text = next(prompt for prompt in prompts if not len(prompt.tiles))
     for length in range(3, 41, 6):  # text alone: one bucket of lengths
@@ -136,10 +136,10 @@ def test_few_programs_compile(asked):
     counted = ("encode", "embed", "prefill", "begin", "burst")
     compiled = {name: getattr(steps, name)._cache_size() for name in counted}
     assert compiled == {"encode": 0, "embed": 1, "prefill": 1, "begin": 1, "burst": 1}
-    pictures = [prompt for prompt in prompts if len(prompt.tiles)]
-    for prompt in pictures:
+    image_cache = [prompt for prompt in prompts if len(prompt.tiles)]
+    for prompt in image_cache:
         answers(engine, [prompt], [2])
-    tiles = {len(set(prompt.digests)) for prompt in pictures}
+    tiles = {len(set(prompt.digests)) for prompt in image_cache}
     assert steps.encode._cache_size() <= len(tiles)
     assert steps.prefill._cache_size() <= 4  # 64, 128, 192, 256 tokens
     assert steps.burst._cache_size() <= 4

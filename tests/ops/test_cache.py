@@ -10,10 +10,10 @@ import pytest
 
 from vl2jax import ops
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import BURST, programs
+from vl2jax.inference.steps import BURST, compiled_steps
 from vl2jax.model.attention import init_cache
 from vl2jax.model.decoder import init_caches
-from vl2jax.model.unstacked_layers import pays, take_apart
+from vl2jax.model.unstacked_layers import should_unstack, unstack_layers
 from vl2jax.model.vl2 import VL2
 from vl2jax.ops import cache
 
@@ -32,7 +32,7 @@ def _decode(net):
 def test_a_bfloat16_cache_is_kept_as_bits(mini):
     """It gives what a float32 cache of rounded values gives."""
     model = mini("mini-tiny")  # keys and values by heads
-    assert pays(model.config.decoder, model.params)
+    assert should_unstack(model.config.decoder, model.params)
     cfg = model.config.decoder
     assert {a.dtype.name for a in jax.tree.leaves(init_cache(cfg, 1, 1, 4, jnp.bfloat16))} == {
         "uint16"
@@ -56,8 +56,8 @@ def test_a_float32_cache_is_not_copied_to_write_a_token(mini):
     """With unstacked layers: no copy of its size in a step, whatever the version of jax."""
     model = mini("mini-tiny")
     cfg = model.config.decoder
-    params = take_apart(cfg, _copy(model.params))
-    steps = programs(model.config, jnp.dtype(jnp.float32), "cpu", None, True)
+    params = unstack_layers(cfg, _copy(model.params))
+    steps = compiled_steps(model.config, jnp.dtype(jnp.float32), "cpu", None, True)
     state = jax.eval_shape(lambda: steps.idle(2, 48))
     arguments = (params, SamplingParams.create(), state, jnp.asarray([-1], jnp.int32), BURST, 0)
     text = steps.burst.trace(*arguments).lower().compile().as_text()

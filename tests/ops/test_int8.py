@@ -22,7 +22,7 @@ from vl2jax.checkpoints.model_dir import flatten
 from vl2jax.common.errors import UserError
 from vl2jax.config import PRESETS
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import programs
+from vl2jax.inference.steps import compiled_steps
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.moe import expert_stacks
 from vl2jax.model.quantization import quantize_tree, summed_axes
@@ -176,7 +176,7 @@ def test_what_is_on_the_device(model):
 def test_no_weight_is_widened_as_a_whole(model):
     """A burst's temporaries have no room for the experts of all layers."""
     plain, quantized = model
-    steps = programs(plain.config, jnp.dtype("float32"), "cpu")
+    steps = compiled_steps(plain.config, jnp.dtype("float32"), "cpu")
     arguments = (SamplingParams.create(), steps.idle(1, 32), np.int32([1]), 4, False)
     memory = steps.burst.lower(quantized.model.params, *arguments).compile().memory_analysis()
     experts = quantized.model.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]

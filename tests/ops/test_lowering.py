@@ -8,7 +8,7 @@ import pytest
 import smallest
 
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import BURST, DecodeState, programs
+from vl2jax.inference.steps import BURST, DecodeState, compiled_steps
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.vl2 import abstract_params
 from vl2jax.ops.platform import compiling_for
@@ -51,7 +51,7 @@ def test_train_step_lowers_for_cuda(config, architecture):
 
 def test_prefill_and_decode_lower_for_cuda(architecture):
     dtype = jnp.dtype(jnp.bfloat16)
-    steps = programs(architecture, dtype, "gpu")
+    steps = compiled_steps(architecture, dtype, "gpu")
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(architecture)
     )

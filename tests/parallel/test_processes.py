@@ -19,7 +19,7 @@ from processes import finish, free_port, long_test
 from vl2jax.checkpoints.model_dir import complete_steps
 from vl2jax.checkpoints.store import ParamStore, read_array
 from vl2jax.common.errors import UserError
-from vl2jax.parallel.processes import Joining
+from vl2jax.parallel.processes import DistributedOptions
 from vl2jax.training.metrics import read_metrics
 
 FLAGS = [
@@ -137,7 +137,7 @@ def test_a_process_that_does_not_come(tmp_path):
 )
 def test_flags_that_need_each_other(given, message):
     with pytest.raises(UserError, match=message):
-        Joining(**given)
+        DistributedOptions(**given)
 
 
 @long_test

@@ -47,7 +47,11 @@ def take(feed: Feed, count: int, state=None):
     found = [next(iterator) for _ in range(count)]
     state = iterator.get_state()
     iterator.close()
-    return [jax.device_get(fed.batch) for fed in found], [fill_metrics(f) for f in found], state
+    return (
+        [jax.device_get(device_batch.batch) for device_batch in found],
+        [fill_metrics(f) for f in found],
+        state,
+    )
 
 
 def test_the_same_batches_on_any_mesh(processor):
@@ -66,8 +70,8 @@ def test_the_same_batches_on_any_mesh(processor):
 
 
 def test_every_pool_reads_its_own_tiles_and_they_are_balanced(processor):
-    fed = feed(processor, pools=8, shards=1, data=8)
-    batches, metrics, _ = take(fed, 4)
+    device_batch = feed(processor, pools=8, shards=1, data=8)
+    batches, metrics, _ = take(device_batch, 4)
     per_tile, imbalance = processor.config.tokens_per_tile, []
     for batch in batches:
         highest = batch.image_index.reshape(2, 8, -1).max(axis=-1)

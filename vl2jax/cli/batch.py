@@ -21,13 +21,13 @@ from vl2jax.common.file_lock import lock_directory
 from vl2jax.common.progress import StatusLine, bar, human_count, human_time
 from vl2jax.inference.engine import Engine
 from vl2jax.inference.request import CONVERSATION_KEYS, parse_question
-from vl2jax.inference.sequence import RowAnswer
+from vl2jax.inference.sequence import Sequence
 from vl2jax.inference.session import Session
 from vl2jax.processing.collate import Sample
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One line of the input, taken in.
 
     Attributes:
@@ -40,7 +40,7 @@ class Row:
 
     names: dict[str, Any]
     sample: Sample | None = None
-    answer: RowAnswer | None = None
+    answer: Sequence | None = None
     error: str | None = None
 
     @property
@@ -60,7 +60,7 @@ class Row:
         return json_line(self.names | record(self.answer.result(), self.sample))
 
 
-def answer_file(
+def answer_batch(
     session: Session,
     source: Path,
     target: Path,
@@ -77,7 +77,7 @@ def answer_file(
     Args:
       batch_size: rows that are answered together.
       part: index and count of processes; each answers every count-th row, into a file of its own
-        (`part_of`).
+        (`shard_path`).
       skip: first rows that are answered elsewhere; those behind are shared.
 
     Returns:
@@ -86,19 +86,19 @@ def answer_file(
     Raises:
       UserError: no rows, or a `target` that answers other rows or was made with other flags.
     """
-    target = part_of(target, part)
-    asked = Asked(source, session.settings, part, skip)
-    with opened(target) as out:
-        total, done, bad = resume(asked, out, target)
+    target = shard_path(target, part)
+    requests = RequestFile(source, session.settings, part, skip)
+    with open_output(target) as out:
+        total, done, bad = resume(requests, out, target)
         if done:
             print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
-        bad += Run(session, asked).write(out, batch_size, done, total)
+        bad += BatchRun(session, requests).write(out, batch_size, done, total)
     print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
     return bad
 
 
 @contextlib.contextmanager
-def opened(target: Path) -> Iterator[BinaryIO]:
+def open_output(target: Path) -> Iterator[BinaryIO]:
     """A file of answers, to be read and continued by this process alone.
 
     Raises:
@@ -113,7 +113,7 @@ def opened(target: Path) -> Iterator[BinaryIO]:
         yield out
 
 
-def part_of(target: Path, part: tuple[int, int]) -> Path:
+def shard_path(target: Path, part: tuple[int, int]) -> Path:
     """The file of one process: `answers-00001-of-00004.jsonl`; of a single one the name itself."""
     index, count = part
     if count == 1:
@@ -121,7 +121,7 @@ def part_of(target: Path, part: tuple[int, int]) -> Path:
     return target.with_name(f"{target.stem}-{index:05}-of-{count:05}{target.suffix}")
 
 
-class Asked:
+class RequestFile:
     """The rows of a file that one process is asked, and how each is known again.
 
     Attributes:
@@ -134,7 +134,7 @@ class Asked:
         """
         Args:
           settings: all that answers depend on besides their rows.
-          part, skip: see `answer_file`.
+          part, skip: see `answer_batch`.
         """
         self.source = source
         self._settings = json.dumps(settings, sort_keys=True).encode()
@@ -182,29 +182,31 @@ def _list(source: Path) -> list[Any] | None:
     return value if keys & {*CONVERSATION_KEYS} else None
 
 
-def resume(asked: Asked, out: BinaryIO, target: Path) -> tuple[int, int, int]:
+def resume(requests: RequestFile, out: BinaryIO, target: Path) -> tuple[int, int, int]:
     """Rows in all, rows answered before, and bad ones of these; cuts off half a line.
 
     Raises:
       UserError: no rows, or `out` answers others, or with other settings.
     """
-    asked.check()
+    requests.check()
     out.seek(0)
     bad = done = end = total = 0
     written = iter(out)
-    for number, line in asked.lines():
+    for number, line in requests.lines():
         total += 1
         answer = next(written, b"")
         if not answer.endswith(b"\n"):
             continue
-        if (found := _parsed(answer)).get("key") != asked.key(line):
+        if (found := _parsed(answer)).get("key") != requests.key(line):
             raise UserError(
-                f"{target}: line {total} does not answer row {number} of {asked.source} with these"
-                " flags; remove it, or choose another --out"
+                f"{target}: line {total} does not answer row {number} of {requests.source} with"
+                " these flags; remove it, or choose another --out"
             )
         done, end, bad = total, end + len(answer), bad + ("error" in found)
     if next(written, b"").endswith(b"\n"):
-        raise UserError(f"{target} answers more rows than {asked.source} has; choose another --out")
+        raise UserError(
+            f"{target} answers more rows than {requests.source} has; choose another --out"
+        )
     out.truncate(end)
     return total, done, bad
 
@@ -217,18 +219,25 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-class Run:
+class BatchRun:
     """The rows under way, in order."""
 
     def __init__(
-        self, session: Session, asked: Asked, agree: Callable[[Any, str], None] | None = None
+        self,
+        session: Session,
+        requests: RequestFile,
+        check_equal: Callable[[Any, str], None] | None = None,
     ):
         """
         Args:
-          agree: called with what this process has read of each row, and a name of the row.
+          check_equal: called with what this process has read of each row, and a name of the row.
         """
-        self._session, self._asked, self._agree = session, asked, agree
-        self._rows: deque[Row] = deque()
+        self._session, self._requests, self._check_equal = (
+            session,
+            requests,
+            check_equal,
+        )
+        self._rows: deque[BatchRow] = deque()
         self._tokens = 0
 
     def write(self, out: BinaryIO | None, batch_size: int, done: int, total: int) -> int:
@@ -257,21 +266,21 @@ class Run:
         status.end()
         return bad
 
-    def _answers(self, engine: Engine, skip: int) -> Iterator[RowAnswer]:
+    def _answers(self, engine: Engine, skip: int) -> Iterator[Sequence]:
         """The good rows; all rows go to the end of the queue on their way."""
-        token, asked = self._session.processor.tokenizer.image_token, self._asked
-        for number, line in itertools.islice(asked.lines(), skip, None):
-            names: dict[str, Any] = {"row": number, "key": asked.key(line)}
+        requests = self._requests
+        for number, line in itertools.islice(requests.lines(), skip, None):
+            names: dict[str, Any] = {"row": number, "key": requests.key(line)}
             if (identity := _parsed(line).get("id")) is not None:  # of a bad row as well
                 names["id"] = identity
             try:
-                request = parse_question(line, asked.source.parent, image_token=token)
+                request = parse_question(line, requests.source.parent)
                 sample = self._session.prepare(request)
-                row = Row(names, sample, self._session.row(engine, sample))
+                row = BatchRow(names, sample, self._session.row(engine, sample))
             except (UserError, OSError) as error:
-                row = Row(names, error=str(error))
-            if self._agree is not None:
-                self._agree(row.read, f"row {number}")
+                row = BatchRow(names, error=str(error))
+            if self._check_equal is not None:
+                self._check_equal(row.read, f"row {number}")
             self._rows.append(row)
             if row.answer is not None:
                 yield row.answer

@@ -1,7 +1,7 @@
 """`--batch` by several processes of one run.
 
-With shares, each process answers its rows into a file of its own (`answer_file.part_of`); when all
-are done, process 0 puts these in the order of the rows behind what OUT has, and removes them.
+With shards, each process answers its rows into a file of its own (`batch.shard_path`); when all are
+done, process 0 puts these in the order of the rows behind what OUT has, and removes them.
 Together, all answer every row, and process 0 writes OUT.  Either way OUT is at any moment a
 beginning of the result, and a run that ended early goes on.
 """
@@ -16,55 +16,68 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from vl2jax.cli.batch import Asked, Run, answer_file, opened, part_of, resume
-from vl2jax.cli.shards import Share
+from vl2jax.cli.batch import BatchRun, RequestFile, answer_batch, open_output, resume, shard_path
+from vl2jax.cli.shards import Shard
 from vl2jax.common.errors import UserError
 from vl2jax.inference.session import Session
-from vl2jax.parallel.processes import agree, is_first, tell_all, tell_first
+from vl2jax.parallel.processes import (
+    assert_equal_across_processes,
+    broadcast_from_process_0,
+    gather_to_process_0,
+    is_process_0,
+)
 
 
-def answer_by_processes(
-    session: Session, source: Path, target: Path, batch_size: int, share: Share
+def answer_batch_by_processes(
+    session: Session, source: Path, target: Path, batch_size: int, shard: Shard
 ) -> int:
-    """Like `answer_file`, called by all processes of a run.
+    """Like `answer_batch`, called by all processes of a run.
 
     Returns:
       The number of bad rows in all, on every process.
 
     Raises:
-      UserError: as `answer_file`; part files of another number of processes; processes that read
+      UserError: as `answer_batch`; part files of another number of processes; processes that read
         different rows.
     """
     with source.open("rb") as file:
-        agree({"digest": hashlib.file_digest(file, "blake2b").hexdigest()[:16]}, str(source))
-    asked = Asked(source, session.settings)
+        assert_equal_across_processes(
+            {"digest": hashlib.file_digest(file, "blake2b").hexdigest()[:16]}, str(source)
+        )
+    requests = RequestFile(source, session.settings)
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(opened(target) if is_first() else contextlib.nullcontext())
+        out = stack.enter_context(
+            open_output(target) if is_process_0() else contextlib.nullcontext()
+        )
         begun = (0, 0, 0)
-        if is_first():
-            begun = resume(asked, out, target)
-            _refuse_other_parts(target, share.count)
-        total, done, bad = json.loads(tell_all("rows done before", json.dumps(begun)))
+        if is_process_0():
+            begun = resume(requests, out, target)
+            _refuse_other_parts(target, shard.count)
+        total, done, bad = json.loads(
+            broadcast_from_process_0("rows done before", json.dumps(begun))
+        )
         if done:
             print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
-        if share.together:
-            bad += Run(session, asked, agree).write(out, batch_size, done, total)
+        if shard.together:
+            bad += BatchRun(session, requests, assert_equal_across_processes).write(
+                out, batch_size, done, total
+            )
         elif done < total:
-            part = (share.index, share.count)
-            own = answer_file(session, source, target, batch_size, part, skip=done)
-            found = tell_first("bad rows", str(own))
-            if is_first():
-                _append_parts(target, out, share.count)
-            bad += int(tell_all("bad rows in all", str(sum(map(int, found)))))
-        if is_first():
-            for part in _parts(target, share.count):
+            part = (shard.index, shard.count)
+            own = answer_batch(session, source, target, batch_size, part, skip=done)
+            found = gather_to_process_0("bad rows", str(own))
+            if is_process_0():
+                _append_parts(target, out, shard.count)
+            bad += int(broadcast_from_process_0("bad rows in all", str(sum(map(int, found)))))
+        if is_process_0():
+            for part in _parts(target, shard.count):
                 part.unlink(missing_ok=True)
     print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
     return bad
 
 
 def _parts(target: Path, count: int) -> list[Path]:
-    return [part_of(target, (index, count)) for index in range(count)] if count > 1 else []
+    return [shard_path(target, (index, count)) for index in range(count)] if count > 1 else []
 
 
 def _refuse_other_parts(target: Path, count: int) -> None:

@@ -11,8 +11,7 @@ from vl2jax.common.errors import UserError
 from vl2jax.inference.generate import Generation
 from vl2jax.processing import grounding
 from vl2jax.processing.collate import Sample
-from vl2jax.processing.grounding import Grounding
-from vl2jax.processing.image import ImageSource, load_image
+from vl2jax.processing.image import load_image
 
 # Control characters as their pictures: an answer must not drive the terminal.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -20,17 +19,40 @@ _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 class Output:
-    """Writes answers to standard output and nothing else there."""
+    """Writes answers to standard output and nothing else there; draws their boxes on a picture."""
 
-    def __init__(self, *, as_json: bool, stream: bool, draw_on: int | None = None):
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        stream: bool,
+        draw: Path | None = None,
+        draw_on: int | None = None,
+        exif: bool = True,
+    ):
         """
         Args:
           as_json: one JSON object per answer instead of its text.
           stream: show text as it comes.
+          draw: the picture with boxes to write; None: none.
           draw_on: image (from 1) whose pixels the boxes count; None: the last.
+          exif: whether pictures are turned as their EXIF orientation says.
         """
-        self._as_json, self._draw_on = as_json, draw_on
-        self._streams = stream and not as_json
+        self._as_json, self._streams = as_json, stream and not as_json
+        self._draw, self._draw_on, self._exif = draw, draw_on, exif
+
+    def check(self, sample: Sample) -> None:
+        """Raises UserError where the boxes of an answer to `sample` could not be drawn as asked."""
+        images = len(sample.image_sizes)
+        if self._draw is None and self._draw_on is None:
+            return
+        if not images:
+            raise UserError("boxes need an image to be drawn on; the conversation has none")
+        if not 1 <= (self._draw_on or images) <= images:
+            raise UserError(
+                f"--draw_on {self._draw_on}: the conversation has {images} images; expected 1 to"
+                f" {images}"
+            )
 
     def show(self, text: str) -> None:
         """Takes a new piece of an answer."""
@@ -43,6 +65,12 @@ class Output:
             print(json_line(record(generation, sample, self._draw_on)), flush=True)
         else:
             print("" if self._streams else _printable(generation.text), flush=True)
+        if self._draw is not None:
+            found = grounding.parse_answer(generation.text, sample.image_sizes, self._draw_on)
+            source = sample.image_sources[-1 if self._draw_on is None else self._draw_on - 1]
+            picture = load_image(source, exif=self._exif)
+            grounding.draw(picture, found.boxes).save(self._draw)
+            print(f"{self._draw}: {grounding.summary(found)}", file=sys.stderr)
 
     def interrupt(self) -> None:
         """Ends an answer that will not be finished."""
@@ -57,7 +85,7 @@ def _printable(text: str) -> str:
 
 def record(generation: Generation, sample: Sample, draw_on: int | None = None) -> dict[str, Any]:
     """An answer as a JSON object; `boxes` are pixels of image `draw_on`, by default the last."""
-    found = ground(generation.text, sample, draw_on)
+    found = grounding.parse_answer(generation.text, sample.image_sizes, draw_on)
     return {
         "text": generation.text,
         "tokens": generation.tokens,
@@ -76,31 +104,6 @@ def json_line(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def ground(text: str, sample: Sample, draw_on: int | None) -> Grounding:
-    """Boxes of an answer on one of its images; an answer without any tag refuses nothing."""
-    if not sample.image_sizes or not ("<|ref|>" in text or "<|det|>" in text):
-        return Grounding()
-    number = image_number(sample, draw_on)
-    return grounding.parse(text, sample.image_sizes[number - 1])
-
-
-def image_number(sample: Sample, draw_on: int | None) -> int:
-    """Which image (from 1) boxes belong to.
-
-    Raises:
-      UserError: there is no such image.
-    """
-    images = len(sample.image_sizes)
-    number = images if draw_on is None else draw_on
-    if not 1 <= number <= images:
-        raise UserError(
-            f"--draw_on {number}: the conversation has {images} images; expected 1 to {images}"
-            if images
-            else "boxes need an image to be drawn on; the conversation has none"
-        )
-    return number
-
-
 def check_drawing(path: Path) -> None:
     """Raises UserError unless a picture can be written there."""
     PIL.Image.init()
@@ -115,14 +118,3 @@ def check_folder(flag: str, path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a directory" if path.is_dir() else f"there is no directory {path.parent}"
         raise UserError(f"{flag} {path}: {what}; expected the path of a file to write")
-
-
-def draw_answer(path: Path, source: ImageSource, exif: bool, found: Grounding) -> None:
-    """Draws the boxes on the picture and says on standard error what became of them."""
-    grounding.draw(load_image(source, exif=exif), found.boxes).save(path)
-    count = len(found.boxes)
-    reasons = [*found.refused, *found.notes]
-    if not reasons and not count:
-        reasons = ["the answer has no <|ref|>..<|/ref|><|det|>..<|/det|>"]
-    why = f": {'; '.join(reasons)}" if reasons else ""
-    print(f"{path}: {count} {'box' if count == 1 else 'boxes'} drawn{why}", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vl2jax.cli.command import Parser, whole
 from vl2jax.cli.output import check_drawing, check_folder
-from vl2jax.cli.shards import add_join_flags, read_joining
+from vl2jax.cli.shards import add_distributed_flags, read_distributed_options
 from vl2jax.common.errors import UserError
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.model.quantization import KINDS
@@ -25,7 +25,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--batch", type=Path, metavar="IN.jsonl", help="answer each line; needs --out")
     add("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; goes on with them")
     add("--process_index", type=whole(0), metavar="I", help="which share of --batch, from 0")
-    add("--process_count", type=whole(1), metavar="N", help="shares of --batch, each its own file")
+    add("--process_count", type=whole(1), metavar="N", help="shards of --batch, each its own file")
     add("--batch_size", type=whole(1), default=8, help="rows answered together (8)")
     add("--max_new_tokens", type=whole(1), default=512, help="at most so many tokens (512)")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token (0)")
@@ -38,7 +38,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
     add("--quantize", choices=KINDS, help="weights in memory as int8: half of bfloat16 (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
-    add_join_flags(parser, whole)
+    add_distributed_flags(parser, whole)
     add("--stream", action="store_true", default=True, help="show text as it comes (default)")
     add("--nostream", dest="stream", action="store_false", help="show the answer when it is whole")
     add("--json", action="store_true", help="one JSON object per answer, on one line")
@@ -69,7 +69,7 @@ def parse_flags(argv: Sequence[str] | None, description: str) -> argparse.Namesp
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise UserError(f"unknown argument {unknown[0]!r}; {hint}")
-    read_joining(args)
+    read_distributed_options(args)
     _check_modes(args)
     _check_values(args)
     return args

@@ -11,12 +11,12 @@ import dataclasses
 import jax
 
 from vl2jax.common.errors import UserError
-from vl2jax.parallel.processes import Joining
-from vl2jax.parallel.sharding import mesh_sizes, read_mesh
+from vl2jax.parallel.processes import DistributedOptions
+from vl2jax.parallel.sharding import parse_mesh, read_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class Shard:
     """This process's part in answering.
 
     Attributes:
@@ -34,7 +34,7 @@ class Share:
         return self.count < jax.process_count()
 
 
-def add_join_flags(parser: argparse.ArgumentParser, whole) -> None:
+def add_distributed_flags(parser: argparse.ArgumentParser, whole) -> None:
     """Adds the flags by which processes find each other, as train.py has them.
 
     Args:
@@ -48,13 +48,13 @@ def add_join_flags(parser: argparse.ArgumentParser, whole) -> None:
     add("--join_timeout", type=whole(1), default=300, metavar="S", help="seconds to wait (300)")
 
 
-def read_joining(args: argparse.Namespace) -> Joining:
+def read_distributed_options(args: argparse.Namespace) -> DistributedOptions:
     """How the processes find each other.
 
     Raises:
       UserError: flags that need each other.
     """
-    return Joining(
+    return DistributedOptions(
         auto=args.distributed,
         coordinator=args.coordinator,
         num_processes=args.num_processes,
@@ -63,7 +63,7 @@ def read_joining(args: argparse.Namespace) -> Joining:
     )
 
 
-def choose_share(mesh: str, *, rows: bool) -> Share:
+def choose_shard(mesh: str, *, rows: bool) -> Shard:
     """Reads `--mesh`, and says what this process is to do.
 
     Args:
@@ -75,14 +75,14 @@ def choose_share(mesh: str, *, rows: bool) -> Share:
     """
     processes, local = jax.process_count(), jax.local_device_count()
     if processes == 1:
-        return Share(read_mesh(mesh))
+        return Shard(read_mesh(mesh))
     if not mesh and not rows:
         raise UserError(
             f"{processes} processes answer a prompt together, on a mesh of all their"
             f" {jax.device_count()} devices: give it, --mesh expert={jax.device_count()} or another"
             " of that size; or start one process"
         )
-    if rows and mesh_sizes(mesh)[1] <= local:
+    if rows and parse_mesh(mesh)[1] <= local:
         own = read_mesh(mesh, jax.local_devices())
-        return Share(own, jax.process_index(), processes)
-    return Share(read_mesh(mesh))
+        return Shard(own, jax.process_index(), processes)
+    return Shard(read_mesh(mesh))

@@ -10,7 +10,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vl2jax.common.errors import UserError
-from vl2jax.parallel.processes import Joining
+from vl2jax.parallel.processes import DistributedOptions
 
 FLAGS = flags.FLAGS
 # Loading a file that fails is told by a traceback in the message; its last line is what happened.
@@ -62,13 +62,13 @@ def read_flags(argv: Sequence[str]) -> Mapping:
     return FLAGS.config.to_dict()
 
 
-def read_joining() -> Joining:
+def read_distributed_options() -> DistributedOptions:
     """How the processes of the run find each other, once flags are read.
 
     Raises:
       UserError: flags that need each other.
     """
-    return Joining(
+    return DistributedOptions(
         auto=FLAGS.distributed,
         coordinator=FLAGS.coordinator,
         num_processes=FLAGS.num_processes,

@@ -166,8 +166,8 @@ class DecoderConfig:
         return tuple(runs)
 
     @property
-    def single_runs(self) -> tuple[LayerRun, ...]:
-        """Every layer as a run of its own, named like `layer_runs`; see `apart.py`."""
+    def unstacked_runs(self) -> tuple[LayerRun, ...]:
+        """Each layer as a run of its own, named like `layer_runs`; see `unstacked_layers`."""
         kinds = [self.is_moe(layer) for layer in range(self.num_hidden_layers)]
         return tuple(
             LayerRun(f"{'moe' if moe else 'dense'}_{layer}", moe, layer, 1)

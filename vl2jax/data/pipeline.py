@@ -17,7 +17,7 @@ from absl import flags
 from vl2jax.common.errors import UserError
 from vl2jax.data.malformed import REPAIR, Malformed
 from vl2jax.data.packing import BatchShape, Packer, assemble, supervised
-from vl2jax.data.reading import Drawn, Reader, mixed_order
+from vl2jax.data.reading import Reader, ReadRow, mixed_order
 from vl2jax.data.row import Source
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.processor import Processor
@@ -187,7 +187,7 @@ class PackedIterator(grain.DatasetIterator):
     def __init__(self, dataset: PackedDataset):
         super().__init__()
         self._dataset = dataset
-        self._packer: Packer[Drawn] = Packer(dataset.shape)
+        self._packer: Packer[ReadRow] = Packer(dataset.shape)
         self._next = 0
         self._errors = Malformed(dataset.identity["rows"], dataset.identity["process"][1])
 
@@ -250,7 +250,7 @@ class PackedIterator(grain.DatasetIterator):
             self._ahead.close()
         self._ahead = None
 
-    def _good(self, ahead: Iterator[Drawn]) -> Iterator[Drawn]:
+    def _good(self, ahead: Iterator[ReadRow]) -> Iterator[ReadRow]:
         """Rows that are samples; malformed ones are raised or reported."""
         for item in ahead:
             self._next = item.index + 1

@@ -20,7 +20,7 @@ from vl2jax.processing.processor import Processor
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class ReadRow:
     """What reading one row gave.
 
     Attributes:
@@ -51,15 +51,15 @@ class Reader:
         self._sources, self._processor = sources, processor
         self._shape, self._mask_prompt = shape, mask_prompt
 
-    def __call__(self, index: int, place: tuple[int, int]) -> Drawn:
+    def __call__(self, index: int, place: tuple[int, int]) -> ReadRow:
         source, number = place
         try:
             row = self._sources[source][number]
             sample = self._sample(row)
         except UserError as error:
             # As a value: it reaches the packer in its turn, from threads and processes alike.
-            return Drawn(index, source, error=str(error))
-        return Drawn(index, source, row.where, sample)
+            return ReadRow(index, source, error=str(error))
+        return ReadRow(index, source, row.where, sample)
 
     def _sample(self, row: Row) -> Sample:
         sample = read_sample(row, self._processor, mask_prompt=self._mask_prompt)

@@ -1,5 +1,7 @@
 """A `Row` becomes a `Sample`: the one place where training data is tokenised and decoded."""
 
+import dataclasses
+
 from vl2jax.common.errors import UserError
 from vl2jax.data.row import Row
 from vl2jax.processing.collate import Sample
@@ -18,7 +20,10 @@ def read_sample(row: Row, processor: Processor, *, mask_prompt: bool | None = No
     """
     try:
         if row.text is not None:
-            return processor.sample_prompt(row.text, row.images, inference=False)
-        return processor.sample(row.messages, row.images, inference=False, mask_prompt=mask_prompt)
+            sample = processor.sample_prompt(row.text, row.images, inference=False)
+        else:
+            options = {"inference": False, "mask_prompt": mask_prompt}
+            sample = processor.sample(row.messages, row.images, **options)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
+    return dataclasses.replace(sample, image_sources=())  # whose bytes may be in memory

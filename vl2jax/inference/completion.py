@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vl2jax.processing.tokenizer import StreamDecoder, Tokenizer
 
 
-class Answer:
+class Completion:
     """Collects the tokens of one row until an end token, a stop string or the limit.
 
     Attributes:

@@ -6,8 +6,8 @@ Axis legend: B rows, T prompt tokens (padded), S cache slots.
 import dataclasses
 import itertools
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,21 @@ import numpy as np
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.inference.buckets import length_bucket, round_up, row_bucket
-from vl2jax.inference.completion import Answer
-from vl2jax.inference.image_cache import Pictures
-from vl2jax.inference.prefix_cache import Prefix, Prefixes, shared, worth_keeping
+from vl2jax.inference.completion import Completion
+from vl2jax.inference.image_cache import ImageCache
+from vl2jax.inference.prefix_cache import Prefix, PrefixCache, common_length, others_begin_alike
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.sequence import Prompt, RowAnswer
-from vl2jax.inference.steps import BURST, NOTHING, DecodeState, programs
+from vl2jax.inference.sequence import Prompt, Sequence
+from vl2jax.inference.steps import BURST, NOTHING, DecodeState, compiled_steps
 from vl2jax.model.decoder import Caches
-from vl2jax.model.unstacked_layers import are_apart
+from vl2jax.model.unstacked_layers import are_unstacked
 from vl2jax.model.vl2 import compute_dtype
 from vl2jax.ops.platform import platform_of
 from vl2jax.parallel.mesh import mesh_of
+from vl2jax.parallel.processes import assert_equal_across_processes
 from vl2jax.processing.batch import TEXT
 
-Events = list[tuple[RowAnswer, str]]  # rows that went on, each with its new text
+Events = list[tuple[Sequence, str]]  # rows that went on, each with its new text
 
 _AHEAD = 4  # prompts looked at ahead of the rows, as a multiple of these
 _PREFILL = 8192  # tokens, padding included, that rows prefilled together have at most
@@ -46,7 +47,7 @@ class Group:
       keep: whether the only row's prompt will serve others.
     """
 
-    rows: list[RowAnswer]
+    rows: list[Sequence]
     prefix: Prefix | None = None
     common: int = 0
     keep: bool = False
@@ -73,10 +74,11 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         repetition_penalty: float = 1.0,
-        stop: Sequence[str] = (),
-        eos_token_id: int | Sequence[int] | None = None,
+        stop: abc.Sequence[str] = (),
+        eos_token_id: int | abc.Sequence[int] | None = None,
         chunk_size: int = 0,
         keep_turns: bool = False,
+        compare_prompts: bool = False,
         dtype: jnp.dtype | None = None,
         cache_dtype: jnp.dtype | None = None,
     ):
@@ -84,6 +86,7 @@ class Engine:
         Args:
           rows: answered together, at most.
           keep_turns: keep the cache of a finished answer, for a prompt that continues it.
+          compare_prompts: where a mesh spans processes, make sure that all answer the same prompt.
           others: see `generate.stream`.
 
         Raises:
@@ -100,18 +103,19 @@ class Engine:
         self._tokenizer, self._stop, self._eos = tokenizer, stop, _as_list(eos_token_id)
         self._eos_array = np.asarray(self._eos or [-1], np.int32)
         self._most, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
+        self._compared = 0 if compare_prompts else None
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-        apart = are_apart(config.decoder, params)
-        self.steps = programs(config, dtype, platform_of(params), cache_dtype, apart)
+        unstacked = are_unstacked(config.decoder, params)
+        self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype, unstacked)
         self.dtype = dtype
-        self.pictures = Pictures(self.steps, params)
-        self._prefixes = Prefixes()
+        self.image_cache = ImageCache(self.steps, params)
+        self._prefix_cache = PrefixCache()
         self._state: DecodeState | None = None
-        self._rows: list[RowAnswer | None] = []
+        self._rows: list[Sequence | None] = []
         self.prefilled = 0
 
-    def row(self, prompt: Prompt, max_new_tokens: int = 512, seed: int = 0) -> RowAnswer:
+    def row(self, prompt: Prompt, max_new_tokens: int = 512, seed: int = 0) -> Sequence:
         """An answer to be, for `run`; its clock starts now.
 
         Raises:
@@ -126,10 +130,10 @@ class Engine:
                 f" one for an answer), got {len(prompt)}"
             )
         budget = min(max_new_tokens, limit - len(prompt))
-        answer = Answer(self._tokenizer, self._eos, self._stop, budget)
-        return RowAnswer(answer, prompt, seed, time.perf_counter())
+        answer = Completion(self._tokenizer, self._eos, self._stop, budget)
+        return Sequence(answer, prompt, seed, time.perf_counter())
 
-    def run(self, rows: Iterable[RowAnswer]) -> Iterator[Events]:
+    def run(self, rows: Iterable[Sequence]) -> Iterator[Events]:
         """Answers rows in about their order, taking them in as places become free.
 
         A row's answer does not depend on those beside it.
@@ -153,7 +157,7 @@ class Engine:
             yield events
 
     @property
-    def _active(self) -> list[tuple[int, RowAnswer]]:
+    def _active(self) -> list[tuple[int, Sequence]]:
         return [(i, row) for i, row in enumerate(self._rows) if row is not None]
 
     def _free(self, waiting: deque) -> list[int]:
@@ -171,12 +175,13 @@ class Engine:
         group = self._choose_group(waiting, len(free))
         for row in group.rows:
             waiting.remove(row)
+            self._compare(row.prompt)
         soon = [*group.rows, *itertools.islice(waiting, self._most)]
         slots = length_bucket(max(row.total for row in soon))
         count = row_bucket(len(group.rows), len(self._rows))
         last, caches = self._prefill(group, count)
         if group.keep:
-            self._prefixes.add(Prefix(group.rows[0].prompt.keys, caches))
+            self._prefix_cache.add(Prefix(group.rows[0].prompt.keys, caches))
         positions = np.ones(count, np.int32)
         seeds = np.zeros(count, np.uint32)
         seen = np.zeros((count, self._config.decoder.vocab_size), bool)
@@ -200,6 +205,13 @@ class Engine:
         self._retire()
         return events
 
+    def _compare(self, prompt: Prompt) -> None:
+        """Raises UserError where processes of one run are asked different things."""
+        if self._compared is not None:
+            self._compared += 1
+            name = "prompt" if self._compared == 1 else f"prompt {self._compared}"
+            assert_equal_across_processes({"digest": prompt.digest}, name)
+
     def _place(self, state: DecodeState, offset: int, places: list[int], slots: int) -> None:
         """Makes the rows of `state` rows of the engine's state, at these places."""
         if self._state is None and len(places) == len(self._rows):
@@ -216,22 +228,22 @@ class Engine:
     def _choose_group(self, waiting: deque, room: int) -> Group:
         """The head of the queue, and others that go well with it."""
         head, *others = waiting
-        prefix, common = self._prefixes.find(head.prompt)
-        if prefix is None and worth_keeping(head.prompt, [row.prompt for row in others]):
+        prefix, common = self._prefix_cache.find(head.prompt)
+        if prefix is None and others_begin_alike(head.prompt, [row.prompt for row in others]):
             return Group([head], keep=True)
         rows = [head]
         for row in others:
             if len(rows) == room:
                 break
-            theirs = 0 if prefix is None else prefix.shared(row.prompt)
+            theirs = 0 if prefix is None else prefix.common_length(row.prompt)
             if theirs == common and self._go_together([*rows, row], common):
                 rows.append(row)
         return Group(rows, prefix, common)
 
-    def _go_together(self, rows: list[RowAnswer], common: int) -> bool:
+    def _go_together(self, rows: list[Sequence], common: int) -> bool:
         """Whether prefilling these rows together wastes little, and shares all that it can."""
         *before, new = rows
-        if not common and any(shared(row.prompt.keys, new.prompt.keys) for row in before):
+        if not common and any(common_length(row.prompt.keys, new.prompt.keys) for row in before):
             return False
         lengths = [len(row.prompt) - common for row in rows]
         padded = len(rows) * length_bucket(max(lengths))
@@ -247,7 +259,7 @@ class Engine:
         whole = length_bucket(int(lengths.max()))
         chunk = min(self._chunk, whole) or whole
         length = round_up(int(lengths.max()), chunk) if chunk < whole else whole
-        table, indices = self.pictures.place(prompts)
+        table, indices = self.image_cache.place(prompts)
         tokens = np.zeros((count, length), np.int32)
         index = np.full((count, length), TEXT, np.int32)
         for i, prompt in enumerate(prompts, count - len(prompts)):
@@ -310,11 +322,11 @@ class Engine:
                 if self._keep_turns and len(self._rows) == 1:
                     fed = np.array(row.answer.tokens[:-1], np.uint64)
                     keys = np.concatenate([row.prompt.keys, fed])
-                    self._prefixes.add(Prefix(keys, self._state.caches))
+                    self._prefix_cache.add(Prefix(keys, self._state.caches))
                     self._state = None
 
 
-def _fill(waiting: deque, source: Iterator[RowAnswer], most: int) -> None:
+def _fill(waiting: deque, source: Iterator[Sequence], most: int) -> None:
     waiting.extend(itertools.islice(source, max(0, most - len(waiting))))
 
 
@@ -322,7 +334,7 @@ def _slots(caches: Caches) -> int:
     return jax.tree.leaves(caches)[0].shape[-2]
 
 
-def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+def _as_list(ids: int | abc.Sequence[int] | None) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)

@@ -3,7 +3,8 @@
 Axis legend: B rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.inference.engine import Engine
-from vl2jax.inference.sequence import Generation, RowAnswer, prompts_of
+from vl2jax.inference.sequence import Generation, Sequence, prompts_of
 from vl2jax.processing.batch import Batch
 
 
@@ -41,14 +42,14 @@ def stream(
     top_p: float = 1.0,
     top_k: int = 0,
     repetition_penalty: float = 1.0,
-    stop: Sequence[str] = (),
-    seed: int | Sequence[int] = 0,
-    eos_token_id: int | Sequence[int] | None = None,
+    stop: abc.Sequence[str] = (),
+    seed: int | abc.Sequence[int] = 0,
+    eos_token_id: int | abc.Sequence[int] | None = None,
     tokenizer=None,
     chunk_size: int = 0,
     dtype: jnp.dtype | None = None,
     cache_dtype: jnp.dtype | None = None,
-) -> Iterator[tuple[list[RowAnswer], list[str]]]:
+) -> Iterator[tuple[list[Sequence], list[str]]]:
     """Like `generate`, as an iterator over steps: the first tokens of some rows, or a burst.
 
     Args:
@@ -115,7 +116,7 @@ def _prompt_lengths(batch: Batch) -> np.ndarray:
     return lengths
 
 
-def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+def _seeds(seed: int | abc.Sequence[int], rows: int) -> list[int]:
     """One seed per row, from one for all rows or one each."""
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:

@@ -11,20 +11,20 @@ import numpy as np
 
 from vl2jax.inference.buckets import tile_bucket
 from vl2jax.inference.sequence import Prompt
-from vl2jax.inference.steps import Programs
+from vl2jax.inference.steps import CompiledSteps
 
 SLOTS = 32  # tiles kept, unless one step needs more
 _AT_ONCE = 64  # tiles that pass the vision tower together
 
 
-class Pictures:
+class ImageCache:
     """A table of projected tiles, as `Batch.image_index` points into it; the oldest give way.
 
     Attributes:
       encoded: tiles that passed the vision tower so far.
     """
 
-    def __init__(self, steps: Programs, params):
+    def __init__(self, steps: CompiledSteps, params):
         self._steps, self._params = steps, params
         self._slots: OrderedDict[int, int] = OrderedDict()  # digest -> slot, oldest first
         self._capacity = 0

@@ -25,12 +25,12 @@ class Prefix:
     keys: np.ndarray
     caches: Caches
 
-    def shared(self, prompt: Prompt) -> int:
+    def common_length(self, prompt: Prompt) -> int:
         """How many of its tokens serve the prompt, 0 if too few to be worth it."""
-        return shared(self.keys, prompt.keys)
+        return common_length(self.keys, prompt.keys)
 
 
-def shared(keys: np.ndarray, others: np.ndarray) -> int:
+def common_length(keys: np.ndarray, others: np.ndarray) -> int:
     """Length of the common beginning, leaving the second at least one token of its own."""
     size = min(len(keys), len(others) - 1)
     differ = keys[:size] != others[:size]
@@ -38,7 +38,7 @@ def shared(keys: np.ndarray, others: np.ndarray) -> int:
     return common // _STEP * _STEP if common >= LEAST else 0
 
 
-class Prefixes:
+class PrefixCache:
     """The prefixes lately used; the oldest give way."""
 
     def __init__(self):
@@ -46,8 +46,8 @@ class Prefixes:
 
     def find(self, prompt: Prompt) -> tuple[Prefix | None, int]:
         """The prefix that serves most tokens of the prompt, and how many."""
-        found = max(self._kept, key=lambda prefix: prefix.shared(prompt), default=None)
-        if found is None or not (common := found.shared(prompt)):
+        found = max(self._kept, key=lambda prefix: prefix.common_length(prompt), default=None)
+        if found is None or not (common := found.common_length(prompt)):
             return None, 0
         self._kept.remove(found)
         self._kept.append(found)
@@ -64,6 +64,6 @@ class Prefixes:
         self._kept.append(prefix)
 
 
-def worth_keeping(prompt: Prompt, waiting: Sequence[Prompt]) -> bool:
+def others_begin_alike(prompt: Prompt, waiting: Sequence[Prompt]) -> bool:
     """Whether another prompt that waits begins like this one."""
-    return any(shared(prompt.keys, other.keys) for other in waiting)
+    return any(common_length(prompt.keys, other.keys) for other in waiting)

@@ -9,7 +9,6 @@ from typing import Any
 from vl2jax.common.errors import UserError
 from vl2jax.data.formats import TURN_KEYS, read_question
 from vl2jax.processing.image import URL_SCHEMES
-from vl2jax.processing.prompt import with_placeholders
 
 CONVERSATION_KEYS = ("messages", "conversation", "conversations", "prompt")
 _ANSWERS = ("assistant", "<|Assistant|>")  # roles
@@ -22,15 +21,15 @@ class Request:
     Attributes:
       conversation: messages as `prompt.read_conversation` takes them.
       images: sources of its images; None where the messages name them.
+      add_placeholders: whether a last message without a placeholder is about all the images.
     """
 
     conversation: Any
     images: list[Any] | None = None
+    add_placeholders: bool = False
 
 
-def from_prompt(
-    prompt: str, images: Sequence[Any] = (), *, system: str | None = None, image_token: str
-) -> Request:
+def from_prompt(prompt: str, images: Sequence[Any] = (), *, system: str | None = None) -> Request:
     """A single question; placeholders for the images are put in front if it has none.
 
     Raises:
@@ -39,11 +38,11 @@ def from_prompt(
     if not prompt.strip() and not images:
         raise UserError("the prompt is empty; expected a question, an image or both")
     messages = [] if system is None else [{"role": "system", "content": system}]
-    content = with_placeholders(prompt, len(images), image_token)
-    return Request([*messages, {"role": "user", "content": content}], list(images))
+    messages.append({"role": "user", "content": prompt})
+    return Request(messages, list(images), add_placeholders=True)
 
 
-def read_request(path: Path, *, image_token: str) -> Request:
+def read_request(path: Path) -> Request:
     """Reads a conversation from a JSON file.
 
     Raises:
@@ -51,12 +50,12 @@ def read_request(path: Path, *, image_token: str) -> Request:
       OSError: the file cannot be read.
     """
     try:
-        return parse_request(path.read_bytes(), path.parent, image_token=image_token)
+        return parse_request(path.read_bytes(), path.parent)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def parse_request(text: bytes, folder: Path, *, image_token: str) -> Request:
+def parse_request(text: bytes, folder: Path) -> Request:
     """Reads a conversation from JSON: a list of messages, or an object with one of
     `CONVERSATION_KEYS` and optionally `images` (or `image`).
 
@@ -66,10 +65,10 @@ def parse_request(text: bytes, folder: Path, *, image_token: str) -> Request:
     Raises:
       UserError: not JSON, or not a conversation.
     """
-    return _conversation(_parsed(text), folder, image_token)
+    return _conversation(_parsed(text), folder)
 
 
-def parse_question(text: bytes, folder: Path, *, image_token: str) -> Request:
+def parse_question(text: bytes, folder: Path) -> Request:
     """Reads a row that is to be answered: what `parse_request` reads, or a row of training data in
     LLaVA's or ms-swift's form.  An answer that it ends with is left out.
 
@@ -82,7 +81,7 @@ def parse_question(text: bytes, folder: Path, *, image_token: str) -> Request:
     if _is_training_row(value):
         row = read_question(value, root=folder)
         return Request(list(row.messages), list(row.images))
-    request = _conversation(value, folder, image_token)
+    request = _conversation(value, folder)
     turns = request.conversation
     if isinstance(turns, list) and len(turns) > 1 and _role(turns[-1]) in _ANSWERS:
         return dataclasses.replace(request, conversation=turns[:-1])
@@ -109,7 +108,7 @@ def _parsed(text: bytes) -> Any:
         raise UserError(f"not valid JSON ({error})") from error
 
 
-def _conversation(value: Any, folder: Path, image_token: str) -> Request:
+def _conversation(value: Any, folder: Path) -> Request:
     if isinstance(value, list):
         return Request(_with_folder(value, folder))
     if not isinstance(value, Mapping):
@@ -127,7 +126,7 @@ def _conversation(value: Any, folder: Path, image_token: str) -> Request:
     if keys == ["prompt"]:
         if not isinstance(value["prompt"], str):
             raise UserError(f"'prompt' must be a text, got {type(value['prompt']).__name__}")
-        return from_prompt(value["prompt"], images or (), image_token=image_token)
+        return from_prompt(value["prompt"], images or ())
     return Request(_with_folder(value[keys[0]], folder), images)
 
 

@@ -7,11 +7,11 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections import abc
 
 import numpy as np
 
-from vl2jax.inference.completion import Answer
+from vl2jax.inference.completion import Completion
 from vl2jax.processing.batch import FIRST_TILE_ROW, TEXT, Batch
 
 _OF_A_PICTURE = np.uint64(1 << 63)
@@ -60,7 +60,7 @@ class Prompt:
         """Short, and equal where two prompts have the same input."""
         return hashlib.blake2b(self.keys.tobytes(), digest_size=8).hexdigest()
 
-    def placed(self, slots: Sequence[int]) -> np.ndarray:
+    def placed(self, slots: abc.Sequence[int]) -> np.ndarray:
         """The image index if tile i lies in slot `slots[i]` of a pool: int32[T]."""
         index = self.image_index.copy()
         visual = index >= FIRST_TILE_ROW
@@ -108,10 +108,10 @@ class Generation:
 
 
 @dataclasses.dataclass(eq=False)
-class RowAnswer:
+class Sequence:
     """An answer under way, with its clock."""
 
-    answer: Answer
+    completion: Completion
     prompt: Prompt
     seed: int
     started: float
@@ -120,31 +120,31 @@ class RowAnswer:
 
     @property
     def done(self) -> bool:
-        return self.answer.finish_reason is not None
+        return self.completion.finish_reason is not None
 
     @property
     def room(self) -> int:
-        return self.answer.max_new_tokens - len(self.answer.tokens)
+        return self.completion.max_new_tokens - len(self.completion.tokens)
 
     @property
     def total(self) -> int:
         """Length of the prompt and the longest possible answer."""
-        return len(self.prompt) + self.answer.max_new_tokens
+        return len(self.prompt) + self.completion.max_new_tokens
 
-    def push(self, tokens: Sequence[int]) -> str:
+    def push(self, tokens: abc.Sequence[int]) -> str:
         """Takes the tokens of a burst, up to the end of the answer; gives the new text."""
         if self.done:
             return ""
         self.last = time.perf_counter()
         self.first = self.first or self.last
-        return self.answer.push(tokens)
+        return self.completion.push(tokens)
 
     def result(self) -> Generation:
-        count, seconds = len(self.answer.tokens), self.last - self.first
+        count, seconds = len(self.completion.tokens), self.last - self.first
         return Generation(
-            tokens=list(self.answer.tokens),
-            finish_reason=self.answer.finish_reason or "length",
-            text=self.answer.text,
+            tokens=list(self.completion.tokens),
+            finish_reason=self.completion.finish_reason or "length",
+            text=self.completion.text,
             prompt_tokens=len(self.prompt),
             seconds_to_first_token=self.first - self.started,
             tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0,

@@ -16,14 +16,12 @@ from vl2jax.common.progress import Progress, human_bytes
 from vl2jax.inference.engine import Engine
 from vl2jax.inference.loading import Model, load
 from vl2jax.inference.request import Request
-from vl2jax.inference.sequence import Generation, Prompt, RowAnswer
-from vl2jax.model.unstacked_layers import pays, take_apart
+from vl2jax.inference.sequence import Generation, Prompt, Sequence
+from vl2jax.model.unstacked_layers import should_unstack, unstack_layers
 from vl2jax.model.vl2 import abstract_params
-from vl2jax.parallel.sharding import written_mesh
+from vl2jax.parallel.sharding import mesh_to_text
 from vl2jax.processing.collate import Sample
-from vl2jax.processing.image import ImageSource
 from vl2jax.processing.processor import Processor
-from vl2jax.processing.prompt import read_conversation
 
 _OF_A_ROW = ("max_new_tokens", "seed")  # options of a row; the others are the engine's
 
@@ -78,7 +76,11 @@ class Session:
           UserError: anything wrong with the conversation or its images, or no room for an answer.
         """
         sample = self.processor.sample(
-            request.conversation, request.images, crop=self._crop, exif=self.exif
+            request.conversation,
+            request.images,
+            crop=self._crop,
+            exif=self.exif,
+            add_placeholders=request.add_placeholders,
         )
         if len(sample) >= self._limit:
             raise UserError(
@@ -86,16 +88,6 @@ class Session:
                 f" max_position_embeddings {self._limit}; shorten it or give fewer images"
             )
         return sample
-
-    def image_source(self, request: Request, number: int) -> ImageSource:
-        """Where a prepared request's image `number` (from 1) comes from."""
-        if request.images is not None:
-            return request.images[number - 1]
-        settings = self.processor.settings
-        _, sources = read_conversation(
-            request.conversation, sft_format=settings.sft_format, image_token=settings.image_token
-        )
-        return sources[number - 1]
 
     def load(self) -> Model:
         """Reads the parameters, once, and says on standard error what they are and take."""
@@ -109,8 +101,8 @@ class Session:
                     quantize=self._quantize,
                     on_leaf=lambda _, n: progress.update(n),
                 )
-            if pays(self._model.config.decoder, self._model.params):
-                take_apart(self._model.config.decoder, self._model.params)
+            if should_unstack(self._model.config.decoder, self._model.params):
+                unstack_layers(self._model.config.decoder, self._model.params)
         return self._model
 
     def plan(self, rows: int) -> None:
@@ -137,7 +129,7 @@ class Session:
         device, mesh = jax.devices()[0], self._mesh
         where = f"{device.platform} ({device.device_kind})"
         if mesh is not None:
-            where = f"{mesh.size} x {where}, mesh {written_mesh(mesh)}"
+            where = f"{mesh.size} x {where}, mesh {mesh_to_text(mesh)}"
         print(
             f"{self._directory.address}: {size:,} parameters, {kind},"
             f" {human_bytes(nbytes)} on {where}; cache"
@@ -155,11 +147,12 @@ class Session:
                 rows=rows,
                 tokenizer=self.processor.tokenizer,
                 keep_turns=rows == 1,
+                compare_prompts=rows == 1,
                 **{k: v for k, v in self._options.items() if k not in _OF_A_ROW},
             )
         return self._engines[rows]
 
-    def row(self, engine: Engine, sample: Sample) -> RowAnswer:
+    def row(self, engine: Engine, sample: Sample) -> Sequence:
         """A prepared request as a row for `engine.run`."""
         options = {k: v for k, v in self._options.items() if k in _OF_A_ROW}
         return engine.row(self.prompt(sample), **options)

@@ -21,7 +21,7 @@ from vl2jax.model.moe import expert_stacks
 from vl2jax.model.vl2 import VL2
 from vl2jax.ops.compiler_options import compiler_options
 from vl2jax.parallel.mesh import constrain
-from vl2jax.parallel.processes import must_block
+from vl2jax.parallel.processes import must_wait_for_steps
 from vl2jax.processing.batch import FIRST_TILE_ROW
 
 BURST = 16  # tokens decoded on the device between two looks of the host
@@ -50,7 +50,7 @@ class DecodeState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
+class CompiledSteps:
     """The compiled steps of generation; sizes in brackets are static.
 
     Attributes:
@@ -89,20 +89,20 @@ class Programs:
 
 
 @functools.cache
-def programs(
+def compiled_steps(
     config: VL2Config,
     dtype: jnp.dtype,
     backend: str,
     cache_dtype: jnp.dtype | None = None,
-    layers_apart: bool = False,
-) -> Programs:
+    unstacked_layers: bool = False,
+) -> CompiledSteps:
     """Jitted steps for one architecture and dtype.
 
     Args:
       cache_dtype: None: that of the activations.
-      layers_apart: what `are_apart` says of the parameters.
+      unstacked_layers: what `are_unstacked` says of the parameters.
     """
-    model, cfg = VL2(config, dtype, layers_apart=layers_apart), config.decoder
+    model, cfg = VL2(config, dtype, unstacked_layers=unstacked_layers), config.decoder
     cache_dtype = cache_dtype or dtype
 
     def decode(params, x, positions, caches):
@@ -129,7 +129,7 @@ def programs(
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def caches(rows, slots):
-        return init_caches(cfg, rows, slots, cache_dtype, layers_apart)
+        return init_caches(cfg, rows, slots, cache_dtype, unstacked_layers)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def spread(caches, rows, slots):
@@ -168,7 +168,7 @@ def programs(
         seen, done = jnp.zeros((rows, cfg.vocab_size), bool), jnp.ones(rows, bool)
         keys = jax.vmap(jax.random.key)(numbers.astype(jnp.uint32))
         return DecodeState(
-            init_caches(cfg, rows, slots, cache_dtype, layers_apart),
+            init_caches(cfg, rows, slots, cache_dtype, unstacked_layers),
             *(numbers, numbers, seen, done, keys),
         )
 
@@ -214,7 +214,7 @@ def programs(
 
     steps = (table, encode, embed, caches, spread, prefill)
     steps += (pick, begin, idle, insert, take, burst)
-    return Programs(*map(_waited_for, steps) if must_block() else steps)
+    return CompiledSteps(*map(_waited_for, steps) if must_wait_for_steps() else steps)
 
 
 def _waited_for(step: Callable) -> Callable:

@@ -19,16 +19,16 @@ from vl2jax.parallel.mesh import BATCH_AXES, constrain
 Caches = dict[str, Cache]  # by name of the run
 
 
-def runs_of(cfg: DecoderConfig, layers_apart: bool) -> tuple[LayerRun, ...]:
-    """How layers are grouped: into stacks, or each by itself (`apart.py`)."""
-    return cfg.single_runs if layers_apart else cfg.layer_runs
+def layer_runs_of(cfg: DecoderConfig, unstacked_layers: bool) -> tuple[LayerRun, ...]:
+    """How layers are grouped: into stacks, or each by itself (`unstacked_layers.py`)."""
+    return cfg.unstacked_runs if unstacked_layers else cfg.layer_runs
 
 
 def init_caches(
-    cfg: DecoderConfig, rows: int, slots: int, dtype, layers_apart: bool = False
+    cfg: DecoderConfig, rows: int, slots: int, dtype, unstacked_layers: bool = False
 ) -> Caches:
     """Empty caches of all runs for `rows` rows of up to `slots` tokens."""
-    runs = runs_of(cfg, layers_apart)
+    runs = layer_runs_of(cfg, unstacked_layers)
     return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in runs}
 
 
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     """Embedding, layers, final norm and output head.
 
     Attributes:
-      layers_apart: parameters and caches are of single layers, not of stacks (`apart.py`).
+      unstacked_layers: parameters and caches are of single layers (`unstacked_layers.py`).
     """
 
     cfg: DecoderConfig
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
     moe_implementation: str = "blocked"
     max_segments: int = 1
     remat: str = "none"
-    layers_apart: bool = False
+    unstacked_layers: bool = False
 
     def setup(self):
         cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
                 max_segments=self.max_segments,
                 name=run.name,
             )
-            for run in runs_of(cfg, self.layers_apart)
+            for run in layer_runs_of(cfg, self.unstacked_layers)
         ]
         self.norm = RMSNorm(cfg.rms_norm_eps, **kinds)
         self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, self.param_dtype)
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         if balance_ids is None and caches is None:
             balance_ids = segment_ids
         written, balances = {}, []
-        for run, layers in zip(runs_of(cfg, self.layers_apart), self.runs, strict=True):
+        for run, layers in zip(layer_runs_of(cfg, self.unstacked_layers), self.runs, strict=True):
             cache = None if caches is None else caches[run.name]
             numbers = jnp.arange(run.count)
             (x, written[run.name]), balance = layers((x, cache), numbers, context, balance_ids)

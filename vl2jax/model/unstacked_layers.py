@@ -1,8 +1,9 @@
-"""Layers whose parameters are arrays of their own, for decoding on CPU.
+"""Unstacked layers: the parameters of each are arrays of their own, for decoding on CPU.
 
 Out of a stack of layers, weights and caches alike, XLA's CPU compiler copies what a layer needs
 before it computes with it.  So a program that answers takes the stacks apart, once, in memory,
-where that pays: each layer becomes a run of one layer, and nothing else changes.
+where `ops.layer_layout` says that it is faster: each layer becomes a run of one layer, and nothing
+else changes.
 """
 
 from typing import Any
@@ -16,19 +17,19 @@ from vl2jax.ops.layer_layout import unstacked_is_faster
 from vl2jax.parallel.mesh import mesh_of
 
 
-def are_apart(cfg: DecoderConfig, variables: dict) -> bool:
-    """Whether these variables have each layer of the decoder by itself (see `take_apart`)."""
-    names = {run.name for run in cfg.single_runs}
+def are_unstacked(cfg: DecoderConfig, variables: dict) -> bool:
+    """Whether these variables have each layer of the decoder by itself (see `unstack_layers`)."""
+    names = {run.name for run in cfg.unstacked_runs}
     return names <= set(variables["params"]["decoder"])
 
 
-def pays(cfg: DecoderConfig, variables: dict) -> bool:
+def should_unstack(cfg: DecoderConfig, variables: dict) -> bool:
     """Whether decoding is faster so, where these variables lie; see `ops.layer_layout`."""
     with mesh_of(variables):
         return unstacked_is_faster("mla" if cfg.use_mla else "mha")
 
 
-def take_apart(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
+def unstack_layers(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
     """Variables with each layer of the decoder by itself, named by its kind and number.
 
     The given tree is used up: each stack leaves it before its layers are made.  These lie where the
@@ -39,7 +40,7 @@ def take_apart(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
       variables: `{"params": ..., "router": ...}`, stacked, on one CPU; leaves may be pytrees.
 
     Returns:
-      Variables for `VL2(config, layers_apart=True)`: `decoder/moe_1` [n, ...] has become
+      Variables for `VL2(config, unstacked_layers=True)`: `decoder/moe_1` [n, ...] has become
       `decoder/moe_1` to `decoder/moe_n`, [1, ...] each.
     """
     for collection in variables.values():
@@ -51,7 +52,7 @@ def take_apart(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
                 path, stack = stacks.popitem()
                 for i, layer in enumerate(layers):
                     layer[path] = jax.tree.map(lambda a, i=i: _layer(a, i), stack)
-            singles = cfg.single_runs[run.first : run.first + run.count]
+            singles = cfg.unstacked_runs[run.first : run.first + run.count]
             for single, layer in zip(singles, layers, strict=True):
                 if layer:
                     decoder[single.name] = flax.traverse_util.unflatten_dict(layer)

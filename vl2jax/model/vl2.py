@@ -18,7 +18,7 @@ from vl2jax.model.decoder import Caches, Decoder
 from vl2jax.model.layers import REMAT
 from vl2jax.model.moe import Balance
 from vl2jax.model.parameter import parameter, shapes_alone
-from vl2jax.model.unstacked_layers import are_apart
+from vl2jax.model.unstacked_layers import are_unstacked
 from vl2jax.model.vision import VisionTower
 from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
 from vl2jax.processing.batch import TEXT, Batch
@@ -54,7 +54,7 @@ class VL2(nn.Module):
       tile_pools: G, pools of tiles in a batch: the g-th part of its rows reads the g-th part of its
         tile slots, and `image_index` counts within it. On a mesh, one for each part of the batch,
         so that no projected tile leaves its device.
-      layers_apart: the decoder's parameters and caches are of single layers (`apart.py`).
+      unstacked_layers: parameters and caches are of single layers (`unstacked_layers.py`).
     """
 
     config: VL2Config
@@ -64,7 +64,7 @@ class VL2(nn.Module):
     max_segments: int = 1
     remat: str = "none"
     tile_pools: int = 1
-    layers_apart: bool = False
+    unstacked_layers: bool = False
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -81,7 +81,7 @@ class VL2(nn.Module):
             moe_implementation=self.moe_implementation,
             max_segments=self.max_segments,
             remat=self.remat,
-            layers_apart=self.layers_apart,
+            unstacked_layers=self.unstacked_layers,
         )
         width = cfg.adaptor.n_embed
         init = nn.initializers.normal(width**-0.5)
@@ -188,13 +188,15 @@ def forward(
     """
     dtype = jnp.dtype(dtype or compute_dtype(params))
     with mesh_of(params):
-        apart = are_apart(config.decoder, params)
-        return _forward(config, dtype, moe_implementation, apart, params, batch)
+        unstacked = are_unstacked(config.decoder, params)
+        return _forward(config, dtype, moe_implementation, unstacked, params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _forward(config, dtype, moe_implementation, layers_apart, params, batch) -> jax.Array:
-    model = VL2(config, dtype, moe_implementation=moe_implementation, layers_apart=layers_apart)
+def _forward(config, dtype, moe_implementation, unstacked_layers, params, batch) -> jax.Array:
+    model = VL2(
+        config, dtype, moe_implementation=moe_implementation, unstacked_layers=unstacked_layers
+    )
     return model.apply(params, batch).logits
 
 

@@ -29,7 +29,7 @@ _JAX_GIVES_UP_LATER = 60  # seconds; it ends the process without a word that hel
 
 
 @dataclasses.dataclass(frozen=True)
-class Joining:
+class DistributedOptions:
     """How processes find each other.
 
     Attributes:
@@ -66,7 +66,7 @@ class Joining:
 
 
 @contextlib.contextmanager
-def joined(joining: Joining) -> Iterator[None]:
+def distributed(options: DistributedOptions) -> Iterator[None]:
     """Joins the processes of a run; they part when it is over. Does nothing for a single one.
 
     Must come before anything is computed. While it lasts the end of one process ends all.
@@ -74,53 +74,53 @@ def joined(joining: Joining) -> Iterator[None]:
     Raises:
       UserError: nothing to join is found where `auto` asks for it.
     """
-    if not joining.auto and not joining.coordinator:
+    if not options.auto and not options.coordinator:
         yield
         return
-    _initialize(joining)
+    _initialize(options)
     if jax.process_count() == 1:
         yield
     else:
-        link = _Link(joining.timeout)
+        link = _Link(options.timeout)
         try:
             with _own_output():
                 yield
         except jax.errors.JaxRuntimeError:
             time.sleep(5)  # of a lost peer the link knows more, and ends this process meanwhile
             raise
-        tell_first("end", "")
-        tell_all("end")
+        gather_to_process_0("end", "")
+        broadcast_from_process_0("end")
         link.close()
     jax.distributed.shutdown()  # what comes later need not know of the others
 
 
-def _initialize(joining: Joining) -> None:
-    known = joining.num_processes >= 0
-    count = f"all {joining.num_processes} processes" if known else "all processes"
-    name = f"process {joining.process_id}" if joining.process_id >= 0 else "this process"
+def _initialize(options: DistributedOptions) -> None:
+    known = options.num_processes >= 0
+    count = f"all {options.num_processes} processes" if known else "all processes"
+    name = f"process {options.process_id}" if options.process_id >= 0 else "this process"
 
     def late() -> None:
         _end(
-            f"{name} waited {joining.timeout} s and not {count} came together; start every process"
+            f"{name} waited {options.timeout} s and not {count} came together; start every process"
             " of the run with the same command, coordinator"
-            f" {joining.coordinator or 'as detected'}, and its own --process_id from 0 on"
+            f" {options.coordinator or 'as detected'}, and its own --process_id from 0 on"
         )
 
-    alarm = threading.Timer(joining.timeout, late)
+    alarm = threading.Timer(options.timeout, late)
     alarm.daemon = True
     alarm.start()
     given = {
-        "coordinator_address": joining.coordinator or None,
-        "num_processes": joining.num_processes if known else None,
-        "process_id": joining.process_id if joining.process_id >= 0 else None,
+        "coordinator_address": options.coordinator or None,
+        "num_processes": options.num_processes if known else None,
+        "process_id": options.process_id if options.process_id >= 0 else None,
     }
     # JAX would take SIGTERM for itself, and a program that does not ask it would not stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given,
-            cluster_detection_method=None if joining.auto else "deactivate",
-            initialization_timeout=joining.timeout + _JAX_GIVES_UP_LATER,
+            cluster_detection_method=None if options.auto else "deactivate",
+            initialization_timeout=options.timeout + _JAX_GIVES_UP_LATER,
         )
     except ValueError as error:
         raise UserError(
@@ -131,7 +131,7 @@ def _initialize(joining: Joining) -> None:
         alarm.cancel()
 
 
-def agree(what: Mapping[str, Any], name: str = "config") -> None:
+def assert_equal_across_processes(what: Mapping[str, Any], name: str = "config") -> None:
     """Refuses to go on where processes were started with different settings, or read other things.
 
     Args:
@@ -144,7 +144,7 @@ def agree(what: Mapping[str, Any], name: str = "config") -> None:
     if jax.process_count() == 1:
         return
     ours = json.loads(json.dumps(what))
-    theirs = json.loads(tell_all(f"agree/{name}", json.dumps(what)))
+    theirs = json.loads(broadcast_from_process_0(f"agree/{name}", json.dumps(what)))
     ours, theirs = _flat(ours, name), _flat(theirs, name)
     different = [
         f"{name} is {ours.get(name)!r}, there {theirs.get(name)!r}"
@@ -161,7 +161,7 @@ def agree(what: Mapping[str, Any], name: str = "config") -> None:
     raise UserError(f"process {jax.process_index()} {how}: {', '.join(different[:3])}{more}; {fix}")
 
 
-def tell_all(name: str, text: str = "") -> str:
+def broadcast_from_process_0(name: str, text: str = "") -> str:
     """What process 0 says, on every process.
 
     Args:
@@ -170,13 +170,13 @@ def tell_all(name: str, text: str = "") -> str:
     """
     if jax.process_count() == 1:
         return text
-    if is_first():
+    if is_process_0():
         _store().key_value_set(f"{_TOLD}/{name}", text)
         return text
     return _store().blocking_key_value_get(f"{_TOLD}/{name}", _LONG)
 
 
-def tell_first(name: str, text: str) -> list[str]:
+def gather_to_process_0(name: str, text: str) -> list[str]:
     """What every process says, on process 0, which waits for it; nothing on the others.
 
     Args:
@@ -201,15 +201,15 @@ def tell_first(name: str, text: str) -> list[str]:
     return [text, *(said(process) for process in range(1, count))]
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Whether this process speaks for the run: it prints, logs and writes single files."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def first_speaks() -> Iterator[None]:
+def print_on_process_0() -> Iterator[None]:
     """Drops what other processes than process 0 print; an error that is raised comes through."""
-    if is_first():
+    if is_process_0():
         yield
         return
     with (
@@ -235,7 +235,7 @@ def _own_output() -> Iterator[None]:
             os.dup2(own.fileno(), 1)
 
 
-def wait_for_all(name: str) -> None:
+def sync_processes(name: str) -> None:
     """Returns when all processes have called it."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -243,7 +243,7 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def must_block() -> bool:
+def must_wait_for_steps() -> bool:
     """Whether every step must have ended before the next begins.
 
     Over gloo (CPU), steps of several processes that are never waited for come to hang.
@@ -251,7 +251,7 @@ def must_block() -> bool:
     return jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
-def leave(code: int) -> int:
+def exit_process(code: int) -> int:
     """What a program ends with: where it has not parted from the others it does not wait for them.
 
     That is so after an error; those that are left are then told by the connection that closes.
@@ -264,7 +264,9 @@ def leave(code: int) -> int:
 
 
 def _end(message: str) -> None:
-    print(f"error: {message}", file=sys.__stderr__, flush=True)  # whatever `first_speaks` does
+    print(
+        f"error: {message}", file=sys.__stderr__, flush=True
+    )  # whatever `print_on_process_0` does
     os._exit(1)
 
 

@@ -1,6 +1,6 @@
 """Where parameters live on a mesh: one table, strict about what it does not cover.
 
-The axes of a mesh are explained in `ambient`.
+The axes of a mesh are explained in `mesh.py`.
 """
 
 import math
@@ -110,7 +110,7 @@ def _near(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | Non
     return found | {"data": left}
 
 
-def written_mesh(mesh: Mesh) -> str:
+def mesh_to_text(mesh: Mesh) -> str:
     """A mesh as `--mesh` takes it, without axes of one device."""
     return _written(dict(mesh.shape))
 
@@ -120,7 +120,7 @@ def _written(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
 
 
-def mesh_sizes(text: str) -> tuple[dict[str, int], int]:
+def parse_mesh(text: str) -> tuple[dict[str, int], int]:
     """Sizes of the axes that `--mesh` names, and what they multiply to, a -1 left out.
 
     Raises:
@@ -152,7 +152,7 @@ def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
     """
     if not text:
         return None
-    sizes, _ = mesh_sizes(text)
+    sizes, _ = parse_mesh(text)
     data = 1 if -1 in sizes.values() else -1
     return make_mesh({"data": data, "fsdp": 1, "expert": 1, "tensor": 1} | sizes, devices)
 

@@ -18,7 +18,7 @@ from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.inference.loading import DTYPES
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import DecodeState, programs
+from vl2jax.inference.steps import DecodeState, compiled_steps
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.quantization import int8_shapes
 from vl2jax.model.vl2 import abstract_params
@@ -120,7 +120,7 @@ def build_prefill(
     x = place((request.rows, request.prompt, architecture.decoder.hidden_size), dtype)
     positions = place((request.rows, request.prompt), jnp.int32)
     caches = _caches(mesh, architecture, request.rows, request.prompt, dtype)
-    step = programs(architecture, dtype, "tpu").prefill
+    step = compiled_steps(architecture, dtype, "tpu").prefill
     return _compile(
         mesh, step, (params, x, positions, caches), {"parameters": params, "cache": caches}
     )
@@ -141,7 +141,7 @@ def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request
     )
     eos = place((1,), jnp.int32)
     arguments = (params, SamplingParams.create(), state, eos, jnp.int32(1), jnp.int32(0))
-    step = programs(architecture, dtype, "tpu").burst
+    step = compiled_steps(architecture, dtype, "tpu").burst
     return _compile(mesh, step, arguments, {"parameters": params, "cache": caches})
 
 

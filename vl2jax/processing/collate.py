@@ -11,6 +11,7 @@ import numpy as np
 
 from vl2jax.common.errors import UserError
 from vl2jax.processing.batch import FIRST_TILE_ROW, TEXT, Batch
+from vl2jax.processing.image import ImageSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Sample:
       image_tokens: tokens that each image takes.
       prompt_length: tokens before the text of the last answer; all where none has begun.
       display: the conversation as one readable text, images as placeholders.
+      image_sources: where each image used comes from; empty in training data.
     """
 
     tokens: np.ndarray
@@ -38,6 +40,7 @@ class Sample:
     image_tokens: tuple[int, ...]
     prompt_length: int
     display: str
+    image_sources: tuple[ImageSource, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)

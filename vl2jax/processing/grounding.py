@@ -10,7 +10,7 @@ font that has them, or written as their code point (`U+72D7`) where there is non
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import PIL.Image
 import PIL.ImageDraw
@@ -102,6 +102,21 @@ def parse(text: str, size: tuple[int, int]) -> Grounding:
     return Grounding(() if refused else tuple(boxes), tuple(refused), tuple(notes))
 
 
+def parse_answer(
+    text: str, sizes: Sequence[tuple[int, int]], number: int | None = None
+) -> Grounding:
+    """The boxes of an answer about several pictures; an answer without any tag refuses nothing.
+
+    Args:
+      text: the answer, special tokens included.
+      sizes: (width, height) of each picture in pixels.
+      number: which picture (from 1) the boxes are on; None: the last.
+    """
+    if not sizes or not ("<|ref|>" in text or "<|det|>" in text):
+        return Grounding()
+    return parse(text, sizes[-1 if number is None else number - 1])
+
+
 def _strip_tags(text: str, name: str) -> str:
     return text.replace(f"<|{name}|>", "").replace(f"<|/{name}|>", "")
 
@@ -137,6 +152,16 @@ def _to_pixels(numbers: list[int | float], size: tuple[int, int]) -> tuple[int, 
     if x1 < x0 or y1 < y0:
         raise ValueError(f"width or height is negative: {(x0, y0, x1, y1)} in pixels")
     return x0, y0, x1, y1
+
+
+def summary(found: Grounding) -> str:
+    """What became of an answer's boxes, in a few words: `2 boxes drawn`."""
+    count = len(found.boxes)
+    reasons = [*found.refused, *found.notes]
+    if not reasons and not count:
+        reasons = ["the answer has no <|ref|>..<|/ref|><|det|>..<|/det|>"]
+    why = f": {'; '.join(reasons)}" if reasons else ""
+    return f"{count} {'box' if count == 1 else 'boxes'} drawn{why}"
 
 
 def draw(image: PIL.Image.Image, boxes: Iterable[Box]) -> PIL.Image.Image:

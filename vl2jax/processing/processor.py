@@ -113,11 +113,13 @@ class Processor:
         sft_format: str | None = None,
         crop: bool | None = None,
         exif: bool = True,
+        add_placeholders: bool = False,
     ) -> Sample:
         """Makes one conversation into integers and tiles; arguments as for a call.
 
         `images` replace those under the messages' "images"; image parts with their own source
-        leave no place for them.
+        leave no place for them.  With `add_placeholders` a last message that has no placeholder
+        gets one for each of them, in front.
 
         Raises:
           UserError: also where the tokens are more than the model has positions.
@@ -125,6 +127,10 @@ class Processor:
         sft_format = self.settings.sft_format if sft_format is None else sft_format
         mask_prompt = self.settings.mask_prompt if mask_prompt is None else mask_prompt
         token = self.tokenizer.image_token
+        if add_placeholders:
+            *before, last = conversation
+            content = prompt_lib.with_placeholders(last["content"], len(images or ()), token)
+            conversation = [*before, {**last, "content": content}]
         messages, named = prompt_lib.read_conversation(
             conversation, sft_format=sft_format, image_token=token
         )
@@ -226,6 +232,7 @@ class Processor:
             image_tokens=counts,
             prompt_length=prompt_length,
             display=display,
+            image_sources=tuple(sources),
         )
 
     def _canvas(self, picture: PIL.Image.Image, crop: bool) -> tuple[int, int]:

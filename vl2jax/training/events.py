@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vl2jax.training.feed import Fed
+from vl2jax.training.feed import DeviceBatch
 
 
 class Skipped:
@@ -28,13 +28,13 @@ class Skipped:
             self.note(f"skipped {message}{more}")
 
 
-def keep_batch(directory: Path, step: int, fed: Fed) -> Path:
+def keep_batch(directory: Path, step: int, device_batch: DeviceBatch) -> Path:
     """Writes the batch of a step that failed, to be looked at; the (first) file.
 
     Each process writes what it read, a file for each data shard.
     """
     paths = []
-    for number, packed in fed.packed.items():
+    for number, packed in device_batch.packed.items():
         name = f"failed_step_{step}" + (f".shard_{number}" if number else "")
         paths.append(directory / f"{name}.npz")
         fields = dataclasses.asdict(packed.batch)

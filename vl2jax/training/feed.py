@@ -36,7 +36,7 @@ COUNTED = ("tokens", "images", "tiles", "supervised", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
-class Fed:
+class DeviceBatch:
     """The batch of a step.
 
     Attributes:
@@ -78,7 +78,7 @@ class Feed:
         return FeedIterator(self)
 
 
-class FeedIterator(Iterator[Fed]):
+class FeedIterator(Iterator[DeviceBatch]):
     """See `Feed`; its state holds that of every data shard, also of other processes."""
 
     def __init__(self, feed: Feed):
@@ -91,7 +91,7 @@ class FeedIterator(Iterator[Fed]):
         )
         self.stopping = False  # asks, with the next batch, that all processes stop
 
-    def __next__(self) -> Fed:
+    def __next__(self) -> DeviceBatch:
         packed = {number: next(iterator) for number, iterator in self._iterators.items()}
         each = self._feed.pools // self._feed.shards  # pools of a data shard
         local: dict[int, Batch] = {}
@@ -108,7 +108,7 @@ class FeedIterator(Iterator[Fed]):
         batch = jax.tree.map(
             lambda *pools: self._place(dict(zip(local, pools, strict=True))), *local.values()
         )
-        return Fed(batch, packed, self._total(self._place(counts)))
+        return DeviceBatch(batch, packed, self._total(self._place(counts)))
 
     def _place(self, pools: dict[int, np.ndarray]) -> jax.Array:
         """An array on the mesh from this process's pools, [P, B, ...] each."""
@@ -143,14 +143,14 @@ class FeedIterator(Iterator[Fed]):
                 stack.callback(iterator.close)
 
 
-def fill_metrics(fed: Fed) -> dict[str, float]:
+def fill_metrics(device_batch: DeviceBatch) -> dict[str, float]:
     """Shares of the token and tile slots that are used, from 0 to 1, and how uneven the tiles are:
     by how much the fullest part of the batch exceeds the mean."""
-    slots = math.prod(fed.batch.tiles.shape[:2])
+    slots = math.prod(device_batch.batch.tiles.shape[:2])
     return {
-        "data/token_fill": float(fed.totals["tokens"]) / fed.batch.tokens.size,
-        "data/tile_fill": float(fed.totals["tiles"]) / slots if slots else 1.0,
-        "data/tile_imbalance": float(fed.totals["tile_imbalance"]),
+        "data/token_fill": float(device_batch.totals["tokens"]) / device_batch.batch.tokens.size,
+        "data/tile_fill": float(device_batch.totals["tiles"]) / slots if slots else 1.0,
+        "data/tile_imbalance": float(device_batch.totals["tile_imbalance"]),
     }
 
 
