@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import plan_plot
+from readme_tables import markdown, put
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "plan.jsonl"
@@ -144,7 +145,7 @@ def train_table(entries: list[dict], *, best_only: bool) -> str:
         row = _row(entry, entry["flags"])
         if is_best or not best_only:
             rows.append([f"**{cell}**" if is_best and not best_only else cell for cell in row])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def sample_table(entries: list[dict]) -> str:
@@ -173,7 +174,7 @@ def sample_table(entries: list[dict]) -> str:
                 f"{per_token:.1f} ({decode['roofline']['binding']})",
             ]
         )
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def width_table(entries: list[dict]) -> str:
@@ -190,7 +191,7 @@ def width_table(entries: list[dict]) -> str:
                 f"{entry['bytes']['peak'] / 2**30:.1f}",
             ]
         )
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def chips_table(entries: list[dict]) -> str:
@@ -202,21 +203,7 @@ def chips_table(entries: list[dict]) -> str:
         parts = [size[name] / 2**30 for name in ("parameters", "optimizer", "temporaries", "peak")]
         times = " / ".join(f"{bound[name]:.2f}" for name in ("compute", "memory", "links"))
         rows.append([str(entry["devices"]), _mesh(entry), *(f"{n:.1f}" for n in parts), times])
-    return _markdown(rows)
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
-def put(path: pathlib.Path, name: str, table: str) -> None:
-    """Replaces what stands between the marks `<!-- plan: NAME -->` and `<!-- end -->`."""
-    mark = re.compile(rf"(<!-- plan: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    text = path.read_text()
-    if not mark.search(text):
-        raise SystemExit(f"{path} has no place for the table {name!r}")
-    path.write_text(mark.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text))
+    return markdown(rows)
 
 
 def write(results: dict[str, dict]) -> None:
@@ -226,17 +213,17 @@ def write(results: dict[str, dict]) -> None:
         for name, group in cases().items()
     }
     scaling = ROOT / "docs" / "scaling.md"
-    put(ROOT / "README.md", "train", train_table(found["train"], best_only=True))
-    put(ROOT / "README.md", "sample", sample_table(found["sample"]))
-    put(scaling, "train", train_table(found["train"], best_only=False))
+    put(ROOT / "README.md", "plan: train", train_table(found["train"], best_only=True))
+    put(ROOT / "README.md", "plan: sample", sample_table(found["sample"]))
+    put(scaling, "plan: train", train_table(found["train"], best_only=False))
     for name, table in (("width", width_table), ("chips", chips_table)):
         missing = f"Not compiled yet: `python benchmarks/plan_table.py --only {name}`."
-        put(scaling, name, table(found[name]) if found[name] else missing)
+        put(scaling, f"plan: {name}", table(found[name]) if found[name] else missing)
     picture = ROOT / "docs" / "scaling.png"
     drawn = found["width"] and found["chips"]
     if drawn:
         plan_plot.draw(found["width"], found["chips"], picture)
-    put(scaling, "plot", "![bytes sent and memory held](scaling.png)" if drawn else "")
+    put(scaling, "plan: plot", "![bytes sent and memory held](scaling.png)" if drawn else "")
 
 
 def main() -> None:
