@@ -34,30 +34,30 @@ class BatchRow:
       names: what leads its output: `row`, the number of its line, `key`, by which a later run knows
         line and flags again, and `id` if it has one.
       sample: what to answer; None for a bad row.
-      answer: of a good row.
+      sequence: of a good row, its answer under way.
       error: what is wrong with a bad row.
     """
 
     names: dict[str, Any]
     sample: Sample | None = None
-    answer: Sequence | None = None
+    sequence: Sequence | None = None
     error: str | None = None
 
     @property
     def done(self) -> bool:
-        return self.answer is None or self.answer.done
+        return self.sequence is None or self.sequence.done
 
     @property
     def read(self) -> dict[str, Any]:
         """What was read, in short: processes that answer it together must have read the same."""
-        found = self.error if self.answer is None else self.answer.prompt.digest
+        found = self.error if self.sequence is None else self.sequence.prompt.digest
         return self.names | {"found": found}
 
     @property
     def line(self) -> str:
-        if self.answer is None:
+        if self.sequence is None:
             return json_line(self.names | {"error": {"message": self.error}})
-        return json_line(self.names | record(self.answer.result(), self.sample))
+        return json_line(self.names | record(self.sequence.result(), self.sample))
 
 
 def answer_batch(
@@ -252,14 +252,14 @@ class BatchRun:
         engine = self._session.engine(batch_size)
         steps = itertools.chain(engine.run(self._answers(engine, done)), [[]])
         for events in steps:
-            self._tokens += sum(row.done and len(row.answer.tokens) for row, _ in events)
+            self._tokens += sum(row.done and len(row.completion.tokens) for row, _ in events)
             while self._rows and self._rows[0].done:
                 row = self._rows.popleft()
                 if out is not None:
                     # Half a surrogate pair in an id is written as the escape it was read as.
                     out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
                     out.flush()
-                done, bad = done + 1, bad + (row.answer is None)
+                done, bad = done + 1, bad + (row.sequence is None)
             now = time.monotonic()
             if status.due(now) or (status.is_terminal and done == total):
                 status.show(self._line(done, total, done - before, now - started), now)
@@ -282,8 +282,8 @@ class BatchRun:
             if self._check_equal is not None:
                 self._check_equal(row.read, f"row {number}")
             self._rows.append(row)
-            if row.answer is not None:
-                yield row.answer
+            if row.sequence is not None:
+                yield row.sequence
 
     def _line(self, done: int, total: int, fresh: int, seconds: float) -> str:
         text = f"answering {done / total:4.0%} {bar(done / total)} {done} of {total} rows"

@@ -14,6 +14,7 @@ from vl2jax.config.architecture import (
     VisionConfig,
     VL2Config,
     base,
+    given,
     small,
     tiny,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "VL2Config",
     "VisionConfig",
     "base",
+    "given",
     "small",
     "tiny",
 ]

@@ -7,10 +7,18 @@ project does not build is refused by name, never ignored.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from vl2jax.config.checks import inconsistent, unsupported
 from vl2jax.config.schema import ConfigError, read, write
+
+T = TypeVar("T")
+
+
+def given(value: T | None) -> T:
+    """A field that this kind of model must have; `checks.py` refuses one without it."""
+    assert value is not None
+    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

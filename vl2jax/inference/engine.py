@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import abc, deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ class Engine:
         self.dtype = dtype
         self.image_cache = ImageCache(self.steps, params)
         self._prefix_cache = PrefixCache()
-        self._state: DecodeState | None = None
+        self._state: Any = None  # a `DecodeState` while rows are active
         self._rows: list[Sequence | None] = []
         self.prefilled = 0
 
@@ -221,7 +222,7 @@ class Engine:
             self._state = self.steps.idle(len(self._rows), slots)
         elif _slots(self._state.caches) < slots:
             grown = self.steps.spread(self._state.caches, len(self._rows), slots)
-            self._state = self._state.replace(caches=grown)
+            self._state = dataclasses.replace(self._state, caches=grown)
         rows = np.array([places[0]] * offset + places, np.int32)
         self._state = self.steps.insert(self._state, state, rows)
 
@@ -249,7 +250,7 @@ class Engine:
         padded = len(rows) * length_bucket(max(lengths))
         return padded <= (_PREFILL if padded <= 2 * sum(lengths) else _SMALL)
 
-    def _prefill(self, group: Group, count: int) -> tuple[jax.Array, Caches]:
+    def _prefill(self, group: Group, count: int) -> tuple[Any, Caches]:
         """Last hidden state [B, D] of every prompt, and caches; padding rows come first."""
         common, steps = group.common, self.steps
         prompts = [row.prompt for row in group.rows]
@@ -291,7 +292,7 @@ class Engine:
         rooms = sorted(row.room for _, row in active)
         count = min(BURST, rooms[len(active) - stop_at - 1])
         done = np.array([row is None for row in self._rows])
-        state = self._state.replace(done=done)
+        state = dataclasses.replace(self._state, done=done)
         self._state, tokens = self.steps.burst(
             self._params, self._sampling, state, self._eos_array, count, stop_at
         )
@@ -320,7 +321,7 @@ class Engine:
             if row.done:
                 self._rows[place] = None
                 if self._keep_turns and len(self._rows) == 1:
-                    fed = np.array(row.answer.tokens[:-1], np.uint64)
+                    fed = np.array(row.completion.tokens[:-1], np.uint64)
                     keys = np.concatenate([row.prompt.keys, fed])
                     self._prefix_cache.add(Prefix(keys, self._state.caches))
                     self._state = None

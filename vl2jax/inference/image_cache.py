@@ -5,6 +5,7 @@ Axis legend: Q tokens per tile, D width.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ class ImageCache:
         self._steps, self._params = steps, params
         self._slots: OrderedDict[int, int] = OrderedDict()  # digest -> slot, oldest first
         self._capacity = 0
-        self._table: jax.Array | None = None
+        self._table: Any = None  # an array once there are images
         self.encoded = 0
 
     def place(self, prompts: Sequence[Prompt]) -> tuple[jax.Array, list[np.ndarray]]:

@@ -22,10 +22,10 @@ class SamplingParams:
       greedy: whether the highest logit is taken (static).
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
+    temperature: float | jax.Array
+    top_k: int | jax.Array
+    top_p: float | jax.Array
+    repetition_penalty: float | jax.Array
     greedy: bool = flax.struct.field(pytree_node=False)
 
     @classmethod
@@ -61,12 +61,12 @@ class SamplingParams:
         )
 
 
-def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+def penalize(logits: jax.Array, seen: jax.Array, penalty: float | jax.Array) -> jax.Array:
     """Lowers the logits of tokens already seen (bool[B, vocab])."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+def keep_top_k(logits: jax.Array, top_k: int | jax.Array) -> jax.Array:
     """Sets all but the k highest logits to -inf; 0 keeps all, ties with the k-th stay."""
     ascending = jnp.sort(logits, axis=-1)
     kth = jnp.clip(logits.shape[-1] - top_k, 0, logits.shape[-1] - 1)
@@ -74,7 +74,7 @@ def keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     return jnp.where((top_k > 0) & (logits < lowest), -jnp.inf, logits)
 
 
-def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep_top_p(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """Sets to -inf the least likely tokens whose probabilities add up to at most 1 - p."""
     order = jnp.argsort(logits, axis=-1, stable=True)
     ascending = jnp.take_along_axis(logits, order, axis=-1)

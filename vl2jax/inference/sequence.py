@@ -76,7 +76,9 @@ def prompts_of(batch: Batch, lengths: np.ndarray, tokens_per_tile: int) -> list[
     for row, length in enumerate(lengths):
         index = np.asarray(batch.image_index)[row, :length].astype(np.int32)
         visual = index >= FIRST_TILE_ROW
-        used, own = np.unique((index[visual] - FIRST_TILE_ROW) // tokens_per_tile, return_inverse=1)
+        used, own = np.unique(
+            (index[visual] - FIRST_TILE_ROW) // tokens_per_tile, return_inverse=True
+        )
         rows = (index[visual] - FIRST_TILE_ROW) % tokens_per_tile
         index[visual] = FIRST_TILE_ROW + own.astype(np.int32) * tokens_per_tile + rows
         tokens = np.asarray(batch.tokens)[row, :length].astype(np.int32)

@@ -9,6 +9,7 @@ padding writes lies behind the prompt and is overwritten, token by token, before
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -102,7 +103,8 @@ def compiled_steps(
       cache_dtype: None: that of the activations.
       unstacked_layers: what `are_unstacked` says of the parameters.
     """
-    model, cfg = VL2(config, dtype, unstacked_layers=unstacked_layers), config.decoder
+    model: Any = VL2(config, dtype, unstacked_layers=unstacked_layers)
+    cfg = config.decoder
     cache_dtype = cache_dtype or dtype
 
     def decode(params, x, positions, caches):
@@ -180,17 +182,19 @@ def compiled_steps(
                 old = jax.lax.dynamic_update_slice_in_dim(old, row, rows[i], axis)
             return old
 
-        keys = jax.random.key_data
-        flat = [one.replace(caches=None, keys=keys(one.keys)) for one in (state, other)]
-        joined = jax.tree.map(functools.partial(put, 0), *flat)
+        def flat(one):
+            return dataclasses.replace(one, caches=None, keys=jax.random.key_data(one.keys))
+
+        joined = jax.tree.map(functools.partial(put, 0), flat(state), flat(other))
         caches = jax.tree.map(functools.partial(put, 1), state.caches, other.caches)
-        return joined.replace(caches=caches, keys=jax.random.wrap_key_data(joined.keys))
+        keys = jax.random.wrap_key_data(joined.keys)
+        return dataclasses.replace(joined, caches=caches, keys=keys)
 
     @jax.jit
     def take(state, rows):
         caches = jax.tree.map(lambda a: a[:, rows], state.caches)
-        rest = jax.tree.map(lambda a: a[rows], state.replace(caches=None))
-        return rest.replace(caches=caches)
+        rest = jax.tree.map(lambda a: a[rows], dataclasses.replace(state, caches=None))
+        return dataclasses.replace(rest, caches=caches)
 
     @functools.partial(jit, donate_argnums=2)
     def burst(params, sampling: SamplingParams, state: DecodeState, eos, count, stop_at):

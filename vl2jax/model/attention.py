@@ -4,12 +4,14 @@ Axis legend: n layers of a run, B rows, T query tokens, S cache tokens, D width,
 K head width (MHA), N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vl2jax.config import DecoderConfig
+from vl2jax.config import DecoderConfig, given
 from vl2jax.model.layers import Kernel, Linear, RMSNorm
 from vl2jax.model.rope import apply_rope, softmax_scale
 from vl2jax.ops import cache as cache_ops
@@ -95,7 +97,7 @@ def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) ->
         return constrain(jnp.zeros((layers, rows, *shape), dtype), *CACHE_RULES[name])
 
     if cfg.use_mla:
-        return LatentCache(zeros("latent", slots, cfg.kv_lora_rank + cfg.qk_rope_head_dim))
+        return LatentCache(zeros("latent", slots, given(cfg.kv_lora_rank) + cfg.qk_rope_head_dim))
     heads, width = cfg.num_attention_heads, cfg.qk_head_dim
     return KVCache(*(zeros(name, heads, slots, width) for name in ("keys", "values")))
 
@@ -113,9 +115,9 @@ class MHA(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """[B, T, D] -> [B, T, D]; a given cache is written first, then attended to."""
         cfg = self.cfg
-        kinds = dict(
+        kinds: dict[str, Any] = dict(
             use_bias=cfg.attention_bias,
-            init=nn.initializers.normal(cfg.initializer_range),
+            kernel_init=nn.initializers.normal(cfg.initializer_range),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -156,12 +158,12 @@ class MLA(nn.Module):
     ) -> tuple[jax.Array, LatentCache | None]:
         """[B, T, D] -> [B, T, D]; a given cache is written first, then attended to."""
         cfg = self.cfg
-        kinds = dict(
-            init=nn.initializers.normal(cfg.initializer_range),
+        kinds: dict[str, Any] = dict(
+            kernel_init=nn.initializers.normal(cfg.initializer_range),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        heads, nope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, cfg.kv_lora_rank
+        heads, nope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, given(cfg.kv_lora_rank)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(_LATENT_NORM_EPS, self.dtype, self.param_dtype, name=name)
@@ -193,7 +195,7 @@ class MLA(nn.Module):
             absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
 
         shape = (rank, heads, nope + cfg.v_head_dim)
-        w_kv_b = Kernel(shape, kinds["init"], self.param_dtype, name="kv_b_proj")()
+        w_kv_b = Kernel(shape, kinds["kernel_init"], self.param_dtype, name="kv_b_proj")()
         attend = absorbed_attention if absorb else _expanded
         visibility = context.visibility(slots)
         y = attend(q_nope, q_rope, latent, w_kv_b, softmax_scale(cfg), visibility)

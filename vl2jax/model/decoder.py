@@ -3,6 +3,8 @@
 Axis legend: B rows, T tokens, S cache slots, D width, E experts, M layers with experts.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -50,16 +52,19 @@ class DecoderLayer(nn.Module):
         context: Context,
         balance_ids: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Cache | None], Balance | None]:
-        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        cfg = self.cfg
+        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         (x, cache), balance = carry, None
-        attention = (MLA if cfg.use_mla else MHA)(cfg, **kinds, name="self_attn")
+        attention: Any = (MLA if cfg.use_mla else MHA)(cfg, **kinds, name="self_attn")
         normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="input_layernorm")(x)
         y, cache = attention(normed, context, cache, layer)
         self.sow("intermediates", "attn_out", y)
         x += y
         normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="post_attention_layernorm")(x)
         if self.is_moe:
-            how = dict(implementation=self.moe_implementation, max_segments=self.max_segments)
+            how: dict[str, Any] = dict(
+                implementation=self.moe_implementation, max_segments=self.max_segments
+            )
             y, balance = MoE(cfg, **kinds, **how, name="mlp")(normed, balance_ids, layer)
         else:
             init = nn.initializers.normal(cfg.initializer_range)
@@ -86,11 +91,13 @@ class Decoder(nn.Module):
     unstacked_layers: bool = False
 
     def setup(self):
-        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        cfg = self.cfg
+        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.normal(cfg.initializer_range)
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, init, **kinds)
+        scan: Any = nn.scan  # `in_axes` is annotated as an integer there
         self.runs = [
-            nn.scan(
+            scan(
                 remat_layer(DecoderLayer, self.remat),
                 variable_axes={"params": 0, "router": 0, "intermediates": 0},
                 variable_broadcast=EXPERT_STACKS,
@@ -166,13 +173,13 @@ class Embedding(nn.Module):
 
     vocab_size: int
     features: int
-    init: nn.initializers.Initializer
+    embedding_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.features)
-        table = parameter(self, "embedding", self.init, shape, self.param_dtype)
+        table = parameter(self, "embedding", self.embedding_init, shape, self.param_dtype)
         table = constrain(table, "tensor")  # whole rows: else tokens of all devices were gathered
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

@@ -48,12 +48,12 @@ class Kernel(nn.Module):
     """A bare weight named `kernel`, for maps that are used in more than one way; see `einsum`."""
 
     shape: tuple[int, ...]
-    init: nn.initializers.Initializer
+    kernel_init: nn.initializers.Initializer
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self) -> Weight:
-        return parameter(self, "kernel", self.init, self.shape, self.param_dtype)
+        return parameter(self, "kernel", self.kernel_init, self.shape, self.param_dtype)
 
 
 class Linear(nn.Module):
@@ -62,20 +62,20 @@ class Linear(nn.Module):
     Attributes:
       features: output axes; the kernel has shape [*inputs, *features], the bias [*features].
       num_in: how many trailing axes of x are contracted.
-      init: initial values of the kernel; None: normal with variance 1 / inputs.
+      kernel_init: initial values of the kernel; None: normal with variance 1 / inputs.
     """
 
     features: tuple[int, ...]
     num_in: int = 1
     use_bias: bool = False
-    init: nn.initializers.Initializer | None = None
+    kernel_init: nn.initializers.Initializer | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs = x.shape[x.ndim - self.num_in :]
-        init = self.init or fan_in_normal(math.prod(inputs))
+        init = self.kernel_init or fan_in_normal(math.prod(inputs))
         kernel = parameter(self, "kernel", init, (*inputs, *self.features), self.param_dtype)
         rows, size = x.shape[: x.ndim - self.num_in], math.prod(inputs)
         x, kernel = x.astype(self.dtype).reshape(-1, size), _matrix(kernel, self.num_in)
@@ -129,7 +129,7 @@ class GatedMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`, the feed-forward network of the decoder."""
 
     intermediate_size: int
-    init: nn.initializers.Initializer
+    kernel_init: nn.initializers.Initializer
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -138,7 +138,7 @@ class GatedMLP(nn.Module):
         def linear(features: int, name: str) -> Linear:
             return Linear(
                 (features,),
-                init=self.init,
+                kernel_init=self.kernel_init,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 name=name,

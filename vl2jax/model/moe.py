@@ -4,6 +4,7 @@ Axis legend: B rows, T tokens, D width, F expert width, E experts, K experts per
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -11,12 +12,13 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from vl2jax.config import DecoderConfig
+from vl2jax.config import DecoderConfig, given
 from vl2jax.model.layers import GatedMLP
 from vl2jax.model.losses import batch_balance_loss, expert_load, sequence_balance_loss
 from vl2jax.model.parameter import parameter
 from vl2jax.ops.experts import ExpertWeights, routed_experts
 from vl2jax.ops.experts.sharded import sharded_experts
+from vl2jax.ops.matmul import Weight
 from vl2jax.parallel.mesh import current_mesh
 
 EXPERT_STACKS = "expert_stacks"  # a collection, see `expert_stacks`
@@ -63,15 +65,16 @@ def route(cfg: DecoderConfig, logits: jax.Array, bias: jax.Array | None = None) 
       logits: float32[..., E].
       bias: float32[E], `e_score_correction_bias`, for `noaux_tc` only.
     """
+    top_k = given(cfg.num_experts_per_tok)
     score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[cfg.scoring_func]
     scores = choice = score(logits.astype(jnp.float32))
     if cfg.topk_method == "noaux_tc":
-        choice = scores + jnp.expand_dims(bias, range(scores.ndim - 1))
+        choice = scores + jnp.expand_dims(given(bias), range(scores.ndim - 1))
     if cfg.topk_method != "greedy":
         choice = _limit_groups(cfg, choice)
-    _, experts = jax.lax.top_k(choice, cfg.num_experts_per_tok)
+    _, experts = jax.lax.top_k(choice, top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    if cfg.norm_topk_prob and cfg.num_experts_per_tok > 1:
+    if cfg.norm_topk_prob and top_k > 1:
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
     return Routing(weights * cfg.routed_scaling_factor, experts, scores)
 
@@ -81,8 +84,8 @@ def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
     grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
     best = 2 if cfg.topk_method == "noaux_tc" else 1
     group_scores = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
-    _, kept = jax.lax.top_k(group_scores, cfg.topk_group)
-    keep = jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_).any(axis=-2)
+    _, kept = jax.lax.top_k(group_scores, given(cfg.topk_group))
+    keep = jax.nn.one_hot(kept, given(cfg.n_group), dtype=jnp.bool_).any(axis=-2)
     return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
@@ -96,7 +99,7 @@ class Gate(nn.Module):
     def __call__(self, x: jax.Array) -> Routing:
         cfg, bias = self.cfg, None
         init = nn.initializers.normal(cfg.initializer_range)
-        shape = (x.shape[-1], cfg.n_routed_experts)
+        shape = (x.shape[-1], given(cfg.n_routed_experts))
         kernel = parameter(self, "kernel", init, shape, self.param_dtype)
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
         if cfg.topk_method == "noaux_tc":
@@ -125,7 +128,7 @@ class Experts(nn.Module):
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; `layer` is the number of the layer in its stack."""
         cfg = self.cfg
-        experts, hidden, width = cfg.n_routed_experts, cfg.moe_intermediate_size, x.shape[-1]
+        experts, hidden, width = given(cfg.n_routed_experts), cfg.moe_intermediate_size, x.shape[-1]
         tokens = math.prod(x.shape[:-1])
         inputs = (
             x.reshape(tokens, width),
@@ -144,9 +147,8 @@ class Experts(nn.Module):
             return y.reshape(x.shape)
         init = nn.initializers.normal(cfg.initializer_range)
 
-        def weight(name: str, *shape: int) -> jax.Array:
-            shape = (experts, *shape)
-            return parameter(self, name, init, shape, self.param_dtype)
+        def weight(name: str, *shape: int) -> Weight:
+            return parameter(self, name, init, (experts, *shape), self.param_dtype)
 
         weights = ExpertWeights(
             gate=weight("gate_proj", width, hidden),
@@ -155,7 +157,7 @@ class Experts(nn.Module):
         )
         if self.is_initializing():  # only the parameters are wanted
             return x
-        options = {"implementation": implementation}
+        options: dict[str, Any] = {"implementation": implementation}
         if mesh is not None:
             return sharded_experts(mesh, x, routing.weights, routing.experts, weights, **options)
         return routed_experts(*inputs, weights, **options).reshape(x.shape)
@@ -196,7 +198,8 @@ class MoE(nn.Module):
             None: the balance is not asked for.
           layer: number of the layer in its stack.
         """
-        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        cfg = self.cfg
+        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         routing = Gate(cfg, self.param_dtype, name="gate")(x)
         y = Experts(cfg, **kinds, name="experts")(x, routing, layer, self.implementation)
         if cfg.n_shared_experts is not None:
@@ -212,5 +215,5 @@ class MoE(nn.Module):
             )
         else:
             loss = batch_balance_loss(routing.scores, routing.experts, counted)
-        load = expert_load(routing.experts, counted, cfg.n_routed_experts)
+        load = expert_load(routing.experts, counted, given(cfg.n_routed_experts))
         return y, Balance(loss * cfg.aux_loss_alpha, load)

@@ -3,10 +3,9 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
-
-from vl2jax.ops.matmul import Weight
 
 _shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 
@@ -24,11 +23,12 @@ def shapes_alone() -> Iterator[None]:
 
 def parameter(
     module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype
-) -> Weight:
+) -> Any:
     """A parameter of a module, drawn by `init(key, shape, dtype)` while it is initialized.
 
-    As `module.param` but for its check of the shape, which traces `init` at every use: a tenth of
-    the time that it takes to trace a program.
+    It is a `Weight`; norms, biases and embeddings are always arrays.  As `module.param` but for its
+    check of the shape, which traces `init` at every use: a tenth of the time that it takes to trace
+    a program.
     """
     if module.is_initializing():
         init = nn.initializers.zeros if _shapes_alone.get() else init

@@ -4,6 +4,7 @@ Axis legend: I tiles, S pixels per side, P patches, W width, H heads, K head wid
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,7 +55,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         heads, width = self.cfg.heads, self.cfg.head_dim
-        kinds = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
+        kinds: dict[str, Any] = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
         qkv = Linear((3, heads, width), **kinds, name="qkv")(x)  # [I, P, 3, H, K]
         q, k, v = (qkv[:, :, i] for i in range(3))
         y = v if self.is_initializing() else attention(q, k, v, width**-0.5)
@@ -70,7 +71,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kinds = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
+        kinds: dict[str, Any] = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
         x = Linear((self.cfg.intermediate_size,), **kinds, name="fc1")(x)
         return Linear((self.cfg.width,), **kinds, name="fc2")(nn.gelu(x, approximate=True))
 
@@ -84,7 +85,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x += Attention(self.cfg, **kinds, name="attn")(LayerNorm(**kinds, name="norm1")(x))
         x += MLP(self.cfg, **kinds, name="mlp")(LayerNorm(**kinds, name="norm2")(x))
         self.sow("intermediates", "block_out", x)
@@ -102,7 +103,8 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, tiles: jax.Array) -> jax.Array:
         """uint8[I, S, S, 3] -> [I, P, W], after the final LayerNorm."""
-        cfg, kinds = self.cfg, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        cfg = self.cfg
+        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = PatchEmbed(cfg, **kinds, name="patch_embed")(normalize(tiles))
         self.sow("intermediates", "patch_embed_out", x)
         shape = (cfg.grid**2, cfg.width)

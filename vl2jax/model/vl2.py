@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.common.errors import UserError
-from vl2jax.config import VL2Config
+from vl2jax.config import VL2Config, given
 from vl2jax.model.adaptor import Adaptor
 from vl2jax.model.decoder import Caches, Decoder
 from vl2jax.model.layers import REMAT
@@ -72,7 +72,8 @@ class VL2(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        cfg = self.config
+        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         self.vision = VisionTower(cfg.vision, **kinds, remat=self.remat)
         self.adaptor = Adaptor(cfg.adaptor, **kinds)
         self.decoder = Decoder(
@@ -127,8 +128,8 @@ class VL2(nn.Module):
     ) -> tuple[jax.Array, Caches]:
         """Layers over a cache: [B, T, D] -> hidden [B, T, D] and the written caches."""
         segments = jnp.ones_like(positions)
-        hidden, caches, _ = self.decoder(x, positions, segments, caches)
-        return hidden, caches
+        hidden, written, _ = self.decoder(x, positions, segments, caches)
+        return hidden, given(written)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., vocab]."""
@@ -197,7 +198,8 @@ def _forward(config, dtype, moe_implementation, unstacked_layers, params, batch)
     model = VL2(
         config, dtype, moe_implementation=moe_implementation, unstacked_layers=unstacked_layers
     )
-    return model.apply(params, batch).logits
+    output: Any = model.apply(params, batch)
+    return output.logits
 
 
 def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:

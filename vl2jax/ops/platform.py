@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 # Part of jit's cache keys, so that a program traced for one platform is not taken for another.
 _compiling_for = jax.make_user_context(None)
@@ -29,6 +30,6 @@ def platform_of(tree: Any) -> str:
     Where `compiling_for` says otherwise, or they lie nowhere (shapes), as `platform`.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    if _compiling_for.value or not leaves or isinstance(leaves[0], jax.core.Tracer):
+    if _compiling_for.value or not leaves or isinstance(leaves[0], Tracer):
         return platform()
     return next(iter(leaves[0].sharding.device_set)).platform

@@ -12,6 +12,7 @@ What is asked for so comes first in the table; where it does not serve, the rest
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -76,12 +77,15 @@ class Operation:
         for one in self._in_order():
             reason = one.reason_against(*args, **options)
             if not reason:
-                break
+                self._tell(one, passed_over, args[0])
+                return one
             passed_over.append(f"{one.name}: {reason}")
+        raise AssertionError(f"operation {self.name} has no implementation that serves everything")
+
+    def _tell(self, chosen: Implementation, passed_over: list[str], of: Any) -> None:
         if _listener is not None:
             why = f" (not {'; '.join(passed_over)})" if passed_over else ""
-            _listener(f"{self.name} of {_shape(args[0])}: {one.name}{why}")
-        return one
+            _listener(f"{self.name} of {_shape(of)}: {chosen.name}{why}")
 
     def _in_order(self) -> list[Implementation]:
         asked = dict((*_from_environment(), *_asked_for.value)).get(self.name)
@@ -135,14 +139,8 @@ def describe() -> list[tuple[str, str, str]]:
 def tell(listener: Callable[[str], None] | None) -> None:
     """Calls `listener` with a line for each choice that is new; None ends that."""
     global _listener
-    told: set[str] = set()
-
-    def once(line: str) -> None:
-        if line not in told:
-            told.add(line)
-            listener(line)
-
-    _listener = None if listener is None else once
+    # Each line is passed on the first time that it comes.
+    _listener = None if listener is None else functools.cache(listener)
 
 
 def _check(implementations: dict[str, str]) -> None:

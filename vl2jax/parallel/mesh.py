@@ -9,8 +9,10 @@ one everything here does nothing.
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -68,11 +70,13 @@ def mesh_of(tree) -> contextlib.AbstractContextManager:
     A mesh that is in force already stays; so does none where the arrays are traced.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    if not leaves or isinstance(leaves[0], jax.core.Tracer) or current_mesh() is not None:
+    if not leaves or isinstance(leaves[0], Tracer) or current_mesh() is not None:
         return contextlib.nullcontext()
     sharding = leaves[0].sharding
-    on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return jax.set_mesh(sharding.mesh) if on_mesh else contextlib.nullcontext()
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return contextlib.nullcontext()
+    mesh: Any = sharding.mesh
+    return jax.set_mesh(mesh)
 
 
 def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
@@ -89,6 +93,8 @@ def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
 def dividing_axes(size: int, *axes: str) -> tuple[str, ...] | None:
     """The mesh axes, of those given, over which an axis of this size is split; None: not at all."""
     mesh = current_mesh()
-    present = tuple(axis for axis in axes if mesh is not None and axis in mesh.axis_names)
+    if mesh is None:
+        return None
+    present = tuple(axis for axis in axes if axis in mesh.axis_names)
     divides = present and size % math.prod(mesh.shape[axis] for axis in present) == 0
     return present if divides else None

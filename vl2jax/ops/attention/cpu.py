@@ -4,6 +4,7 @@ Axis legend: B rows, T queries, S keys, H heads, K query width, V value width.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +39,10 @@ def _one_query(q, k, v, scale, visibility) -> jax.Array:
         q = jnp.pad(q, ((0, 0), (0, 1), (0, 0), (0, 0)))
     if visibility is not None:
         visibility = jax.tree.map(lambda a: jnp.repeat(a, heads, axis=0), visibility)
-        repeated = (visibility.q_positions, visibility.q_segments)
-        positions, segments = (jnp.repeat(a, length, axis=1) for a in repeated)
-        visibility = visibility.replace(q_positions=positions, q_segments=segments, ordered=False)
+        visibility = visibility.repeat_queries(length)
     q, k, v = (a.swapaxes(1, 2).reshape(rows * heads, 1, a.shape[1], -1) for a in (q, k, v))
-    y = xla.by_heads(q, k, v, visibility, scale, _FORM)[:, :, :1]
-    return y.reshape(rows, heads, 1, -1).swapaxes(1, 2)
+    y: Any = xla.by_heads(q, k, v, visibility, scale, _FORM)
+    return y[:, :, :1].reshape(rows, heads, 1, -1).swapaxes(1, 2)
 
 
 def _chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:

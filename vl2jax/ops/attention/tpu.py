@@ -3,6 +3,8 @@
 Axis legend: B rows, T tokens, H heads, K query width, V value width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -64,7 +66,8 @@ def splash(
         segments = jnp.broadcast_to(segments.astype(jnp.int32)[None], (rows, length + pad))
 
     def run(q, k, v, segments):
-        return _kernel(*q.shape[1:3], causal, interpret)(q, k, v, segments)
+        _, heads, length, _ = q.shape
+        return _kernel(heads, length, causal, interpret)(q, k, v, segments)
 
     row, head = dividing_axes(rows, *BATCH_AXES), dividing_axes(heads, "tensor")
     each = PartitionSpec(row, head)
@@ -84,7 +87,8 @@ def _kernel(heads: int, length: int, causal: bool, interpret: bool):
 
     block = next(b for b in range(MAX_BLOCK, 0, -LANES) if length % b == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = kernels.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    sizes = kernels.BlockSizes(**blocks)
     shape = (length, length)
     mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     kernel = kernels.make_splash_mha(

@@ -3,8 +3,11 @@
 Axis legend: B rows, T queries, S keys.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -29,3 +32,12 @@ class Visibility:
         causal = self.k_positions[:, None, :] <= self.q_positions[:, :, None]
         same = self.k_segments[:, None, :] == self.q_segments[:, :, None]
         return causal & same & (self.k_segments > 0)[:, None, :]
+
+    def repeat_queries(self, times: int) -> "Visibility":
+        """Every query so many times, one after the other."""
+        return dataclasses.replace(
+            self,
+            q_positions=jnp.repeat(self.q_positions, times, axis=1),
+            q_segments=jnp.repeat(self.q_segments, times, axis=1),
+            ordered=False,
+        )

@@ -65,18 +65,14 @@ def attention(
     if k.shape[2] == 1 < heads:  # heads that share keys and values are more queries of one head
         q = q.reshape(rows, length * heads, 1, -1)
         if visibility is not None:
-            repeated = (visibility.q_positions, visibility.q_segments)
-            positions, segments = (jnp.repeat(a, heads, axis=1) for a in repeated)
-            visibility = visibility.replace(
-                q_positions=positions, q_segments=segments, ordered=False
-            )
+            visibility = visibility.repeat_queries(heads)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    y = by_heads(q, k, v, visibility, scale, form).swapaxes(1, 2)
-    return y.reshape(rows, length, heads, -1)
+    y: Any = by_heads(q, k, v, visibility, scale, form)
+    return y.swapaxes(1, 2).reshape(rows, length, heads, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def by_heads(q, k, v, visibility, scale, form):
+def by_heads(q, k, v, visibility, scale, form) -> Any:
     """[B, H, T, K], [B, H, S, K], [B, H, S, V] -> [B, H, T, V]."""
     return _forward(q, k, v, visibility, scale, form)[0]
 
@@ -99,7 +95,8 @@ def _forward(q, k, v, visibility, scale, form):
 
         rows, out = (q, _queries(visibility)), []
         for queries, keys in _extents(q.shape[2], chunk, visibility):
-            out.append(part(_cut(rows, queries), *_cut((k, v), keys), _first(visibility, keys)))
+            some_k, some_v = _cut((k, v), keys)
+            out.append(part(_cut(rows, queries), some_k, some_v, _first(visibility, keys)))
         return jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *out)
 
     out = form.map_heads(run, q, k, v, visibility)
@@ -131,8 +128,9 @@ def _backward(scale, form, residuals, g):
         sums = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
         rows, d_q = (q, _queries(visibility), *saved), []
         for queries, keys in _extents(q.shape[2], chunk, visibility):
-            inputs = (_cut(rows, queries), *_cut((k, v), keys), _first(visibility, keys))
-            some, of_part = part(_cut(sums, keys), *inputs)
+            some_k, some_v = _cut((k, v), keys)
+            some_rows, some_seen = _cut(rows, queries), _first(visibility, keys)
+            some, of_part = part(_cut(sums, keys), some_rows, some_k, some_v, some_seen)
             sums = tuple(a.at[:, :, keys].set(b) for a, b in zip(sums, some, strict=True))
             d_q.append(of_part)
         d_k, d_v = sums
@@ -169,8 +167,10 @@ def _first(visibility: Visibility | None, keys: slice) -> Visibility | None:
     """The same queries, only the first keys."""
     if visibility is None:
         return None
-    return visibility.replace(
-        k_positions=visibility.k_positions[:, keys], k_segments=visibility.k_segments[:, keys]
+    return dataclasses.replace(
+        visibility,
+        k_positions=visibility.k_positions[:, keys],
+        k_segments=visibility.k_segments[:, keys],
     )
 
 
@@ -190,7 +190,7 @@ def _scores(q, k, scale, visibility, seen, form) -> jax.Array:
     if visibility is None:
         return scores
     positions, segments = (a[:, 0, :, 0] for a in seen)
-    mask = visibility.replace(q_positions=positions, q_segments=segments).mask()
+    mask = dataclasses.replace(visibility, q_positions=positions, q_segments=segments).mask()
     # Added, not replaced: the same numbers, and the original's gradients at padding too.
     return scores + jnp.where(mask, 0, jnp.finfo(jnp.float32).min)[:, None]
 

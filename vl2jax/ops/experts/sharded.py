@@ -9,6 +9,7 @@ Suffixes: R rows that a device has received, K experts per token, D width.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def _on_one_device(mesh, implementation, exchange, x, weights, experts, w, layer
     return y.reshape(shape)
 
 
-def _split(weight: Weight, spec: PartitionSpec):
+def _split(weight: Weight, spec: PartitionSpec) -> Any:
     """[..., E, inputs, outputs]"""
     return split_like(weight, spec, axes=(-2,))
 
@@ -116,8 +117,8 @@ def _whole(dtype, axis: int, part: Weight) -> Weight:
     with its scale where this is an axis of the outputs."""
     if not isinstance(part, Int8):
         return _gather_weight(dtype, axis, part)
-    values = _gather_weight(jnp.int8, axis, part.values)
-    scale = part.scale if axis == 1 else _gather_weight(jnp.float32, axis, part.scale)
+    values: Any = _gather_weight(jnp.int8, axis, part.values)
+    scale: Any = part.scale if axis == 1 else _gather_weight(jnp.float32, axis, part.scale)
     return Int8(values, scale)
 
 

@@ -66,10 +66,8 @@ def _backward(chunk, used, interpret, residuals, g_TD):
         d_hidden = product.rows(g_CD, w.down, transpose=True).astype(jnp.float32)
         d_weight = jnp.sum(d_hidden * hidden.astype(jnp.float32), axis=-1, keepdims=True)
         d_gate, d_up = hidden_vjp((d_hidden * part.weights).astype(hidden.dtype))
-        dx_CD = sum(
-            product.rows(d, weight, transpose=True).astype(jnp.float32)
-            for d, weight in ((d_gate, w.gate), (d_up, w.up))
-        )
+        of_gate = product.rows(d_gate, w.gate, transpose=True).astype(jnp.float32)
+        dx_CD = of_gate + product.rows(d_up, w.up, transpose=True).astype(jnp.float32)
         scaled = (hidden.astype(jnp.float32) * part.weights).astype(hidden.dtype)
         new = (
             product.weights(x_CD, d_gate),

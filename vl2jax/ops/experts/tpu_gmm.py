@@ -46,10 +46,8 @@ def _backward(used, interpret, residuals, g_PD):
     product = Products(x_PD.dtype, len(x_PD), group_sizes, used, interpret)
     hidden, hidden_vjp = jax.vjp(hidden_rows, gate, up)
     d_gate, d_up = hidden_vjp(product.rows(g_PD, w.down, transpose=True))
-    dx_PD = sum(
-        product.rows(d, weight, transpose=True).astype(jnp.float32)
-        for d, weight in ((d_gate, w.gate), (d_up, w.up))
-    )
+    of_gate = product.rows(d_gate, w.gate, transpose=True).astype(jnp.float32)
+    dx_PD = of_gate + product.rows(d_up, w.up, transpose=True).astype(jnp.float32)
     dw = w._replace(
         gate=product.weights(x_PD, d_gate).astype(w.gate.dtype),
         up=product.weights(x_PD, d_up).astype(w.up.dtype),

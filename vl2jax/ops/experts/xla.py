@@ -5,7 +5,7 @@ F expert width, M rows of a block.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def _ffn(x: jax.Array, w: _Used) -> tuple[jax.Array, jax.Array]:
 
 
 def _ffn_backward(
-    x: jax.Array, gate_up: jax.Array, w: _Used, g: jax.Array
+    x: jax.Array, gate_up: jax.Array, w: Any, g: jax.Array
 ) -> tuple[jax.Array, _Used]:
     """Gradients of `_ffn` with joined weights: of x in its dtype, of the weights in float32."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)

@@ -4,7 +4,9 @@ A scale belongs to what a product does not sum over, so the product is multiplie
 weight: `x (q * s) = (x q) * s`, and q, at most 127, is exact in bfloat16.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -27,10 +29,12 @@ class Int8:
       values: int8, of the weight's shape, first of the two (Flax checks it against the model's); or
         the same numbers in the dtype of the computation.
       scale: float32, of size 1 along the axes that products sum over.
+
+    A tree of shapes, specs or shardings has those of the two in their places.
     """
 
-    values: jax.Array
-    scale: jax.Array
+    values: Any
+    scale: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +75,7 @@ def cast(weight: Weight, dtype: jnp.dtype) -> Weight:
     """A weight as products in this dtype take it: the integers of an int8 weight, unscaled."""
     if not isinstance(weight, Int8):
         return weight.astype(dtype)
-    return weight.replace(values=_numbers(weight.values, dtype))
+    return dataclasses.replace(weight, values=_numbers(weight.values, dtype))
 
 
 def _numbers(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
