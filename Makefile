@@ -17,7 +17,7 @@ test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/.demo: pyproject.toml | $(RUN)
-	$(RUN) -m pip install --quiet -e .
+	$(RUN) -m pip install --quiet -e ".[plots]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(RUN)

@@ -29,7 +29,7 @@ from vl2jax.cli.output import json_line
 from vl2jax.cli.shards import Shard, add_distributed_flags, choose_shard, read_distributed_options
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
-from vl2jax.common.progress import StatusLine, bar, human_time
+from vl2jax.common.progress import Progress
 from vl2jax.evaluation.comparison import difference, side_by_side
 from vl2jax.evaluation.contact_sheet import Card, draw_sheet
 from vl2jax.evaluation.scoring import (
@@ -196,15 +196,12 @@ def answer_all(
         return generate(model.config, model.params, batch, **options)[: len(samples)]
 
     outcomes: dict[tuple[str, int], Outcome] = {}
-    status, started = StatusLine(), time.monotonic()
-    for start in range(0, len(wanted), WINDOW * batch_size):
-        window = wanted[start : start + WINDOW * batch_size]
-        for batch in answer_window(session, ask, window, batch_size, answer):
-            outcomes |= {(one.family, one.index): one for one in batch}
-            now, done = time.monotonic(), len(outcomes)
-            if status.due(now) or done == len(wanted):
-                status.show(_progress(done, len(wanted), now - started), now)
-    status.end()
+    with Progress("answering", len(wanted), "questions") as progress:
+        for start in range(0, len(wanted), WINDOW * batch_size):
+            window = wanted[start : start + WINDOW * batch_size]
+            for batch in answer_window(session, ask, window, batch_size, answer):
+                outcomes |= {(one.family, one.index): one for one in batch}
+                progress.update(len(batch))
     return [outcomes[key] for key in wanted]
 
 
@@ -233,12 +230,6 @@ def answer_window(
             Outcome(family, index, said.text, said.finish_reason, score(question, said.text))
             for (family, index, question, _), said in zip(group, answers, strict=True)
         ]
-
-
-def _progress(done: int, total: int, seconds: float) -> str:
-    left = seconds / done * (total - done)
-    ends = f"{human_time(left)} left" if done < total else f"{human_time(seconds)}"
-    return f"answering {done / total:4.0%} {bar(done / total)} {done} of {total} questions, {ends}"
 
 
 def by_family(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

@@ -19,7 +19,7 @@ from vl2jax.parallel.mesh import AXES, batch_shards
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.processing.processor import Processor
 from vl2jax.synthetic.tokens import write_processor_files
-from vl2jax.training.metrics import read_metrics
+from vl2jax.training.metrics_file import read_metrics
 from vl2jax.training.run_config import read_run_config
 from vl2jax.training.setup import choose_architecture, make_data
 

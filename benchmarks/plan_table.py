@@ -4,7 +4,8 @@
     python benchmarks/plan_table.py --again    # everything anew (hours on two cores)
     python benchmarks/plan_table.py --write    # only the tables and the plot
 
-Each program is compiled in a process of its own by `python -m vl2jax.plan`. Needs libtpu.
+Each program is compiled in a process of its own by `python -m vl2jax.plan`. Needs libtpu, and
+matplotlib for the plot.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Writing safetensors files tensor by tensor, sharded as the released checkpoints are."""
+"""Writing safetensors files piece by piece, sharded as the released checkpoints are.
+
+The library `safetensors` writes a file from tensors that are all in memory, so it is not used.
+"""
 
 import json
 import os

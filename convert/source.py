@@ -1,6 +1,8 @@
 """Reading an original checkpoint: which tensors its safetensors files hold, one at a time.
 
-Files are read by position, not mapped, so that the memory of the process is what it holds.
+Files are read by position, and not with the library `safetensors`, which maps them: what was read
+would count as memory of the process up to the whole file, and a file that shrinks or cannot be read
+further would end the process without a word (SIGBUS).
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, listed
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -37,7 +39,7 @@ class ConversionError(UserError):
 
     def __init__(self, what: str, problems: list[str]):
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__(f"{what}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
+        super().__init__(f"{what}: {count}\n{listed(problems, len(problems))}")
         self.problems = problems
 
 

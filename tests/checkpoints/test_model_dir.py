@@ -181,9 +181,9 @@ def test_all_differences_from_the_model_in_one_report(params):
     with pytest.raises(CheckpointError) as error:
         load_params(params, wanted)
     assert str(error.value).splitlines()[1:] == [
-        "  - missing: params/view_seperator (6,)",
+        "  - missing: params/view_seperator [6]",
         "  - surplus: params/image_newline",
-        "  - wrong shape: params/decoder/norm/scale is (6,), the model has (7,)",
+        "  - params/decoder/norm/scale is [6], expected [7]",
     ]
 
 

@@ -1,11 +1,11 @@
-"""Progress lines: bytes, rate and time left."""
+"""Progress lines: how much, how fast, how long, and the room there is for it."""
 
 import io
 import os
 
 import pytest
 
-from vl2jax.common.progress import Progress, StatusLine, human_bytes, human_count, human_time
+from vl2jax.common.progress import Progress, human_bytes, human_count, human_time
 
 
 class Terminal(io.StringIO):
@@ -37,7 +37,7 @@ def clock(monkeypatch):
 
 def test_plain_lines_at_intervals(clock):
     stream = io.StringIO()
-    with Progress("converting", 1000, stream, every=10) as progress:
+    with Progress("converting", 1000, stream=stream, every=10) as progress:
         clock[0] += 5
         progress.update(100)
         clock[0] += 5
@@ -47,13 +47,65 @@ def test_plain_lines_at_intervals(clock):
     assert stream.getvalue().splitlines() == [
         "converting  20% 200 B of 1 kB, 20 B/s, 0:40 left",
         "converting 100% 1 kB of 1 kB, 20 B/s, 0:50",
-        "converting 100% 1 kB of 1 kB, 20 B/s, 0:50",
     ]
+
+
+def test_counts_of_things(clock):
+    """What was done before counts as done, not as fast; the line says what else it is told."""
+    stream = io.StringIO()
+    with Progress("answering", 10, "rows", done=4, stream=stream, every=10) as progress:
+        progress.update(0, "0 tokens/s")
+        clock[0] += 10
+        progress.update(0, "5 tokens/s")
+        clock[0] += 10
+        progress.update(2, "7 tokens/s")
+        clock[0] += 5
+        progress.update(4, "8 tokens/s")
+        progress.update(0, "9 tokens/s")
+        assert progress.seconds == 25
+    assert stream.getvalue().splitlines() == [
+        "answering  40% 4 of 10 rows, 5 tokens/s, ? left",
+        "answering  60% 6 of 10 rows, 7 tokens/s, 0:40 left",
+        "answering 100% 10 of 10 rows, 8 tokens/s, 0:25",
+    ]
+
+
+def test_time_left_by_the_rate_of_late(clock):
+    stream = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Progress("x", 1000, "y", stream=stream) as progress:
+        for count, seconds in ((100, 1), (1, 100), (1, 100), (1, 100)):
+            clock[0] += seconds
+            progress.update(count)
+        raise KeyboardInterrupt
+    assert stream.getvalue().splitlines()[-1] == "x  10% 103 of 1000 y, 24:55:00 left"
+
+
+def test_a_slow_first_update_is_shown_and_not_counted(clock):
+    stream = io.StringIO()
+    with Progress("x", 4, "y", warm_up=True, stream=stream, every=10) as progress:
+        clock[0] += 5
+        progress.update()
+        clock[0] += 1
+        progress.update()
+        clock[0] += 9
+        progress.update()
+        progress.close()
+    assert stream.getvalue().splitlines() == [
+        "x  25% 1 of 4 y, ? left",
+        "x  75% 3 of 4 y, 0:05 left",
+    ]
+
+
+def test_nothing_to_do(clock):
+    stream = io.StringIO()
+    with Progress("loading", 0, stream=stream):
+        pass
+    assert stream.getvalue() == "loading 100% 0 B of 0 B, 0 B/s, 0:00\n"
 
 
 def test_bar_on_a_terminal(clock):
     stream = Terminal()
-    with Progress("loading", 400, stream) as progress:
+    with Progress("loading", 400, stream=stream) as progress:
         clock[0] += 1
         progress.update(100)
         clock[0] += 0.01
@@ -70,7 +122,7 @@ def test_bar_on_a_terminal(clock):
 
 def test_failure_shows_no_success(clock):
     stream = io.StringIO()
-    with pytest.raises(OSError, match="full"), Progress("converting", 10, stream):
+    with pytest.raises(OSError, match="full"), Progress("converting", 10, stream=stream):
         raise OSError("full")
     assert stream.getvalue() == ""
 
@@ -83,14 +135,24 @@ def test_counts(count, text):
     assert human_count(count) == text
 
 
-def test_a_line_never_wraps(monkeypatch):
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (80, "loading  50% [############............] 50 of 100 parts, 0:01 left"),
+        (60, "loading  50% [########.........] 50 of 100 parts, 0:01 left"),
+        (50, "loading  50% 50 of 100 parts, 0:01 left"),
+        (11, "loading  5"),
+    ],
+)
+def test_a_line_never_wraps(monkeypatch, clock, columns, line):
     stream = Terminal()
     stream.fileno = lambda: 7
-    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((11, 5)))
-    status = StatusLine(stream)
-    status.show("a line of many words", 0.0)
-    status.note("a note may be as long as it likes")
-    status.end()
-    assert stream.getvalue() == (
-        "\ra line of \x1b[K\ra note may be as long as it likes\x1b[K\n\ra line of \x1b[K\n"
-    )
+    monkeypatch.setattr("os.get_terminal_size", lambda _: os.terminal_size((columns, 5)))
+    with Progress("loading", 100, "parts", stream=stream) as progress:
+        clock[0] += 1
+        progress.update(50)
+        progress.note("a note may be as long as it likes")
+        progress.close()
+    shown, note, again = stream.getvalue().split("\x1b[K")[:3]
+    assert shown == f"\r{line}" and len(line) < columns
+    assert note == "\ra note may be as long as it likes" and again == f"\n{shown}"

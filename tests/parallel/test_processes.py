@@ -20,7 +20,7 @@ from vl2jax.checkpoints.model_dir import complete_steps
 from vl2jax.checkpoints.store import ParamStore, read_array
 from vl2jax.common.errors import UserError
 from vl2jax.parallel.processes import DistributedOptions
-from vl2jax.training.metrics import read_metrics
+from vl2jax.training.metrics_file import read_metrics
 
 FLAGS = [
     "--config=tests/smallest.py",
@@ -92,7 +92,7 @@ def test_two_processes_equal_one(both):
     assert_same(saved(two, steps), saved(one, steps))
     # The second process writes neither metrics nor progress.
     assert "devices  8 cpu" in ended[0][1] and "devices " not in ended[1][1]
-    assert "step 1/" in ended[0][2] and "step 1/" not in ended[1][2]
+    assert "1 of 20 steps" in ended[0][2] and "of 20 steps" not in ended[1][2]
 
 
 @long_test

@@ -8,12 +8,13 @@ import sys
 import pytest
 from conftest import ROOT
 
+from vl2jax.common.chips import TPUS
 from vl2jax.common.errors import UserError
-from vl2jax.plan.chips import CHIPS, collective_seconds, find_chip
 from vl2jax.plan.hlo import Collective
 from vl2jax.plan.hlo_text import Array
 from vl2jax.plan.kernel_costs import kernel_cost
 from vl2jax.plan.programs import tpu_devices
+from vl2jax.plan.torus import collective_seconds, find_chip
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='needs libtpu: pip install "vl2jax[tpu]"'
@@ -21,12 +22,6 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def test_chips():
-    assert {name: round(chip.flops / 1e12) for name, chip in CHIPS.items()} == {
-        **{"v4": 275, "v5e": 197, "v5p": 459, "v6e": 918}
-    }
-    assert [round(CHIPS[n].link * links / 1e9) for n, links in (("v5e", 4), ("v5p", 6))] == [
-        *(200, 600)
-    ]
     assert find_chip("v5p:4x4x4").hbm == 95 * 2**30
 
 
@@ -42,7 +37,7 @@ def _on_square(side: int):
 
 def test_rings_and_lines():
     """A ring of 16 sends both ways, a line of 4 one way; two axes have twice the links."""
-    chip, size = CHIPS["v5e"], 1e9
+    chip, size = TPUS["v5e"], 1e9
     gather = Collective("all-gather", size, tuple(range(16)), 1, "")
     ring = collective_seconds(chip, _on_square(16), gather)
     assert ring == pytest.approx(size * 15 / 16 / (2 * chip.link))
@@ -56,7 +51,7 @@ def test_rings_and_lines():
 
 def test_all_to_all_is_bound_by_the_middle():
     """Half of what each of 16 on a ring sends crosses its middle, over two links each way."""
-    chip, size = CHIPS["v5e"], 1e9
+    chip, size = TPUS["v5e"], 1e9
     exchange = Collective("all-to-all", size, tuple(range(16)), 1, "")
     seconds = collective_seconds(chip, _on_square(16), exchange)
     assert seconds == pytest.approx(16 * size / 4 / 2 / chip.link)
@@ -64,7 +59,7 @@ def test_all_to_all_is_bound_by_the_middle():
 
 def test_one_device_waits_for_nobody():
     alone = Collective("all-reduce", 1e9, (3,), 1, "")
-    assert collective_seconds(CHIPS["v5p"], _on_square(2), alone) == 0
+    assert collective_seconds(TPUS["v5p"], _on_square(2), alone) == 0
 
 
 def test_cost_of_grouped_products_is_that_of_rows_there_are():

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vl2jax.checkpoints.model_dir import flatten
 from vl2jax.common.errors import UserError
 from vl2jax.training.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
 
@@ -38,6 +39,40 @@ def test_schedules():
     assert cosine[19] == cosine[20] == 2.0
     assert cosine[60] == pytest.approx(1.1, rel=1e-6)  # halfway between 2 and 0.2
     assert cosine[99] == pytest.approx(0.2, rel=0.01) and min(cosine[20:]) == cosine[99]
+    # A trial run may be shorter than the warm-up: the schedule goes by the run all the same.
+    short = rates(steps=4, schedule="step", warmup_steps=100)
+    drops = 1, 1, 10**-0.5, 0.1
+    assert short == pytest.approx([2 * n / 100 * drop for n, drop in enumerate(drops, 1)], rel=1e-5)
+    assert rates(steps=2, schedule="cosine", warmup_steps=8) == pytest.approx([0.25, 0.5])
+    assert rates(steps=1, schedule="cosine", warmup_steps=1) == [2.0]
+
+
+def test_the_longest_part_decides():
+    cfg = OptimConfig(
+        lr=1.0,
+        schedule="constant",
+        weight_decay=0.0,
+        lr_multipliers={"decoder": 0.5, "decoder/moe_1": 4.0, "image_newline": 2.0},
+    )
+    optimizer = make_optimizer(cfg, steps=1)
+    params = {path: jnp.zeros(shape) for path, shape in PATHS.items()}
+    grads = {path: jnp.ones(shape) for path, shape in PATHS.items()}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)  # Adam's first: all 1
+    assert {path: round(-float(update.mean()), 4) for path, update in updates.items()} == {
+        **{path: 1.0 for path in PATHS if not path.startswith(("decoder", "image"))},
+        **{"decoder/embed_tokens/embedding": 0.5, "decoder/norm/scale": 0.5},
+        **{"decoder/moe_1/mlp/experts/gate_proj": 4.0, "image_newline": 2.0},
+    }
+
+
+def test_paths_of_saved_states():
+    """Checkpoints of earlier versions are restored by these names."""
+    optimizer = make_optimizer(OptimConfig(lr=1.0, lr_multipliers={"vision": 0.1}), steps=9)
+    state = optimizer.init({"vision/pos_embed": jnp.zeros(2)})
+    assert {path: leaf.shape for path, leaf in flatten(state).items()} == {
+        **{"1/count": (), "3/count": ()},
+        **{"1/mu/vision/pos_embed": (2,), "1/nu/vision/pos_embed": (2,)},
+    }
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])

@@ -18,7 +18,7 @@ from conftest import ROOT
 from vl2jax.checkpoints.model_dir import complete_steps, flatten, load_params
 from vl2jax.checkpoints.store import ParamStore, read_array
 from vl2jax.synthetic import question
-from vl2jax.training.metrics import read_metrics
+from vl2jax.training.metrics_file import read_metrics
 
 KILLS = int(os.environ.get("VL2JAX_KILLS", "2"))
 
@@ -99,7 +99,7 @@ def test_what_a_run_leaves(run):
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
     assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.rglob("*.xplane.pb"))
-    assert "held-out loss" in done.stderr and "step 6/6" in done.stderr
+    assert "held-out loss" in done.stderr and "6 of 6 steps" in done.stderr
 
 
 def test_killed_at_any_moment(tmp_path):

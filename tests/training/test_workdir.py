@@ -191,11 +191,11 @@ def test_a_changed_configuration_is_reported_at_once(tmp_path):
     head, *lines = str(error.value).splitlines()
     assert "checkpoints/1 does not fit this run; was its configuration changed?" in head
     assert lines == [
-        "  - params: missing: params/view_seperator",
-        "  - params: params/decoder/moe_1/mlp/experts/up_proj is float32[2, 2, 8, 4],"
-        " the run has float32[2, 3, 8, 4]",
+        "  - params: missing: params/view_seperator bfloat16[4]",
         "  - params: surplus: params/image_newline",
-        "  - opt_state: 0/mu/image_newline is bfloat16[4], the run has float32[4]",
+        "  - params: params/decoder/moe_1/mlp/experts/up_proj is float32[2, 2, 8, 4],"
+        " expected float32[2, 3, 8, 4]",
+        "  - opt_state: 0/mu/image_newline is bfloat16[4], expected float32[4]",
     ]
 
 

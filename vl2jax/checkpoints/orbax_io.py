@@ -5,12 +5,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from vl2jax.checkpoints.model_dir import flatten, read_leaf
 from vl2jax.checkpoints.store import ParamStore
@@ -106,22 +105,6 @@ def _split_axes(path: str, leaf) -> tuple[int, ...]:
     if re.search(r"/mlp/experts/", path):
         return (0, 1)
     return (0,) if re.search(r"/((dense|moe)_\d+|vision/blocks)/", path) else ()
-
-
-def differences(store: ParamStore, like: Mapping[str, Any]) -> list[str]:
-    """How stored arrays differ from those wanted."""
-    stored = {path: store.open(path) for path in store.paths}
-    problems = [f"missing: {path}" for path in like if path not in stored]
-    problems += [f"surplus: {path}" for path in stored if path not in like]
-    for path in like.keys() & stored.keys():
-        found = (tuple(stored[path].shape), np.dtype(stored[path].dtype.numpy_dtype))
-        wanted = (tuple(like[path].shape), np.dtype(like[path].dtype))
-        if found != wanted:
-            problems.append(
-                f"{path} is {found[1].name}{list(found[0])},"
-                f" the run has {wanted[1].name}{list(wanted[0])}"
-            )
-    return sorted(problems)
 
 
 def read_tree(store: ParamStore, like: Any) -> Any:

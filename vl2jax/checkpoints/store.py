@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, listed
 
 _IN_FLIGHT = 128 * 2**20  # bytes being read at once
 
@@ -71,20 +71,36 @@ class ParamStore:
         Raises:
           CheckpointError: parameters missing, surplus, or of another shape.
         """
+        problems = self.differences({path: (shape, None) for path, shape in expected.items()})
+        if problems:
+            raise CheckpointError(
+                f"the parameters in {self._base} do not fit the model:\n{listed(problems)}"
+            )
+
+    def differences(self, expected: Mapping[str, tuple[Shape, np.dtype | None]]) -> list[str]:
+        """How what is stored differs from what is expected.
+
+        Args:
+          expected: path -> shape and dtype; a dtype of None may be any.
+
+        Returns:
+          A line for each parameter that is missing, surplus, or of another shape or dtype.
+        """
         problems = [
-            f"missing: {path} {shape}"
-            for path, shape in expected.items()
+            f"missing: {path} {_described(*wanted)}"
+            for path, wanted in expected.items()
             if path not in self._drivers
         ]
         problems += [f"surplus: {path}" for path in self.paths if path not in expected]
-        for path, shape in expected.items():
-            if path in self._drivers and (found := tuple(self.open(path).shape)) != tuple(shape):
-                problems.append(f"wrong shape: {path} is {found}, the model has {tuple(shape)}")
-        if problems:
-            raise CheckpointError(
-                f"the parameters in {self._base} do not fit the model:\n"
-                + "\n".join(f"  - {problem}" for problem in problems)
-            )
+        for path, (shape, dtype) in expected.items():
+            if path in self._drivers:
+                stored = self.open(path)
+                found = _described(
+                    stored.shape, None if dtype is None else stored.dtype.numpy_dtype
+                )
+                if found != (wanted := _described(shape, dtype)):
+                    problems.append(f"{path} is {found}, expected {wanted}")
+        return problems
 
 
 def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.ndarray:
@@ -146,6 +162,11 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _described(shape: Sequence[int], dtype: np.dtype | None) -> str:
+    """`float32[2, 3]`, or `[2, 3]` where the dtype does not matter."""
+    return f"{'' if dtype is None else np.dtype(dtype).name}{[*map(int, shape)]}"
 
 
 def _short(error: Exception) -> str:

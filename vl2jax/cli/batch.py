@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 from vl2jax.cli.output import json_line, record
 from vl2jax.common.errors import UserError
 from vl2jax.common.file_lock import lock_directory
-from vl2jax.common.progress import StatusLine, bar, human_count, human_time
+from vl2jax.common.progress import Progress, human_count
 from vl2jax.inference.engine import Engine
 from vl2jax.inference.request import CONVERSATION_KEYS, parse_question
 from vl2jax.inference.sequence import Sequence
@@ -245,25 +244,24 @@ class BatchRun:
 
         Without `out` nothing is written: another process has the same answers and does that.
         """
-        status, started = StatusLine(), time.monotonic()
-        before, bad = done, 0
         if done == total:
             return 0
+        bad = 0
         engine = self._session.engine(batch_size)
         steps = itertools.chain(engine.run(self._answers(engine, done)), [[]])
-        for events in steps:
-            self._tokens += sum(row.done and len(row.completion.tokens) for row, _ in events)
-            while self._rows and self._rows[0].done:
-                row = self._rows.popleft()
-                if out is not None:
-                    # Half a surrogate pair in an id is written as the escape it was read as.
-                    out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
-                    out.flush()
-                done, bad = done + 1, bad + (row.sequence is None)
-            now = time.monotonic()
-            if status.due(now) or (status.is_terminal and done == total):
-                status.show(self._line(done, total, done - before, now - started), now)
-        status.end()
+        with Progress("answering", total, "rows", done=done) as progress:
+            for events in steps:
+                self._tokens += sum(row.done and len(row.completion.tokens) for row, _ in events)
+                ended = 0
+                while self._rows and self._rows[0].done:
+                    row = self._rows.popleft()
+                    if out is not None:
+                        # Half a surrogate pair in an id is written as the escape it was read as.
+                        out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
+                        out.flush()
+                    ended, bad = ended + 1, bad + (row.sequence is None)
+                rate = self._tokens / progress.seconds
+                progress.update(ended, f"{human_count(rate)} tokens/s")
         return bad
 
     def _answers(self, engine: Engine, skip: int) -> Iterator[Sequence]:
@@ -284,10 +282,3 @@ class BatchRun:
             self._rows.append(row)
             if row.sequence is not None:
                 yield row.sequence
-
-    def _line(self, done: int, total: int, fresh: int, seconds: float) -> str:
-        text = f"answering {done / total:4.0%} {bar(done / total)} {done} of {total} rows"
-        text += f", {human_count(self._tokens / max(seconds, 1e-6))} tokens/s"
-        if fresh and done < total:
-            text += f", {human_time(seconds / fresh * (total - done))} left"
-        return text

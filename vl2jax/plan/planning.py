@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from vl2jax import ops
 from vl2jax.cli.command import run_cli
 from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags
+from vl2jax.common.chips import TPU
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.inference.steps import BURST
@@ -27,7 +28,6 @@ from vl2jax.ops.experts.tpu_chunked import CHUNKS, SCOPE
 from vl2jax.ops.experts.xla import ACTIVE, BLOCKS
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.sharding import make_mesh
-from vl2jax.plan.chips import Chip, collective_seconds, find_chip
 from vl2jax.plan.hlo import Cost, analyse
 from vl2jax.plan.kernel_costs import kernel_cost
 from vl2jax.plan.programs import (
@@ -38,6 +38,7 @@ from vl2jax.plan.programs import (
     build_train,
     tpu_devices,
 )
+from vl2jax.plan.torus import collective_seconds, find_chip
 from vl2jax.training.report import model_flops
 from vl2jax.training.run_config import RunConfig, read_run_config
 from vl2jax.training.setup import choose_architecture
@@ -142,7 +143,7 @@ def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards:
     return None
 
 
-def _report(chip: Chip, mesh: Mesh, built: Built, cost: Cost, model: float) -> dict:
+def _report(chip: TPU, mesh: Mesh, built: Built, cost: Cost, model: float) -> dict:
     """Memory, work, collectives and the roofline of one device."""
     where = [device.coords for device in mesh.devices.flat]
     kinds: dict[str, dict[str, float]] = {}

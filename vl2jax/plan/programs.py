@@ -25,7 +25,7 @@ from vl2jax.model.vl2 import abstract_params
 from vl2jax.ops.platform import compiling_for
 from vl2jax.parallel.mesh import BATCH_AXES, batch_shards
 from vl2jax.parallel.sharding import CACHE_RULES, batch_sharding, param_shardings
-from vl2jax.plan.chips import find_chip
+from vl2jax.plan.torus import find_chip
 from vl2jax.processing.batch import Batch
 from vl2jax.training.run_config import RunConfig
 from vl2jax.training.setup import jit_train_step, make_recipe, state_shapes

@@ -11,7 +11,7 @@ import jax
 
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.model_dir import ModelDir
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, listed
 from vl2jax.config import VL2Config
 
 # Fields that do not change what the parameters mean.
@@ -137,9 +137,3 @@ def config_differences(a: VL2Config, b: VL2Config) -> list[str]:
         for name, value in values(a).items()
         if value != theirs[name] and name.split(".")[-1] not in _FREE_FIELDS
     ]
-
-
-def listed(problems: Sequence[str], most: int = 20) -> str:
-    """Problems below each other, each on its line."""
-    shown = [f"  - {problem}" for problem in problems[:most]]
-    return "\n".join(shown + [f"  - and {len(problems) - most} more"] * (len(problems) > most))

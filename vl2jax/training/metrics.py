@@ -1,11 +1,8 @@
 """What a training run says of itself: metrics.jsonl, TensorBoard events, and a line of progress."""
 
-import collections
 import contextlib
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,55 +11,16 @@ from typing import TextIO
 
 import numpy as np
 
+from vl2jax.common.chips import peak_flops
 from vl2jax.common.errors import UserError
-from vl2jax.common.progress import StatusLine, bar, human_count, human_time
-from vl2jax.training.curves import draw_curves, parse_line, read_metrics
+from vl2jax.common.progress import Progress, human_count
+from vl2jax.training.curves import draw_curves
+from vl2jax.training.metrics_file import METRICS_FILE, drop_after
 from vl2jax.training.tensorboard import EventWriter, append_whole
 
-__all__ = ["MetricsLog", "NoLog", "Throughput", "drop_after", "peak_flops", "read_metrics"]
-
-METRICS_FILE, CURVES_FILE = "metrics.jsonl", "curves.png"
-_RATE_OVER = 60.0  # seconds that the time left is reckoned from
-
-# Dense bfloat16 operations per second of one device, from the makers' data sheets; the more
-# special name first.
-_PEAKS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("A100", 312e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H200 NVL", 835e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("B200", 2250e12),
-)
+CURVES_FILE = "curves.png"
 
 Value = float | Sequence[float] | np.ndarray
-
-
-def peak_flops(device_kind: str, dtype) -> float | None:
-    """The most operations a device can do in a second on dense matrices.
-
-    Args:
-      device_kind: as JAX names it, "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-      dtype: of the computation; only 16-bit types have one peak whatever the precision asked for.
-
-    Returns:
-      Operations per second, or None where it is not known.
-    """
-    if str(getattr(dtype, "__name__", dtype)) not in ("bfloat16", "float16"):
-        return None
-    if re.search(r"\bMIG\b", device_kind):  # a part of a device
-        return None
-    found = (peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", device_kind))
-    return next(found, None)
 
 
 class Throughput:
@@ -113,42 +71,6 @@ class Throughput:
         return metrics
 
 
-def drop_after(path: Path, step: int) -> int:
-    """Drops from a metrics file what a run wrote after a step, at once or not at all.
-
-    Lines that cannot be read go too: a killed run may leave one.
-
-    Args:
-      path: a metrics.jsonl, or nothing yet.
-      step: the last to keep; 0 for a run that begins, which keeps none.
-
-    Returns:
-      How many lines were dropped.
-
-    Raises:
-      OSError: the file cannot be rewritten; it stays as it was.
-    """
-    if not path.exists():
-        return 0
-    dropped, torn = 0, False
-    beside = path.with_name(path.name + ".new")
-    with open(path, "rb") as old, open(beside, "wb") as new:
-        for text in old:
-            line = parse_line(text)
-            if step > 0 and line is not None and line["step"] <= step:
-                new.write(text.rstrip(b"\n") + b"\n")
-                torn |= not text.endswith(b"\n")
-            else:
-                dropped += 1
-        new.flush()
-        os.fsync(new.fileno())
-    if dropped or torn:
-        os.replace(beside, path)
-    else:
-        beside.unlink()
-    return dropped
-
-
 class MetricsLog:
     """Keeps the metrics of a run and shows how far it is; a context manager.
 
@@ -177,18 +99,16 @@ class MetricsLog:
         Raises:
           OSError: the files cannot be written.
         """
-        self._workdir, self._total, self._step = Path(workdir), total_steps, start_step
+        self._workdir, self._step = Path(workdir), start_step
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._status = StatusLine(stream, every_seconds)
+        options = {"stream": stream, "every": every_seconds, "warm_up": True}
+        self._progress = Progress("training", total_steps, "steps", done=start_step, **options)
         path = self._workdir / METRICS_FILE
         if dropped := drop_after(path, start_step):
             self.note(f"{path}: {dropped} lines from after step {start_step} dropped")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by `close`
         self._events = EventWriter(self._workdir, start_step + 1 if start_step else 0)
-        self._start = time.monotonic()
-        self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._latest: dict[str, Value] = {}
-        self._line = ""
         self._failed = self._closed = False
 
     def __enter__(self) -> "MetricsLog":
@@ -207,33 +127,16 @@ class MetricsLog:
         """
         plain = {name: _plain(value) for name, value in metrics.items()}
         self._keep(step, plain)
-        self._step = max(self._step, step)
         self._latest.update(plain)
         if "heldout/loss" in plain:
             self.note(f"step {step}: {_held_out(plain)}")
         if "train/loss" in plain:
-            self._advance(step)
+            self._progress.update(step - self._step, _in_short(self._latest))
+            self._step = step
 
     def note(self, text: str) -> None:
         """Prints a line that stays, such as "saved step 500"."""
-        self._status.note(text)
-
-    def line(self, now: float) -> str:
-        """The line of progress at a time of the monotonic clock."""
-        text = f"step {self._step}/{self._total}"
-        if self._status.is_terminal:
-            text += f" {bar(self._step / max(self._total, 1))}"
-        for name, write in (
-            ("train/loss", lambda value: f" loss {value:.4g}"),
-            ("train/token_acc", lambda value: f" acc {value:.1%}"),
-            ("perf/tokens_per_sec", lambda value: f" {human_count(value)} tok/s"),
-        ):
-            if isinstance(value := self._latest.get(name), float):
-                text += write(value)
-        if self._step >= self._total:
-            return f"{text} in {human_time(now - self._start)}"
-        left = self._time_left()
-        return f"{text} {'?' if left is None else human_time(left)} left"
+        self._progress.note(text)
 
     def close(self) -> None:
         """Closes the files and draws `curves.png`; a second call does nothing."""
@@ -241,10 +144,7 @@ class MetricsLog:
             return
         self._closed = True
         if self._latest:
-            now = time.monotonic()
-            if self.line(now) != self._line:
-                self._status.show(self.line(now), now)
-            self._status.end()
+            self._progress.close()
         self._file.close()
         self._events.close()
         try:
@@ -263,24 +163,6 @@ class MetricsLog:
             if not self._failed:
                 self.note(f"metrics of step {step} are lost, training goes on: {error}")
             self._failed = True
-
-    def _advance(self, step: int) -> None:
-        """Takes the time of a step, and shows the line if it is the first, the last, or due."""
-        now = time.monotonic()
-        first = not self._marks
-        self._marks.append((now, step))
-        while len(self._marks) > 2 and self._marks[1][0] < now - _RATE_OVER:
-            self._marks.popleft()
-        if first or step >= self._total or self._status.due(now):
-            self._line = self.line(now)
-            self._status.show(self._line, now)
-
-    def _time_left(self) -> float | None:
-        """Seconds to the end at the rate of late; the first step, which compiles, is left out."""
-        if len(self._marks) < 2:
-            return None
-        (begin, low), (end, high) = self._marks[0], self._marks[-1]
-        return (self._total - self._step) * (end - begin) / max(high - low, 1)
 
 
 class NoLog(contextlib.AbstractContextManager):
@@ -318,6 +200,18 @@ def _tags(metrics: Mapping[str, Value]) -> dict[str, float]:
         else:
             tags[name] = value
     return tags
+
+
+def _in_short(metrics: Mapping[str, Value]) -> str:
+    """What the line of progress says: `loss 1.234, acc 56.7%, 12.3k tok/s`."""
+    forms = (
+        ("train/loss", lambda value: f"loss {value:.4g}"),
+        ("train/token_acc", lambda value: f"acc {value:.1%}"),
+        ("perf/tokens_per_sec", lambda value: f"{human_count(value)} tok/s"),
+    )
+    return ", ".join(
+        write(value) for name, write in forms if isinstance(value := metrics.get(name), float)
+    )
 
 
 def _held_out(metrics: Mapping[str, Value]) -> str:

@@ -7,8 +7,9 @@ the trained parameters, as a flat dict by path: frozen ones have neither gradien
 
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -73,24 +74,23 @@ class OptimConfig:
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate of each step, counted from 0, of a run of `steps` steps.
 
-    `cosine` falls from the end of the warm-up to `final_lr_fraction`; `step` divides by sqrt(10)
-    at 50% and again at 75% of all steps; `constant` stays.
+    Warm-up is linear from `lr / warmup_steps` to `lr`.  `cosine` falls from its end to
+    `final_lr_fraction`; `step` divides by sqrt(10) at 50% and again at 75% of all steps, whatever
+    the warm-up; `constant` stays.
     """
-
-    def schedule(count: jax.Array) -> jax.Array:
-        count = jnp.asarray(count, jnp.float32)
-        if cfg.schedule == "cosine":
-            after = jnp.clip((count - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps), 0, 1)
-            half = 0.5 * (1 + jnp.cos(jnp.pi * after))
-            factor = cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * half
-        elif cfg.schedule == "step":
-            drops = (count >= 0.5 * steps).astype(jnp.float32) + (count >= 0.75 * steps)
-            factor = 10 ** (-0.5 * drops)
-        else:
-            factor = jnp.ones_like(count)
-        return cfg.lr * factor * jnp.minimum(1, (count + 1) / max(1, cfg.warmup_steps))
-
-    return schedule
+    warm = cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(cfg.lr, max(1, steps - warm), cfg.final_lr_fraction)
+        decay = optax.join_schedules([optax.constant_schedule(cfg.lr), decay], [warm])
+    elif cfg.schedule == "step":
+        drops = {math.ceil(part * steps): 10**-0.5 for part in (0.5, 0.75)}
+        decay = optax.piecewise_constant_schedule(cfg.lr, drops)
+    else:
+        decay = optax.constant_schedule(cfg.lr)
+    if warm < 2:
+        return decay
+    warmup = optax.linear_schedule(1 / warm, 1.0, warm - 1)
+    return lambda count: decay(count) * warmup(count)
 
 
 def trained_paths(cfg: OptimConfig, paths: Iterable[str]) -> tuple[str, ...]:
@@ -115,15 +115,17 @@ def trained_paths(cfg: OptimConfig, paths: Iterable[str]) -> tuple[str, ...]:
 def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer over a flat dict of parameters by path.
 
-    In order: clip by the global norm, Adam or Muon, weight decay, learning rate, multipliers.
+    In order: clip by the global norm, Adam or Muon, weight decay, learning rate, multipliers.  The
+    places in the chain are in the paths of saved states.
     """
     scale = {"adamw": optax.scale_by_adam, "muon": scale_by_muon_or_adam}[cfg.algorithm]
+    by_part = {part: optax.scale(factor) for part, factor in cfg.lr_multipliers.items()}
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         _kept_in(scale(cfg.b1, cfg.b2, cfg.eps), jnp.dtype(cfg.moments_dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(cfg, steps)),
-        optax.stateless(lambda updates, _: scale_by_part(updates, cfg.lr_multipliers)),
+        optax.partition({"": optax.identity(), **by_part}, _part_of_each(cfg.lr_multipliers)),
     )
 
 
@@ -132,15 +134,14 @@ def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {path: not NO_DECAY.fullmatch(path) for path in params}
 
 
-def scale_by_part(updates: Mapping, multipliers: Mapping[str, float]) -> dict:
-    """Multiplies updates by the factor of the longest part that their path belongs to."""
-    parts = sorted(multipliers, key=len, reverse=True)
+def _part_of_each(parts: Iterable[str]) -> Callable[[Mapping], dict[str, str]]:
+    """Names the longest of some parts that each path belongs to; "" where none."""
+    longest_first = sorted(parts, key=len, reverse=True)
 
-    def scaled(path: str, update: jax.Array) -> jax.Array:
-        factor = next((multipliers[part] for part in parts if _belongs(path, part)), None)
-        return update if factor is None else update * jnp.asarray(factor, update.dtype)
+    def label(tree: Mapping) -> dict[str, str]:
+        return {path: next((p for p in longest_first if _belongs(path, p)), "") for path in tree}
 
-    return {path: scaled(path, update) for path, update in updates.items()}
+    return label
 
 
 def _belongs(path: str, part: str) -> bool:

@@ -22,16 +22,14 @@ from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.model_dir import CHECKPOINTS, complete_steps, flatten
 from vl2jax.checkpoints.orbax_io import (
     close_manager,
-    differences,
     open_manager,
     read_tree,
     reason,
     save_args,
 )
 from vl2jax.checkpoints.store import CheckpointError, ParamStore
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, listed
 from vl2jax.common.file_lock import lock_directory
-from vl2jax.training.lineage import listed
 
 OPT_STATE, DATA = "opt_state", "data"
 _TORN = ".orbax-checkpoint-tmp"  # in the name of what is being written, or was when it ended
@@ -185,7 +183,9 @@ class Workdir:
         problems = [
             f"{name}: {problem}"
             for name, like in parts.items()
-            for problem in differences(stores[name], flatten(like))
+            for problem in stores[name].differences(
+                {path: (leaf.shape, leaf.dtype) for path, leaf in flatten(like).items()}
+            )
         ]
         if problems:
             raise CheckpointError(

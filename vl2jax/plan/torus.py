@@ -1,48 +1,13 @@
-"""TPU chips: memory, speed and links; how long a collective takes on their torus."""
+"""Slices of TPU chips: their names, and how long a collective takes on their torus."""
 
-import dataclasses
 from collections.abc import Sequence
 
+from vl2jax.common.chips import TPU, TPUS
 from vl2jax.common.errors import UserError
 from vl2jax.plan.hlo import Collective
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One chip, as Google Cloud's documentation of the version describes it.
-
-    Attributes:
-      name: as topologies are named.
-      hbm: bytes of main memory.
-      flops: bfloat16 operations per second.
-      bandwidth: bytes per second of main memory.
-      link: bytes per second of one link in one direction.
-      wraps: an axis of the slice of a multiple of this length is a ring.
-    """
-
-    name: str
-    hbm: float
-    flops: float
-    bandwidth: float
-    link: float
-    wraps: int
-
-
-_GIB = 2.0**30
-# docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e}, "System architecture". The link is what the
-# page gives as ICI bandwidth of a chip in one direction, shared among its 4 (2D) or 6 (3D) links.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", 32 * _GIB, 275e12, 1228e9, 2400e9 / 8 / 6, wraps=4),
-        Chip("v5e", 16 * _GIB, 197e12, 819e9, 1600e9 / 8 / 4, wraps=16),
-        Chip("v5p", 95 * _GIB, 459e12, 2765e9, 1200e9 / 2 / 6, wraps=4),
-        Chip("v6e", 32 * _GIB, 918e12, 1600e9, 3200e9 / 8 / 4, wraps=16),
-    )
-}
-
-
-def find_chip(topology: str) -> Chip:
+def find_chip(topology: str) -> TPU:
     """The chip of a topology like `v5p:4x4x4`.
 
     Raises:
@@ -51,12 +16,12 @@ def find_chip(topology: str) -> Chip:
     name, colon, shape = topology.partition(":")
     if not colon or not all(part.isdigit() for part in shape.split("x")):
         raise UserError(f"--topology must be CHIP:SHAPE, like v5p:4x4x4, got {topology!r}")
-    if name not in CHIPS:
-        raise UserError(f"--topology {topology!r}: chips are {', '.join(CHIPS)}")
-    return CHIPS[name]
+    if name not in TPUS:
+        raise UserError(f"--topology {topology!r}: chips are {', '.join(TPUS)}")
+    return TPUS[name]
 
 
-def collective_seconds(chip: Chip, where: Sequence[Sequence[int]], collective: Collective) -> float:
+def collective_seconds(chip: TPU, where: Sequence[Sequence[int]], collective: Collective) -> float:
     """How long one run takes if the links do nothing else.
 
     A ring sends in both directions; a group that spans several axes of the torus uses the links of
