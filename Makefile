@@ -1,8 +1,9 @@
 # make demo: trains the small model (STEPS=n for a short run), then asks it about two pictures.
-# make test: all tests.
+# make test: all tests; FLAGS="..." are flags of pytest.
 PYTHON ?= python3
 VENV ?= .venv
 STEPS ?=
+FLAGS ?=
 RUN := $(VENV)/bin/python
 
 demo: $(VENV)/.demo
@@ -14,7 +15,7 @@ demo: $(VENV)/.demo
 	    --draw runs/boxes.png
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(FLAGS)
 
 $(VENV)/.demo: pyproject.toml | $(RUN)
 	$(RUN) -m pip install --quiet -e ".[plots]"

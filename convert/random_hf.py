@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers
 
 from convert.random_source import write_weights
 from convert.staging import run_on_cpu, staged_directory
+from convert.stopping import Stop, run_stoppable
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.synthetic.tokens import train_bpe, write_processor_files
 
@@ -94,8 +95,12 @@ def _main() -> None:
     parser.add_argument("out_dir", type=Path, help="directory to make")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
-    with staged_directory(args.out_dir, nbytes=2**23) as partial:
-        write_checkpoint(partial, seed=args.seed)
+
+    def work(_: Stop) -> None:
+        with staged_directory(args.out_dir, nbytes=2**23) as partial:
+            write_checkpoint(partial, seed=args.seed)
+
+    run_stoppable(work, args.out_dir)
     print(f"wrote {args.out_dir}")
 
 

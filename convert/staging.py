@@ -7,16 +7,21 @@ import errno
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 
+from convert.stopping import Interrupted
 from vl2jax.cli.command import run_cli
 from vl2jax.common.errors import UserError, is_disk_full
 from vl2jax.common.file_lock import lock_directory
 from vl2jax.common.progress import human_bytes
 
+_NOTHING_LEFT = "nothing was left behind; run it again"
+_REMOVAL_SECONDS, _SETTLE_SECONDS = 5.0, 0.2
 _THREADS = 2  # each holds a piece of at most mapping.PIECE_BYTES, and copies of it
 
 
@@ -26,8 +31,8 @@ def staged_directory(
 ) -> Iterator[Path]:
     """Gives a directory to fill, and renames it to `out` when the block ends well.
 
-    The work is done in `OUT.partial` beside it, which is removed when the block fails; what a
-    killed run left there is removed by the next one.
+    The work is done in `OUT.partial` beside it, which is removed when the block fails; a note on
+    the error says if that was not possible.  What a killed run left there is removed by the next.
 
     Args:
       out: the directory to make.
@@ -40,8 +45,8 @@ def staged_directory(
     out = Path(os.path.abspath(out))
     _check_target(out, is_ours)
     partial = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_made_parents(out))
         if partial.exists():
             _lock(partial, stack)  # held by a living run, or else stale
             shutil.rmtree(partial)
@@ -51,9 +56,44 @@ def staged_directory(
         try:
             yield partial
             _publish(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException as error:
+            if (left := _remove(partial)) is not None:
+                error.add_note(left)
             raise
+
+
+@contextlib.contextmanager
+def _made_parents(path: Path) -> Iterator[None]:
+    """Makes the directories above a path, and removes those that it made if the block fails."""
+    made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # someone else uses it by now
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+def _remove(directory: Path) -> str | None:
+    """Removes a directory for good; says what is left where that fails.
+
+    A storage library may end a write or two after the error that it raised, and so make a directory
+    anew: it has to stay away for a moment.
+    """
+    deadline, reason = time.monotonic() + _REMOVAL_SECONDS, ""
+    while time.monotonic() < deadline:
+        try:
+            shutil.rmtree(directory)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            reason = f" ({error.strerror})"
+        time.sleep(_SETTLE_SECONDS)
+        if not directory.exists():
+            return None
+    return f"{directory} could not be removed{reason}"
 
 
 def run_on_cpu(main: Callable[[], None]) -> int:
@@ -65,7 +105,20 @@ def run_on_cpu(main: Callable[[], None]) -> int:
     """
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
-    return run_cli(main, interrupted="interrupted: nothing was left behind; run it again")
+    return run_cli(lambda: _until_interrupted(main), interrupted=f"interrupted: {_NOTHING_LEFT}")
+
+
+def _until_interrupted(main: Callable[[], None]) -> int:
+    """Runs `main`; after a signal says what is left behind."""
+    try:
+        main()
+        return 0
+    except Interrupted as error:
+        what = "; ".join(getattr(error, "__notes__", [_NOTHING_LEFT]))
+        print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
+        if error.still_running:  # the end of Python would wait for its threads
+            os._exit(error.exit_code)
+        return error.exit_code
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:
@@ -105,7 +158,8 @@ def disk_full(error: Exception, out: Path) -> OSError | None:
     """The plain error for a storage error that means a full disk; None for any other."""
     if not is_disk_full(error):
         return None
-    return OSError(errno.ENOSPC, f"the disk is full; nothing was left at {out}")
+    what = "; ".join(getattr(error, "__notes__", [f"nothing was left at {out}"]))
+    return OSError(errno.ENOSPC, f"the disk is full; {what}")
 
 
 def _check_target(out: Path, is_ours: Callable[[Path], bool] | None) -> None:
@@ -145,6 +199,11 @@ def _publish(partial: Path, out: Path) -> None:
         if replaced.exists():  # left by a run that died between its two renames
             shutil.rmtree(replaced)
         out.rename(replaced)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(out)
+        raise
     if replaced.exists():
         shutil.rmtree(replaced)

@@ -22,6 +22,7 @@ from convert.pieces import pieces
 from convert.shards import TensorSpec, plan_shards, write_shards
 from convert.source import NUMPY_DTYPES, SHORT_NAMES, some
 from convert.staging import disk_full, map_ahead, parse_bytes, run_on_cpu, staged_directory
+from convert.stopping import Stop, run_stoppable
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.store import ParamStore, read_array
 from vl2jax.common.errors import UserError
@@ -46,7 +47,8 @@ def convert(
       One line for each group of original tensors that could not be written.
 
     Raises:
-      UserError, OSError: nothing is left at `out`.
+      UserError, OSError: nothing is left at `out`; a note says if `OUT.partial` is.
+      Interrupted: as above, after Ctrl-C or another signal that ends a process.
     """
     model = checkpoint.read_model_dir(ckpt)
     store = ParamStore(model.params)
@@ -59,14 +61,18 @@ def convert(
         for entry in leaf.entries
     ]
     total = sum(tensor.nbytes for tensor in tensors)
-    try:
+
+    def work(stop: Stop) -> None:
         with (
             staged_directory(out, total + _MARGIN) as partial,
             Progress("writing", total) as progress,
         ):
-            data = _values(store, leaves, dtypes)
+            data = _values(store, leaves, dtypes, stop)
             write_shards(partial, plan_shards(tensors, shard_size), data, progress.update)
             _write_small_files(model, partial)
+
+    try:
+        run_stoppable(work, out)
     except OSError as error:
         raise disk_full(error, out) or error from error
     return [
@@ -101,7 +107,7 @@ def _source_dtype(model: checkpoint.ModelDir, name: str) -> str:
     return SHORT_NAMES[found]
 
 
-def _values(store: ParamStore, leaves, dtypes: dict[str, str]) -> Iterator[np.ndarray]:
+def _values(store: ParamStore, leaves, dtypes: dict[str, str], stop: Stop) -> Iterator[np.ndarray]:
     """All tensors in the original layout, piece by piece in the order of the leaves."""
 
     def work() -> Iterator[tuple]:
@@ -116,7 +122,7 @@ def _values(store: ParamStore, leaves, dtypes: dict[str, str]) -> Iterator[np.nd
         name = piece.entry.hf
         return _cast(values, NUMPY_DTYPES[dtypes[name]], name)
 
-    yield from map_ahead(read, work())
+    yield from map_ahead(read, stop.each(work()))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

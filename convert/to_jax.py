@@ -19,6 +19,7 @@ from convert.pieces import Piece, chunk_shape, pieces
 from convert.plan import Plan, describe, make_plan
 from convert.source import LONG_NAMES, ConversionError
 from convert.staging import disk_full, map_ahead, run_on_cpu, staged_directory
+from convert.stopping import Stop, run_stoppable
 from convert.writer import StreamedArray, save_streamed
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.store import CheckpointError, ParamStore, read_array
@@ -27,14 +28,14 @@ from vl2jax.common.progress import Progress
 _MARGIN = 64 * 2**20  # bytes for metadata and the small files
 
 
-def streamed(plan: Plan, progress: Progress) -> dict[str, StreamedArray]:
+def streamed(plan: Plan, progress: Progress, stop: Stop) -> dict[str, StreamedArray]:
     """The parameters as arrays that are made while they are written."""
 
     def array(path: str, leaf: mapping.Leaf) -> StreamedArray:
         dtype = plan.dtypes[path]
 
         def slices() -> Iterator[tuple[tuple, np.ndarray]]:
-            for piece in pieces(leaf, dtype.itemsize):
+            for piece in stop.each(pieces(leaf, dtype.itemsize)):
                 yield piece.index, piece.unsqueeze(plan.read(piece))
                 progress.update(plan.source_bytes(piece))
 
@@ -44,7 +45,7 @@ def streamed(plan: Plan, progress: Progress) -> dict[str, StreamedArray]:
     return {path: array(path, leaf) for path, leaf in plan.leaves.items()}
 
 
-def verify(plan: Plan, params: Path) -> None:
+def verify(plan: Plan, params: Path, stop: Stop | None = None) -> None:
     """Reads the written parameters again and compares every tensor with its source, bit by bit.
 
     Raises:
@@ -72,7 +73,7 @@ def verify(plan: Plan, params: Path) -> None:
         return piece, f"{piece.entry.hf}: {where} differs"
 
     with Progress("verifying", plan.source_nbytes) as progress:
-        for piece, problem in map_ahead(compare, work()):
+        for piece, problem in map_ahead(compare, (stop or Stop()).each(work())):
             if problem is not None:
                 problems.setdefault(piece.entry.hf, problem)
             progress.update(plan.source_bytes(piece))
@@ -104,28 +105,33 @@ def convert(
       overwrite: replace an older vl2jax checkpoint at `out`.
 
     Raises:
-      UserError, OSError: nothing is left at `out`.
+      UserError, OSError: nothing is left at `out`; a note says if `OUT.partial` is.
+      Interrupted: as above, after Ctrl-C or another signal that ends a process.
     """
-    plan = make_plan(hf_dir, dtype)
     is_ours = (lambda path: (path / checkpoint.MODEL_FILE).is_file()) if overwrite else None
-    try:
+
+    def work(stop: Stop) -> None:
+        plan = make_plan(hf_dir, dtype)
         with plan.source, staged_directory(out, plan.nbytes + _MARGIN, is_ours) as partial:
-            _fill(plan, hf_dir, partial, check)
+            _fill(plan, hf_dir, partial, check, stop)
+
+    try:
+        run_stoppable(work, out)
     except (ValueError, OSError) as error:
         if (full := disk_full(error, out)) is not None:
             raise full from error
         raise
 
 
-def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool) -> None:
+def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, stop: Stop) -> None:
     """Writes everything into an empty directory, `model.json` last."""
     for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
         if (hf_dir / name).is_file():
             shutil.copyfile(hf_dir / name, partial / name)
     with Progress("converting", plan.source_nbytes) as progress:
-        save_streamed(partial / checkpoint.PARAMS, streamed(plan, progress))
+        save_streamed(partial / checkpoint.PARAMS, streamed(plan, progress, stop))
     if check:
-        verify(plan, partial / checkpoint.PARAMS)
+        verify(plan, partial / checkpoint.PARAMS, stop)
     checkpoint.write_model_json(_record(plan, partial))
 
 

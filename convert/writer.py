@@ -6,6 +6,7 @@ atomic rename) is Orbax's own, so the result is an ordinary Orbax checkpoint.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -96,12 +97,23 @@ async def _write(array: StreamedArray, spec: dict, context) -> None:
     store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
     waiting: collections.deque = collections.deque()
     in_flight = 0
-    for index, values in array.slices():
-        waiting.append((store[index].write(values), values.nbytes))
-        in_flight += values.nbytes
-        while in_flight > _IN_FLIGHT:
-            future, nbytes = waiting.popleft()
-            await future
-            in_flight -= nbytes
-    for future, _ in waiting:
-        await future
+    try:
+        for index, values in array.slices():
+            waiting.append((store[index].write(values), values.nbytes))
+            in_flight += values.nbytes
+            while in_flight > _IN_FLIGHT:
+                in_flight -= await _first(waiting)
+        while waiting:
+            await _first(waiting)
+    finally:  # after an error: whoever hears of it may remove the directory
+        for future, _ in waiting:
+            with contextlib.suppress(Exception):
+                await future
+
+
+async def _first(waiting: collections.deque) -> int:
+    """Waits for the oldest write; its bytes."""
+    future, nbytes = waiting[0]
+    await future
+    waiting.popleft()
+    return nbytes

@@ -10,15 +10,27 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
-from golden import Mini
+from golden import DATA, Mini, carried
 
 import vl2jax
 from convert import to_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
-DATA = ROOT / "tests" / "fixtures"
-REFERENCE = ROOT.parent / "shared" / "reference"
-NO_REFERENCE = "the full reference data is not beside this checkout"
+
+
+def _find_reference() -> pathlib.Path | None:
+    """The full reference data: beside the checkout or where VL2JAX_REFERENCE says; "off": none."""
+    setting = os.environ.get("VL2JAX_REFERENCE")
+    if setting == "off":
+        return None
+    path = pathlib.Path(setting or ROOT.parent / "shared" / "reference")
+    if setting and not (path / "mini-small").is_dir():
+        raise pytest.UsageError(f"VL2JAX_REFERENCE: no reference data at {path}")
+    return path if path.is_dir() else None
+
+
+REFERENCE = _find_reference()
+SEES_REFERENCE = pytest.StashKey[bool]()
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,6 +42,32 @@ LONGEST = ("test_train.py", "test_mesh.py", "test_train_step.py", "test_eval.py"
 
 # A background job of a shell ignores Ctrl-C, and so would what tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A test that needs more data than tests/fixtures has carries the mark `reference`.  The fixture
+# `reference` brings the mark, and so does `golden.minis` for parameters; other tests name it.
+# To a test without the mark the fixtures below give only what is carried, even where the full data
+# lie beside the checkout: what passes there passes for a newcomer.
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks what uses the fixture `reference`; where there is no such data, skips all marked."""
+    if "reference" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.reference)
+    if REFERENCE is None and item.get_closest_marker("reference"):
+        reason = "needs the full reference data, which is not beside this checkout"
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remembers whether the test that begins has the mark, for fixtures that serve many."""
+    item.config.stash[SEES_REFERENCE] = item.get_closest_marker("reference") is not None
+
+
+def _check_mark(config: pytest.Config, what: str) -> None:
+    if not config.stash[SEES_REFERENCE]:
+        pytest.fail(f"tests/fixtures has no {what}: mark this test with pytest.mark.reference")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,29 +94,30 @@ def data_dir() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def reference() -> pathlib.Path:
-    """The full reference data, where it lies beside the checkout."""
-    if not REFERENCE.is_dir():
-        pytest.skip(NO_REFERENCE)
+def reference(request) -> pathlib.Path:
+    """The full reference data; a test that asks for it by a parameter must have the mark."""
+    _check_mark(request.config, "full reference data")
     return REFERENCE
 
 
 @pytest.fixture(scope="session")
-def mini(tmp_path_factory):
-    """`mini(name)`: a mini checkpoint, converted and loaded once; skips where it is not."""
-    loaded: dict[str, Mini] = {}
+def mini(request, tmp_path_factory):
+    """`mini(name, case)`: a mini checkpoint, converted and loaded once, that has this golden case.
+
+    Only tests with the mark `reference` can have more than tests/fixtures has.
+    """
+    loaded: dict[pathlib.Path, Mini] = {}
 
     def get(name: str, case: str | None = None) -> Mini:
-        source = next((d / name for d in (REFERENCE, DATA) if (d / name).is_dir()), None)
-        if source is None:
-            pytest.skip(NO_REFERENCE)
-        if name not in loaded:
+        source = DATA / name
+        if not carried(name, case):
+            _check_mark(request.config, f"{name} with case {case}" if case else name)
+            source = REFERENCE / name
+        if source not in loaded:
             target = tmp_path_factory.mktemp("converted") / name
             to_jax.convert(source, target)
             model = vl2jax.load(target)
-            loaded[name] = Mini(name, source, model.config, model.params, model.processor)
-        if case is not None and not loaded[name].has(case):
-            pytest.skip(NO_REFERENCE)
-        return loaded[name]
+            loaded[source] = Mini(name, source, model.config, model.params, model.processor)
+        return loaded[source]
 
     return get

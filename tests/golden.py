@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from convert.mapping import DROP, expand
 from vl2jax.config import VL2Config
@@ -16,7 +17,26 @@ from vl2jax.model.vl2 import VL2
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.image import image_layout
 
+DATA = pathlib.Path(__file__).parent / "fixtures"  # the part of the reference data that is carried
 MINIS = ("mini-tiny", "mini-small", "mini-base", "mini-extra")
+
+
+def carried(name: str, case: str | None = None) -> bool:
+    """Whether the project itself has a mini checkpoint, and a golden case of it."""
+    golden = DATA / name / "golden"
+    return golden.is_dir() and (case is None or (golden / f"{case}.npz").exists())
+
+
+def minis(names=MINIS, cases=(None,)) -> list:
+    """Parameters `name`, or with cases `name, case`; `reference` marks what is not carried."""
+    return [
+        pytest.param(
+            *(name, case)[: 1 if case is None else 2],
+            marks=() if carried(name, case) else pytest.mark.reference,
+        )
+        for name in names
+        for case in cases
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """DeepSeek-VL2 in JAX: load a converted checkpoint, ask it about pictures."""
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.version import version as _version
 from vl2jax.config import VL2Config
 from vl2jax.inference.generate import Generation, generate, stream
 from vl2jax.inference.loading import Model, load
@@ -8,6 +9,7 @@ from vl2jax.model.vl2 import forward
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.processor import Processor
 
+__version__ = _version()
 __all__ = [
     "Batch",
     "Generation",
@@ -15,6 +17,7 @@ __all__ = [
     "Processor",
     "UserError",
     "VL2Config",
+    "__version__",
     "forward",
     "generate",
     "load",

@@ -1,5 +1,6 @@
 """Conversion in both directions: the table, the bits, the problems, and what a crash leaves."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -18,7 +20,7 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert import mapping, staging, to_hf, to_jax
+from convert import mapping, staging, stopping, to_hf, to_jax
 from convert.axes import sized
 from convert.plan import make_plan
 from convert.random_source import write_weights
@@ -498,7 +500,10 @@ sys.exit(to_jax.main())
 def start_slow_conversion(source: Path, out: Path) -> subprocess.Popen:
     """Starts a conversion and returns when it has begun to write parameters."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, source, out], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, source, out],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     partial = out.with_name(out.name + ".partial")
     deadline = time.monotonic() + 60
@@ -533,14 +538,160 @@ def test_late_writes_of_a_conversion_say_nothing(source, tmp_path, monkeypatch):
     assert shown == ["another"]
 
 
-def test_interrupted_conversion_cleans_up(source, tmp_path):
-    process = start_slow_conversion(source, tmp_path / "out")
-    process.send_signal(signal.SIGINT)
+def check_interrupted(process: subprocess.Popen, folder: Path, number: int) -> None:
+    """A conversion that got a signal says that it left nothing, and is right."""
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors.strip().splitlines()[-1] == ("interrupted: nothing was left behind; run it again")
     assert "Traceback" not in errors
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_conversion_cleans_up(source, tmp_path, number):
+    process = start_slow_conversion(source, tmp_path / "new" / "out")
+    process.send_signal(number)
+    check_interrupted(process, tmp_path, number)
+
+
+LATE = """
+import asyncio, concurrent.futures, glob, os, signal, sys, time
+import tensorstore
+pool = concurrent.futures.ThreadPoolExecutor(64)
+
+class Late:
+    "An array; experts reach the disk a while after their writing was asked for."
+    def __init__(self, store):
+        self.store = store
+    def __getitem__(self, index):
+        return Late(self.store[index])
+    def write(self, values):
+        expert = self.store.origin[1] if self.store.rank == 4 else -1
+        if expert == SIGNALS_AT:
+            for _ in range(TIMES):
+                signal.raise_signal(signal.SIGINT)
+        return asyncio.wrap_future(pool.submit(self.write_late, expert, values))
+    def write_late(self, expert, values):
+        if expert == FAILS_AT:
+            raise OSError(28, "No space left on device")
+        time.sleep(0.7 * max(expert, 0))
+        for directory in glob.glob(sys.argv[2] + ".partial/params*/ocdbt.process_0/d"):
+            open(os.path.join(directory, f"late_{expert}"), "w").close()
+        self.store.write(values).result()
+
+really_open, really_rmdir = tensorstore.open, os.rmdir
+async def late_open(*args, **options):
+    return Late(await really_open(*args, **options))
+def slow_rmdir(path, **options):
+    "What is written into a directory between its last file and its own removal keeps it."
+    time.sleep(2.0 * (os.path.basename(path) == "d"))
+    really_rmdir(path, **options)
+tensorstore.open, os.rmdir = late_open, slow_rmdir
+"""
+
+
+def late_conversion(source: Path, out: Path, **numbers: int) -> subprocess.Popen:
+    """A conversion whose writers are late; what happens at which expert: see `LATE`."""
+    script = LATE
+    for name, value in ({"SIGNALS_AT": -2, "TIMES": 1, "FAILS_AT": -2} | numbers).items():
+        script = script.replace(name, str(value))
+    command = [sys.executable, "-c", script + SLOW, source, out]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_late_writers_are_waited_for(source, tmp_path, times):
+    """However often Ctrl-C comes."""
+    process = late_conversion(source, tmp_path / "out", SIGNALS_AT=2, TIMES=times)
+    check_interrupted(process, tmp_path, signal.SIGINT)
+
+
+def test_other_writers_are_waited_for_when_one_fails(source, tmp_path):
+    process = late_conversion(source, tmp_path / "out", FAILS_AT=1)
+    _, errors = process.communicate(timeout=60)
+    told = errors.strip().splitlines()[-1]
+    assert told == f"error: [Errno 28] the disk is full; nothing was left at {tmp_path / 'out'}"
+    assert process.returncode == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_at_any_moment(source, tmp_path):
+    """Either all is written, or nothing is left."""
+    stopped = 0
+    for delay in np.linspace(0, 1, 9):
+        out = tmp_path / f"{delay:.3f}"
+        threading.Timer(delay, signal.raise_signal, [signal.SIGINT]).start()
+        try:
+            to_jax.convert(source, out)
+            time.sleep(2)  # the signal comes meanwhile, if it has not come yet
+        except KeyboardInterrupt as error:
+            assert not hasattr(error, "__notes__")
+            stopped += not out.exists()
+        assert [path.name for path in tmp_path.iterdir()] == [out.name] * out.exists()
+        if out.exists():
+            assert read_model_dir(out).config == MICRO
+            shutil.rmtree(out)
+    assert stopped > 0
+
+
+def test_interrupted_export_cleans_up(source, tmp_path, monkeypatch):
+    to_jax.convert(source, tmp_path / "ckpt")
+
+    def interrupts(*_):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.3)  # until the main thread has heard of it
+        return np.zeros(1)
+
+    monkeypatch.setattr(to_hf, "read_array", interrupts)
+    with pytest.raises(stopping.Interrupted) as interrupted:
+        to_hf.convert(tmp_path / "ckpt", tmp_path / "back")
+    assert interrupted.value.exit_code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_could_not_be_removed_is_told(source, tmp_path, monkeypatch, capsys):
+    def refuses(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    def fails(*_):
+        monkeypatch.setattr(shutil, "rmtree", refuses)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(staging, "_REMOVAL_SECONDS", 0.1)
+    monkeypatch.setattr(to_jax, "save_streamed", fails)
+    code, _, errors = run(capsys, monkeypatch, to_jax, source, tmp_path / "out")
+    left = f"{tmp_path / 'out.partial'} could not be removed (Permission denied)"
+    assert (code, errors) == (1, f"error: [Errno 28] the disk is full; {left}\n")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(staging, "_REMOVAL_SECONDS", 0.1)
+    shutil.rmtree(tmp_path / "out.partial")
+
+    def interrupts(*_):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(shutil, "rmtree", refuses)
+        raise stopping.Stopped
+
+    monkeypatch.setattr(to_jax, "save_streamed", interrupts)
+    code, _, errors = run(capsys, monkeypatch, to_jax, source, tmp_path / "out")
+    assert (code, errors.splitlines()[-1]) == (130, f"interrupted: {left}")
+
+
+def test_work_that_does_not_end_is_not_waited_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_PATIENCE", 0.1)
+    go_on = threading.Event()
+
+    def work(_):
+        signal.raise_signal(signal.SIGINT)
+        go_on.wait(30)
+
+    with pytest.raises(stopping.Interrupted) as interrupted:
+        stopping.run_stoppable(work, tmp_path / "out")
+    go_on.set()
+    assert interrupted.value.still_running
+    (note,) = interrupted.value.__notes__
+    assert note == f"writing to {tmp_path / 'out'} has not ended after 0 seconds"
 
 
 # The command lines.

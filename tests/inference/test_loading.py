@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import vl2jax
-from convert import to_jax
+from convert import random_hf, to_jax
+from convert.random_source import write_weights
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +42,21 @@ def test_dtype(converted, dtype):
     assert found == {jnp.dtype(dtype)}
 
 
-def test_router_state_stays_float32(mini, tmp_path):
-    source = mini("mini-base").source
-    to_jax.convert(source, tmp_path / "model", dtype="bfloat16")
-    model = vl2jax.load(tmp_path / "model")
-    bias = model.params["router"]["decoder"]["moe_1"]["mlp"]["gate"]["e_score_correction_bias"]
-    assert bias.dtype == jnp.float32
-    assert model.params["params"]["image_newline"].dtype == jnp.bfloat16
-    exact = mini("mini-base").params["router"]["decoder"]["moe_1"]["mlp"]["gate"]
-    np.testing.assert_array_equal(bias, exact["e_score_correction_bias"])
+def test_router_state_stays_float32(tmp_path):
+    """A sigmoid router's correction bias keeps every bit where all else becomes bfloat16."""
+    (tmp_path / "hf").mkdir()
+    random_hf.write_checkpoint(tmp_path / "hf")
+    write_weights(tmp_path / "hf", random_hf.demo_config(), dtype="F32")  # more bits than bfloat16
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        to_jax.convert(tmp_path / "hf", tmp_path / dtype, dtype=dtype)
+        model = vl2jax.load(tmp_path / dtype)
+        gate = model.params["router"]["decoder"]["moe_1"]["mlp"]["gate"]
+        found[dtype] = gate["e_score_correction_bias"]
+        assert found[dtype].dtype == jnp.float32
+        assert model.params["params"]["image_newline"].dtype == jnp.dtype(dtype)
+    assert np.any(found["float32"] != found["float32"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found["bfloat16"], found["float32"])
 
 
 def test_other_dtypes_are_refused(converted):

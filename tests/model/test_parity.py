@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import MINIS, all_tokens, assert_close, by_original_name, enlarge, padded_batch, probe
+from golden import all_tokens, assert_close, by_original_name, enlarge, minis, padded_batch, probe
 
 import vl2jax
 from vl2jax.model.losses import batch_balance_loss, next_token_loss
@@ -20,8 +20,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", MINIS)
+@pytest.mark.parametrize(("name", "case"), minis(cases=CASES))
 def test_every_stored_intermediate(mini, name, case):
     model = mini(name, case)
     arrays = model.arrays(case)
@@ -63,8 +62,7 @@ def test_every_stored_intermediate(mini, name, case):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("case", ["train", "train_nopad"])
-@pytest.mark.parametrize("name", MINIS)
+@pytest.mark.parametrize(("name", "case"), minis(cases=("train", "train_nopad")))
 def test_losses_and_gradients(mini, name, case):
     """Cross entropy, both auxiliary losses, and every stored gradient, with and without aux.
 
@@ -126,8 +124,9 @@ def _check_gradients(found, arrays, tag):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("case", ["train", "train_nopad"])
-@pytest.mark.parametrize("name", ["mini-tiny", "mini-small", "mini-extra"])
+@pytest.mark.parametrize(
+    ("name", "case"), minis(("mini-tiny", "mini-small", "mini-extra"), ("train", "train_nopad"))
+)
 def test_batch_wise_auxiliary_loss(mini, name, case):
     """The form of `seq_aux` false, on the same routing."""
     model = mini(name, case)

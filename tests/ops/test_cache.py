@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import mesh_case
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from vl2jax.inference.steps import BURST, compiled_steps
 from vl2jax.model.attention import init_cache
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.unstacked_layers import should_unstack, unstack_layers
-from vl2jax.model.vl2 import VL2
+from vl2jax.model.vl2 import VL2, abstract_params
 from vl2jax.ops import cache
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,20 +30,27 @@ def _decode(net):
     return jax.jit(functools.partial(net.apply, method=VL2.decode))
 
 
-def test_a_bfloat16_cache_is_kept_as_bits(mini):
+@pytest.fixture(scope="module")
+def by_heads():
+    """A configuration with MHA, whose caches are keys and values by heads, and parameters."""
+    config = mesh_case.architecture("mha")
+    return config, jax.device_put(mesh_case.drawn(abstract_params(config), 0.15))
+
+
+def test_a_bfloat16_cache_is_kept_as_bits(by_heads):
     """It gives what a float32 cache of rounded values gives."""
-    model = mini("mini-tiny")  # keys and values by heads
-    assert should_unstack(model.config.decoder, model.params)
-    cfg = model.config.decoder
+    config, params = by_heads
+    cfg = config.decoder
+    assert should_unstack(cfg, params)
     assert {a.dtype.name for a in jax.tree.leaves(init_cache(cfg, 1, 1, 4, jnp.bfloat16))} == {
         "uint16"
     }
     x = jax.random.normal(jax.random.key(0), (2, 3, cfg.hidden_size))
-    decode, found = _decode(VL2(model.config)), []
+    decode, found = _decode(VL2(config)), []
     for dtype in (jnp.bfloat16, jnp.float32):
         caches = init_caches(cfg, 2, 4, dtype)
-        _, caches = decode(model.params, x, np.tile(np.arange(3), (2, 1)), caches)
-        one, caches = decode(model.params, x[:, :1], np.array([[3], [3]]), caches)
+        _, caches = decode(params, x, np.tile(np.arange(3), (2, 1)), caches)
+        one, caches = decode(params, x[:, :1], np.array([[3], [3]]), caches)
         found.append((caches, one))
     for bits, values in zip(*(jax.tree.leaves(caches) for caches, _ in found), strict=True):
         values = values.view(jnp.float32)  # may be bits as well
@@ -52,12 +60,12 @@ def test_a_bfloat16_cache_is_kept_as_bits(mini):
     np.testing.assert_allclose(found[0][1], found[1][1], atol=0.05 * np.abs(found[1][1]).max())
 
 
-def test_a_float32_cache_is_not_copied_to_write_a_token(mini):
+def test_a_float32_cache_is_not_copied_to_write_a_token(by_heads):
     """With unstacked layers: no copy of its size in a step, whatever the version of jax."""
-    model = mini("mini-tiny")
-    cfg = model.config.decoder
-    params = unstack_layers(cfg, _copy(model.params))
-    steps = compiled_steps(model.config, jnp.dtype(jnp.float32), "cpu", None, True)
+    config, params = by_heads
+    cfg = config.decoder
+    params = unstack_layers(cfg, _copy(params))
+    steps = compiled_steps(config, jnp.dtype(jnp.float32), "cpu", None, True)
     state = jax.eval_shape(lambda: steps.idle(2, 48))
     arguments = (params, SamplingParams.create(), state, jnp.asarray([-1], jnp.int32), BURST, 0)
     text = steps.burst.trace(*arguments).lower().compile().as_text()

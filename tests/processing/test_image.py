@@ -16,7 +16,9 @@ from vl2jax.common.errors import UserError
 from vl2jax.processing import image as images_lib
 
 
-@pytest.fixture(scope="module", params=["carried", "full"])
+@pytest.fixture(
+    scope="module", params=["carried", pytest.param("full", marks=pytest.mark.reference)]
+)
 def goldens(request):
     """Folder of the processor's goldens: the carried part and the full set."""
     name = "data_dir" if request.param == "carried" else "reference"

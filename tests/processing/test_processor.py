@@ -53,7 +53,14 @@ class Goldens:
         return processor.sample(conversation, images, **options)
 
 
-@pytest.fixture(scope="module", params=["carried", "mini", "real"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "carried",
+        pytest.param("mini", marks=pytest.mark.reference),
+        pytest.param("real", marks=pytest.mark.reference),
+    ],
+)
 def goldens(request):
     """The carried chats, and both full sets."""
     root = request.getfixturevalue("data_dir" if request.param == "carried" else "reference")

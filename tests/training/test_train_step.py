@@ -12,7 +12,7 @@ import optax
 import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
-from golden import by_original_name, padded_batch
+from golden import by_original_name, minis, padded_batch
 
 from vl2jax.data.packing import BatchShape, Packer, assemble
 from vl2jax.model.vl2 import VL2
@@ -56,15 +56,15 @@ def in_pools(batch, pools: int = 1):
     return jax.tree.map(lambda x: x.reshape(pools, -1, *x.shape[1:]), batch)
 
 
-@pytest.mark.parametrize("name", ["mini-small", "mini-base"])
-def test_reference(mini, name):
+@pytest.mark.parametrize(("name", "case"), minis(("mini-small", "mini-base"), ("train_nopad",)))
+def test_reference(mini, name, case):
     """Loss, auxiliary loss and all gradient norms of the original's step without padding.
 
     A router of each kind; test_parity.py has the gradients of all models.
     """
-    model = mini(name, "train_nopad")
-    training = model.case("train_nopad")["training"]
-    batch = in_pools(padded_batch(model.config, model.arrays("train_nopad")))
+    model = mini(name, case)
+    training = model.case(case)["training"]
+    batch = in_pools(padded_batch(model.config, model.arrays(case)))
     if "loss_aux" in training:
         tag, recipe = "aux", recipe_of(model)
     else:

@@ -12,8 +12,7 @@ def set_compilation_cache(directory: str | None) -> None:
     """Keeps compiled programs on the disk for the next run, unless `directory` is "off"."""
     if directory == "off" or (directory is None and jax.config.jax_compilation_cache_dir):
         return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(directory or os.path.join(home, "vl2jax", "jax"))
+    path = Path(directory) if directory else default_directory()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -22,6 +21,12 @@ def set_compilation_cache(directory: str | None) -> None:
         return  # it works without
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
+
+
+def default_directory() -> Path:
+    """Where compiled programs are kept if nobody says where."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "vl2jax", "jax")
 
 
 def show_compilations() -> None:
