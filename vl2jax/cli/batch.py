@@ -251,7 +251,7 @@ class BatchRun:
         steps = itertools.chain(engine.run(self._answers(engine, done)), [[]])
         with Progress("answering", total, "rows", done=done) as progress:
             for events in steps:
-                self._tokens += sum(row.done and len(row.completion.tokens) for row, _ in events)
+                self._tokens += sum(row.done and len(row.answer.tokens) for row, _ in events)
                 ended = 0
                 while self._rows and self._rows[0].done:
                     row = self._rows.popleft()

@@ -321,7 +321,7 @@ class Engine:
             if row.done:
                 self._rows[place] = None
                 if self._keep_turns and len(self._rows) == 1:
-                    fed = np.array(row.completion.tokens[:-1], np.uint64)
+                    fed = np.array(row.answer.tokens[:-1], np.uint64)
                     keys = np.concatenate([row.prompt.keys, fed])
                     self._prefix_cache.add(Prefix(keys, self._state.caches))
                     self._state = None

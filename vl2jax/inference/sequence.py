@@ -113,7 +113,7 @@ class Generation:
 class Sequence:
     """An answer under way, with its clock."""
 
-    completion: Completion
+    answer: Completion
     prompt: Prompt
     seed: int
     started: float
@@ -122,16 +122,16 @@ class Sequence:
 
     @property
     def done(self) -> bool:
-        return self.completion.finish_reason is not None
+        return self.answer.finish_reason is not None
 
     @property
     def room(self) -> int:
-        return self.completion.max_new_tokens - len(self.completion.tokens)
+        return self.answer.max_new_tokens - len(self.answer.tokens)
 
     @property
     def total(self) -> int:
         """Length of the prompt and the longest possible answer."""
-        return len(self.prompt) + self.completion.max_new_tokens
+        return len(self.prompt) + self.answer.max_new_tokens
 
     def push(self, tokens: abc.Sequence[int]) -> str:
         """Takes the tokens of a burst, up to the end of the answer; gives the new text."""
@@ -139,14 +139,14 @@ class Sequence:
             return ""
         self.last = time.perf_counter()
         self.first = self.first or self.last
-        return self.completion.push(tokens)
+        return self.answer.push(tokens)
 
     def result(self) -> Generation:
-        count, seconds = len(self.completion.tokens), self.last - self.first
+        count, seconds = len(self.answer.tokens), self.last - self.first
         return Generation(
-            tokens=list(self.completion.tokens),
-            finish_reason=self.completion.finish_reason or "length",
-            text=self.completion.text,
+            tokens=list(self.answer.tokens),
+            finish_reason=self.answer.finish_reason or "length",
+            text=self.answer.text,
             prompt_tokens=len(self.prompt),
             seconds_to_first_token=self.first - self.started,
             tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0,
