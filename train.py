@@ -29,7 +29,7 @@ from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
-from vl2jax.inference.loading import DTYPES
+from vl2jax.model.vl2 import DTYPES
 from vl2jax.ops.compiler_options import options_to_run_once
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.processes import (

@@ -79,7 +79,11 @@ def test_every_package_says_what_it_is_for():
         imported = set().union(
             *(deps for module, deps in modules.items() if _package(module) == name)
         )
-        for other in {_package(module) for module in imported} - {name, ""}:
+        others = {_package(module) for module in imported} - {name, ""}
+        named = set(re.findall(r"`(\w+)`", text)) & set(ORDER) - {name}
+        if "mports everything" not in text:
+            assert named == others, f"{name} names {named}, imports {others}"
+        for other in others:
             assert f"`{other}`" in text or "mports everything" in text, f"{name}: {other}"
             assert ORDER.index(other) < place
 

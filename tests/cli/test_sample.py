@@ -467,6 +467,9 @@ def test_verbose_shows_what_is_compiled(ckpt):
     told = [line for line in run.stderr.splitlines() if line.startswith("compile: ")]
     for name in ("embed", "prefill", "begin", "burst"):
         assert any(f"jit({name})" in line and "XLA compilation" in line for line in told), name
+    chosen = [line for line in run.stderr.splitlines() if line.startswith("ops: ")]
+    for name in ("attention", "experts", "cache_write"):
+        assert any(line.startswith(f"ops: {name} of ") for line in chosen), name
 
 
 def test_the_demonstration_model_answers_about_the_example(ask, tmp_path):

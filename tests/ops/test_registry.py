@@ -61,6 +61,13 @@ def test_jit_traces_anew_for_another_implementation():
         del registry._operations["test_only"]
 
 
+def test_a_preference_gives_way_to_what_is_asked_for(halve):
+    assert halve(4, prefer="any")[0] == "any"
+    assert halve(3, prefer="even")[0] == "any"  # it does not serve
+    with ops.use(halve="even"):
+        assert halve(4, prefer="any")[0] == "even"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -129,7 +129,7 @@ def make_pipeline(
 
 
 class PackedDataset(grain.IterDataset):
-    """Packs the samples of a random-access dataset of `Drawn`s into batches."""
+    """Packs the samples of a random-access dataset of `ReadRow`s into batches."""
 
     def __init__(
         self,

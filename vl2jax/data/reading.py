@@ -39,7 +39,7 @@ class ReadRow:
 
 
 class Reader:
-    """Makes a number of the order, and the source and row that lie there, into a `Drawn`."""
+    """Makes a number of the order, and the source and row that lie there, into a `ReadRow`."""
 
     def __init__(
         self,

@@ -12,12 +12,10 @@ from vl2jax.checkpoints.model_dir import flat_shapes, load_params, read_model_di
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.model.quantization import check_kind
-from vl2jax.model.vl2 import abstract_params
+from vl2jax.model.vl2 import DTYPES, abstract_params
 from vl2jax.ops.matmul import Int8
 from vl2jax.parallel.sharding import param_shardings
 from vl2jax.processing.processor import Processor
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)

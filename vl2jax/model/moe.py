@@ -111,7 +111,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, their weights stacked; on a mesh, see `expert_parallel`.
+    """The routed experts, their weights stacked; on a mesh, see `ops.experts.sharded`.
 
     In inference the weights of all layers may come whole, in the collection `EXPERT_STACKS` (see
     `expert_stacks`): then only what the chosen experts need is read, where a scan over layers

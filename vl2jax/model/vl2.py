@@ -23,6 +23,9 @@ from vl2jax.model.vision import VisionTower
 from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
 from vl2jax.processing.batch import TEXT, Batch
 
+# In which a model is stored and computed, by name.
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
 
 @flax.struct.dataclass
 class Output:
@@ -48,7 +51,7 @@ class VL2(nn.Module):
       config: architecture.
       dtype: of activations and matrix products (which accumulate in float32).
       param_dtype: of parameters that `init` makes.
-      moe_implementation: how routed experts are computed, see `experts.IMPLEMENTATIONS`.
+      moe_implementation: how routed experts are computed, see `ops.experts.IMPLEMENTATIONS`.
       max_segments: largest segment id in a batch (1 unless sequences are packed).
       remat: what training keeps of each layer, a name in `layers.REMAT`.
       tile_pools: G, pools of tiles in a batch: the g-th part of its rows reads the g-th part of its

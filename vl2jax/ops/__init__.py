@@ -2,7 +2,7 @@
 
 Each folder is one operation: the function that the model calls, a plain reference, and a file per
 platform.  `registry.py` chooses; this is the only place that asks which platform a program is for.
-Imports `common`, `config` and `parallel`.  Start with `attention/__init__.py`.
+Imports `common` and `parallel`.  Start with `attention/__init__.py`.
 """
 
 from vl2jax.ops import attention, cache, experts, latent_attention, matmul

@@ -68,13 +68,15 @@ class Operation:
         self.implementations = {one.name: one for one in implementations}
         _operations[name] = self
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.choose(*args, **options).run(*args, **options)
+    def __call__(self, *args: Any, prefer: str | None = None, **options: Any) -> Any:
+        """Runs the implementation that is chosen; `prefer`: one that comes first unless asked
+        otherwise."""
+        return self.choose(*args, prefer=prefer, **options).run(*args, **options)
 
-    def choose(self, *args: Any, **options: Any) -> Implementation:
+    def choose(self, *args: Any, prefer: str | None = None, **options: Any) -> Implementation:
         """The implementation for these arguments, in the program that is being traced."""
         passed_over = []
-        for one in self._in_order():
+        for one in self._in_order(prefer):
             reason = one.reason_against(*args, **options)
             if not reason:
                 self._tell(one, passed_over, args[0])
@@ -87,8 +89,8 @@ class Operation:
             why = f" (not {'; '.join(passed_over)})" if passed_over else ""
             _listener(f"{self.name} of {_shape(of)}: {chosen.name}{why}")
 
-    def _in_order(self) -> list[Implementation]:
-        asked = dict((*_from_environment(), *_asked_for.value)).get(self.name)
+    def _in_order(self, prefer: str | None = None) -> list[Implementation]:
+        asked = dict((*_from_environment(), *_asked_for.value)).get(self.name, prefer)
         rest = [one for name, one in self.implementations.items() if name != asked]
         return rest if asked is None else [self.implementations[asked], *rest]
 
@@ -159,4 +161,5 @@ def _from_environment() -> tuple[tuple[str, str], ...]:
 
 
 def _shape(value: Any) -> str:
-    return f"{value.dtype.name}{list(value.shape)}" if hasattr(value, "shape") else f"{value}"
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"{value.dtype.name}{list(value.shape)}" if is_array else f"{value}"

@@ -16,12 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
-from vl2jax.inference.loading import DTYPES
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import DecodeState, compiled_steps
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.quantization import int8_shapes
-from vl2jax.model.vl2 import abstract_params
+from vl2jax.model.vl2 import DTYPES, abstract_params
 from vl2jax.ops.platform import compiling_for
 from vl2jax.parallel.mesh import BATCH_AXES, batch_shards
 from vl2jax.parallel.sharding import CACHE_RULES, batch_sharding, param_shardings

@@ -17,8 +17,7 @@ from vl2jax.data.files import open_source
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.row import Source
-from vl2jax.inference.loading import DTYPES
-from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.model.vl2 import DTYPES, VL2, abstract_params
 from vl2jax.ops.compiler_options import compiler_options
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.sharding import (

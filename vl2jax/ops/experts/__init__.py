@@ -47,11 +47,11 @@ def routed_experts(
       first: where expert 0 lies in w, which may hold the experts of many layers.
       n_experts: E; None: all that w holds.
       implementation: a name in `IMPLEMENTATIONS`; "auto": what suits platform and arguments.
+        What `ops.use` asks for goes before it.
 
     Returns:
       [T, D] in the dtype of x.
     """
-    if implementation == AUTO:
-        return _EXPERTS(x_TD, weights_TK, experts_TK, w, first=first, n_experts=n_experts)
-    run = _EXPERTS.implementations[implementation].run
-    return run(x_TD, weights_TK, experts_TK, w, first=first, n_experts=n_experts)
+    prefer = None if implementation == AUTO else implementation
+    where = {"first": first, "n_experts": n_experts}
+    return _EXPERTS(x_TD, weights_TK, experts_TK, w, prefer=prefer, **where)
