@@ -17,55 +17,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT
+from convert_case import MICRO, read_all, write_source
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from convert import mapping, staging, stopping, to_hf, to_jax
 from convert.axes import sized
 from convert.plan import make_plan
-from convert.random_source import write_weights
 from convert.source import ConversionError
 from vl2jax.checkpoints.model_dir import read_model_dir
 from vl2jax.common.errors import UserError
-from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
+from vl2jax.config import VL2Config
 from vl2jax.config import architecture as presets
-
-MICRO = VL2Config(
-    vision=VisionConfig(image_size=28, patch_size=14, width=8, layers=2, heads=2, mlp_ratio=2),
-    adaptor=AdaptorConfig(input_dim=8, n_embed=12),
-    candidate_resolutions=((28, 28),),
-    decoder=DecoderConfig(
-        vocab_size=20,
-        hidden_size=12,
-        intermediate_size=10,
-        moe_intermediate_size=6,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        n_shared_experts=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        first_k_dense_replace=1,
-        kv_lora_rank=5,
-        q_lora_rank=None,
-        qk_nope_head_dim=3,
-        qk_rope_head_dim=2,
-        v_head_dim=4,
-        topk_method="noaux_tc",
-        n_group=1,
-        topk_group=1,
-        scoring_func="sigmoid",
-    ),
-)
-
-
-def write_source(directory: Path, **options) -> Path:
-    """Writes a random checkpoint of the micro model with stand-ins for its small files."""
-    directory.mkdir()
-    write_weights(directory, MICRO, **options)
-    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
-    (directory / "processor_config.json").write_text("{}")
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +40,6 @@ def source(tmp_path_factory) -> Path:
 def broken(source, tmp_path) -> Path:
     """A copy of the source to be broken."""
     return Path(shutil.copytree(source, tmp_path / "broken"))
-
-
-def read_all(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """All tensors of a directory through the safetensors library: dtype, shape, bits."""
-    tensors = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "np") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                x = opened.get_tensor(name)
-                assert name not in tensors
-                tensors[name] = (str(x.dtype), x.shape, x.tobytes())
-    return tensors
 
 
 def problems_of(directory: Path) -> str:

@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import ROOT
+from convert_case import read_all, write_source
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_convert import read_all, write_source
+from workdir_case import state
 
 import sample
 import vl2jax
@@ -28,28 +29,6 @@ from vl2jax.checkpoints.store import ParamStore
 from vl2jax.common.errors import UserError
 from vl2jax.training import lineage
 from vl2jax.training.workdir import Workdir
-
-
-def state(seed: int, rows: int = 8):
-    """Parameters and optimizer state of a small model: bfloat16, float32 and int32 leaves."""
-    rng = np.random.default_rng(seed)
-    params = {
-        "params": {
-            "decoder": {
-                "moe_1": {
-                    "mlp": {"experts": {"up_proj": rng.normal(size=(2, 2, rows, 4))}},
-                    "norm": {"scale": rng.normal(size=(2, 4)).astype(ml_dtypes.bfloat16)},
-                }
-            },
-            "image_newline": rng.normal(size=(4,)).astype(ml_dtypes.bfloat16),
-        },
-        "router": {"decoder": {"moe_1": {"bias": np.float32([[0.1, -0.0]])}}},
-    }
-    params = jax.tree.map(
-        lambda x: jnp.asarray(x, x.dtype if x.itemsize < 8 else "float32"), params
-    )
-    moments = jax.tree.map(lambda x: x + 1, params["params"])
-    return params, ({"mu": moments}, (), [jnp.int32(seed)])
 
 
 def like(tree):
@@ -306,14 +285,15 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 
 ROWS = 200_000
-CHILD = """
+CHILD = f"""
 import itertools, sys
 sys.path[:0] = ["tests", "."]
-from test_workdir import ROWS, Workdir, state
+from workdir_case import state
+from vl2jax.training.workdir import Workdir
 workdir = Workdir(sys.argv[1], keep=2, keep_every=None)
 for step in itertools.count((workdir.latest_step() or 0) + 1):
-    params, opt_state = state(step, rows=ROWS)
-    workdir.save(step, params=params, opt_state=opt_state, data_state={"next": step})
+    params, opt_state = state(step, rows={ROWS})
+    workdir.save(step, params=params, opt_state=opt_state, data_state={{"next": step}})
 """
 
 

@@ -1,0 +1,28 @@
+"""A small training state, as a workdir saves it."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+
+def state(seed: int, rows: int = 8):
+    """Parameters and optimizer state of a small model: bfloat16, float32 and int32 leaves."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "params": {
+            "decoder": {
+                "moe_1": {
+                    "mlp": {"experts": {"up_proj": rng.normal(size=(2, 2, rows, 4))}},
+                    "norm": {"scale": rng.normal(size=(2, 4)).astype(ml_dtypes.bfloat16)},
+                }
+            },
+            "image_newline": rng.normal(size=(4,)).astype(ml_dtypes.bfloat16),
+        },
+        "router": {"decoder": {"moe_1": {"bias": np.float32([[0.1, -0.0]])}}},
+    }
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x, x.dtype if x.itemsize < 8 else "float32"), params
+    )
+    moments = jax.tree.map(lambda x: x + 1, params["params"])
+    return params, ({"mu": moments}, (), [jnp.int32(seed)])
