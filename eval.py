@@ -25,7 +25,7 @@ from typing import Any
 
 from vl2jax.checkpoints.model_dir import read_model_dir, write_json
 from vl2jax.cli.command import Parser, run_cli, whole
-from vl2jax.cli.output import json_line
+from vl2jax.cli.output import json_line, text_of
 from vl2jax.cli.shards import Shard, add_distributed_flags, choose_shard, read_distributed_options
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
@@ -54,6 +54,7 @@ from vl2jax.parallel.processes import (
     print_on_process_0,
 )
 from vl2jax.processing.collate import Sample
+from vl2jax.processing.image import load_image
 from vl2jax.synthetic import Question
 
 WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
@@ -227,7 +228,9 @@ def answer_window(
         group = prepared[start : start + batch_size]
         answers = answer([sample for *_, sample in group])
         yield [
-            Outcome(family, index, said.text, said.finish_reason, score(question, said.text))
+            Outcome(
+                family, index, text_of(said), said.finish_reason, score(question, text_of(said))
+            )
             for (family, index, question, _), said in zip(group, answers, strict=True)
         ]
 
@@ -308,7 +311,7 @@ def make_card(one: Outcome, ask: Ask) -> Card:
     return Card(
         name=f"{one.family} {one.index}",
         correct=one.score.correct,
-        pictures=question.row.images,
+        pictures=[load_image(image) for image in question.row.images],
         question=question.row.messages[-1]["content"].replace("<image>", "").strip(),
         expected=question.answer,
         answer=one.text,

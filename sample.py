@@ -17,6 +17,7 @@ for a mistake, and for a batch with a bad row.
 import argparse
 import dataclasses
 import gc
+import io
 import sys
 from collections.abc import Sequence
 
@@ -124,5 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.freeze()  # what the imports made stays, and is not looked through again and again
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
     raise SystemExit(main())

@@ -12,7 +12,6 @@ on where its working directory ends when the same command is given again.
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import sys
 import time
@@ -53,6 +52,7 @@ from vl2jax.training.setup import (
     jit_eval_step,
     jit_train_step,
     make_data,
+    make_heldout,
     make_recipe,
     prepare_workdir,
     state_shapes,
@@ -89,9 +89,8 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
     sync_processes("workdir")
     processor = Processor.from_dir(path, architecture)
     skipped = Skipped(path / "skipped.txt")
-    make = functools.partial(make_data, config, mesh, processor)
     if config.data.preview:
-        shown = make("train", skipped, batch_shards(mesh)).pipelines
+        shown = make_data(config, mesh, processor, skipped, batch_shards(mesh)).pipelines
         preview(iter(shown[0]), processor, path, config.data.preview)
         return 0
     keep = config.checkpoint
@@ -102,16 +101,16 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
         pools, shards = choose_pools(mesh, config.batch, config.data.shards, data_state)
         recipe = dataclasses.replace(recipe, model=recipe.model.clone(tile_pools=pools))
-        batches = iter(make("train", skipped, pools, shards))
+        batches = iter(make_data(config, mesh, processor, skipped, pools, shards))
         stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
-        log = NoLog()
+        log: MetricsLog | NoLog = NoLog()
         if is_process_0():
             log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
         stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
-        heldout = make("heldout", skipped, pools)
+        heldout = make_heldout(config, mesh, processor, skipped, pools)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
 
 
@@ -171,7 +170,7 @@ def train(
     batches: FeedIterator,
     heldout: Feed | None,
     workdir: Workdir,
-    log: MetricsLog,
+    log: MetricsLog | NoLog,
 ) -> int:
     """The loop; the exit code.
 
@@ -193,7 +192,8 @@ def train(
         metrics = {name: np.asarray(value) for name, value in in_flight.metrics.items()}
         totals = {name: float(value) for name, value in in_flight.device_batch.totals.items()}
         flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
-        speed = throughput.step(totals["tokens"], totals["images"], flops, in_flight.data_wait)
+        tokens, images = int(totals["tokens"]), int(totals["images"])
+        speed = throughput.step(tokens, images, flops, in_flight.data_wait)
         broken = [name for name in MUST_BE_FINITE if not np.isfinite(metrics[name])]
         more = {} if broken else scores()
         log.write(
@@ -201,12 +201,14 @@ def train(
         )
         if broken:
             kept = keep_batch(workdir.path, in_flight.step, in_flight.device_batch)
-            raise UserError(_not_finite(broken[0], metrics[broken[0]], in_flight, kept, workdir))
+            raise UserError(
+                _not_finite(broken[0], float(metrics[broken[0]]), in_flight, kept, workdir)
+            )
 
         return totals["stop"] > 0
 
     def heldout_scores() -> dict[str, float]:
-        return evaluate(eval_fn, state, heldout, config.eval.batches)
+        return {} if heldout is None else evaluate(eval_fn, state, heldout, config.eval.batches)
 
     in_flight: InFlightStep | None = None
     alone, in_step = jax.process_count() == 1, must_wait_for_steps()

@@ -48,7 +48,7 @@ def main() -> None:
         write_processor_files(Path(folder), architecture)
         mesh = make_mesh(dict.fromkeys(AXES, 1) | {"data": -1})
         processor = Processor.from_dir(folder, architecture)
-        feed = make_data(config, mesh, processor, "train", print, pools=batch_shards(mesh))
+        feed = make_data(config, mesh, processor, print, pools=batch_shards(mesh))
         with contextlib.closing(iter(feed.pipelines[0])) as batches:
             for _ in range(WARM_UP):
                 next(batches)

@@ -19,6 +19,7 @@ rope, Q q_lora_rank, F ffn, S shared experts' ffn, M one expert's ffn, E experts
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ _OUR_ATTN = _RUN + "self_attn/"
 _OUR_BLOCK = "params/vision/blocks/"
 
 # fmt: off
-TABLE: tuple[Row, ...] = tuple(Row(*row) for row in (
+TABLE: tuple[Row, ...] = tuple(itertools.starmap(Row, (
     ("image_newline", "params/image_newline", "D -> D"),
     ("view_seperator", "params/view_seperator", "D -> D"),
 
@@ -137,7 +138,7 @@ TABLE: tuple[Row, ...] = tuple(Row(*row) for row in (
 
     ("language.model.norm.weight", "params/decoder/norm/scale", "D -> D"),
     ("language.lm_head.weight", "params/decoder/lm_head/kernel", "vocab D -> D vocab"),
-))
+)))
 # fmt: on
 
 
@@ -197,7 +198,7 @@ def leaves(entries: list[Entry]) -> dict[str, Leaf]:
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        if entry.path is not DROP:
+        if entry.path is not None:
             groups.setdefault(entry.path, []).append(entry)
     found = {}
     for path, group in groups.items():
@@ -214,17 +215,13 @@ def target_shapes(config: VL2Config) -> dict[str, tuple[int, ...]]:
 
 def _sections() -> Iterator[tuple[bool, list[Row]]]:
     """Neighbouring rows that are, or are not, repeated together for every layer."""
-    part: list[Row] = []
-    key = None
-    for row in TABLE:
+
+    def section(row: Row) -> tuple[bool, str]:
         stacked = "{" in row.hf
-        this = (stacked, row.hf.split(".")[0] if stacked else None)
-        if part and this != key:
-            yield key[0], part
-            part = []
-        key = this
-        part.append(row)
-    yield key[0], part
+        return stacked, row.hf.split(".")[0] if stacked else ""
+
+    for (stacked, _), rows in itertools.groupby(TABLE, section):
+        yield stacked, list(rows)
 
 
 def _layer(rows, sizes, layer: int, position: int, run: str, flags, experts: int) -> list[Entry]:

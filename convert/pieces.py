@@ -42,7 +42,7 @@ def chunk_shape(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
     """The part of a parameter that one piece fills: its chunks on the disk."""
     axes, rows = leaf.entries[0].axes, rows_per_piece(leaf, itemsize)
     piece = list(axes.shape)
-    if rows is not None:
+    if rows is not None and axes.split_axis is not None:
         piece[axes.split_axis] = rows
     return (1,) * (len(leaf.shape) - len(axes.shape)) + tuple(piece)
 
@@ -56,7 +56,7 @@ def pieces(leaf: Leaf, itemsize: int) -> Iterator[Piece]:
         for start in range(0, count, rows or count):
             stop = min(start + (rows or count), count)
             place = [slice(0, size) for size in axes.shape]
-            if rows is not None:
+            if rows is not None and axes.split_axis is not None:
                 place[axes.split_axis] = slice(start, stop)
             stacked = [slice(i, i + 1) for i in entry.index]
             yield Piece(leaf, entry, start, stop, (*stacked, *place))

@@ -141,7 +141,7 @@ def describe(plan: Plan) -> str:
         entry = first[hf, path]
         name = hf if count > 1 else entry.hf
         left = f"{count:5} x {name} {list(entry.axes.hf_shape)}"
-        if path is mapping.DROP:
+        if path is None:
             lines.append(f"{left} -> dropped")
         else:
             leaf = plan.leaves[path]

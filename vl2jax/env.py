@@ -85,10 +85,11 @@ def _cache() -> dict[str, Any]:
 
 def _dtypes() -> dict[str, str]:
     """What JAX makes of Python's numbers, and of products of float32."""
+    precision = jax.config.values["jax_default_matmul_precision"]
     return {
         "float": jax.dtypes.canonicalize_dtype(float).name,
         "int": jax.dtypes.canonicalize_dtype(int).name,
-        "float32 products": jax.config.jax_default_matmul_precision or "the platform's default",
+        "float32 products": precision or "the platform's default",
     }
 
 

@@ -90,12 +90,12 @@ def test_choices_are_told_once(halve):
     finally:
         ops.tell(None)
     halve(5)
-    assert told == ["halve of 3: any (not tpu: for tpu; even: odd)"]
+    assert told == ["halve of 3: any (not tpu: runs on tpu only; even: odd)"]
 
 
 def test_every_operation_describes_itself(halve):
     found = {name: (chosen, remark) for name, chosen, remark in ops.describe()}
-    assert found["halve"] == ("even", "else any; tpu for tpu")
+    assert found["halve"] == ("even", "else any; tpu on tpu only")
     assert {"attention", "latent_attention", "experts", "cache_write", "matmul"} <= set(found)
 
 

@@ -285,7 +285,7 @@ def read_leaf(stored, dtype: Any = None, sharding: Any = None):
         return jax.device_put(read_array(stored, dtype=dtype), may_alias=True)
     parts: dict[tuple, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
         key = tuple(piece.indices(size) for piece, size in zip(index, stored.shape, strict=True))
         if key not in parts:  # devices that hold the same part share one read
             parts[key] = read_array(stored, index, dtype)

@@ -54,7 +54,7 @@ class BatchRow:
 
     @property
     def line(self) -> str:
-        if self.sequence is None:
+        if self.sequence is None or self.sample is None:
             return json_line(self.names | {"error": {"message": self.error}})
         return json_line(self.names | record(self.sequence.result(), self.sample))
 

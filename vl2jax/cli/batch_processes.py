@@ -46,11 +46,9 @@ def answer_batch_by_processes(
         )
     requests = RequestFile(source, session.settings)
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(
-            open_output(target) if is_process_0() else contextlib.nullcontext()
-        )
+        out = stack.enter_context(open_output(target)) if is_process_0() else None
         begun = (0, 0, 0)
-        if is_process_0():
+        if out is not None:
             begun = resume(requests, out, target)
             _refuse_other_parts(target, shard.count)
         total, done, bad = json.loads(
@@ -66,7 +64,7 @@ def answer_batch_by_processes(
             part = (shard.index, shard.count)
             own = answer_batch(session, source, target, batch_size, part, skip=done)
             found = gather_to_process_0("bad rows", str(own))
-            if is_process_0():
+            if out is not None:
                 _append_parts(target, out, shard.count)
             bad += int(broadcast_from_process_0("bad rows in all", str(sum(map(int, found)))))
         if is_process_0():

@@ -16,7 +16,7 @@ _INT32 = 2**31 - 1
 class Parser(argparse.ArgumentParser):
     """Raises instead of printing the usage and leaving; flags are not abbreviated."""
 
-    def __init__(self, prog: str, description: str):
+    def __init__(self, prog: str, description: str | None):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=form, allow_abbrev=False)
 

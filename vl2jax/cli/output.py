@@ -64,9 +64,9 @@ class Output:
         if self._as_json:
             print(json_line(record(generation, sample, self._draw_on)), flush=True)
         else:
-            print("" if self._streams else _printable(generation.text), flush=True)
+            print("" if self._streams else _printable(text_of(generation)), flush=True)
         if self._draw is not None:
-            found = grounding.parse_answer(generation.text, sample.image_sizes, self._draw_on)
+            found = grounding.parse_answer(text_of(generation), sample.image_sizes, self._draw_on)
             source = sample.image_sources[-1 if self._draw_on is None else self._draw_on - 1]
             picture = load_image(source, exif=self._exif)
             grounding.draw(picture, found.boxes).save(self._draw)
@@ -83,9 +83,15 @@ def _printable(text: str) -> str:
     return text.translate(_VISIBLE) if sys.stdout.isatty() else text
 
 
+def text_of(generation: Generation) -> str:
+    """The text of an answer that a session gave: it has a tokenizer."""
+    assert generation.text is not None
+    return generation.text
+
+
 def record(generation: Generation, sample: Sample, draw_on: int | None = None) -> dict[str, Any]:
     """An answer as a JSON object; `boxes` are pixels of image `draw_on`, by default the last."""
-    found = grounding.parse_answer(generation.text, sample.image_sizes, draw_on)
+    found = grounding.parse_answer(text_of(generation), sample.image_sizes, draw_on)
     return {
         "text": generation.text,
         "tokens": generation.tokens,

@@ -13,7 +13,7 @@ from vl2jax.inference.sampling import SamplingParams
 from vl2jax.model.quantization import KINDS
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     """All flags."""
     parser = Parser("sample.py", description)
     add = parser.add_argument
@@ -52,7 +52,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_flags(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Parses flags and checks them alone and together.
 
     Args:

@@ -10,7 +10,7 @@ import jax
 
 def set_compilation_cache(directory: str | None) -> None:
     """Keeps compiled programs on the disk for the next run, unless `directory` is "off"."""
-    if directory == "off" or (directory is None and jax.config.jax_compilation_cache_dir):
+    if directory == "off" or (directory is None and jax.config.values["jax_compilation_cache_dir"]):
         return
     path = Path(directory) if directory else default_directory()
     try:

@@ -48,7 +48,9 @@ def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | Non
     sources = []
     for file in _find(os.fspath(path)):
         root = file.parent if images_root is None else pathlib.Path(images_root)
-        source = _opener(file)(file, root)
+        kind = _opener(file)
+        assert kind is not None  # else it was not found
+        source = kind(file, root)
         if not len(source):
             raise UserError(f"{file}: no rows; expected at least one")
         sources.append(source)
@@ -153,7 +155,7 @@ class _ArrayRecord:
 
         self._path, self._root = path, root
         try:
-            self._records = grain.sources.ArrayRecordDataSource(str(path))
+            self._records: Any = grain.sources.ArrayRecordDataSource(str(path))
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{path}: not an ArrayRecord file ({error}); write it again") from error
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from vl2jax.common.errors import UserError
-from vl2jax.data.reading import ReadRow
+from vl2jax.data.reading import BadRow
 
 REPAIR = "repair it, or leave it out of config.data"
 
@@ -23,7 +23,7 @@ class Malformed:
         self._in_a_row[source] = 0
         self.given = True
 
-    def add(self, item: ReadRow, on_skip: Callable[[str], None] | None) -> None:
+    def add(self, item: BadRow, on_skip: Callable[[str], None] | None) -> None:
         """Notes a malformed row, or raises it as UserError where there is no `on_skip`."""
         if on_skip is None:
             raise UserError(item.error)

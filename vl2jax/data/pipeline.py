@@ -17,7 +17,7 @@ from absl import flags
 from vl2jax.common.errors import UserError
 from vl2jax.data.malformed import REPAIR, Malformed
 from vl2jax.data.packing import BatchShape, Packer, assemble, supervised
-from vl2jax.data.reading import Reader, ReadRow, mixed_order
+from vl2jax.data.reading import BadRow, Reader, ReadRow, mixed_order
 from vl2jax.data.row import Source
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.processor import Processor
@@ -97,11 +97,11 @@ def make_pipeline(
       UserError: no source, an empty one, or a setting out of its range.
     """
     weights = [float(weight) for _, weight in sources]
-    sources = [source for source, _ in sources]
-    _check_sources(sources, weights)
+    opened = [source for source, _ in sources]
+    _check_sources(opened, weights)
     _check_settings(on_error, seed, threads, workers, prefetch)
     order = mixed_order(
-        sources,
+        opened,
         weights,
         seed=seed,
         shuffle=shuffle,
@@ -110,7 +110,7 @@ def make_pipeline(
         process_count=process_count,
     )
     dataset = PackedDataset(
-        order.map_with_index(Reader(sources, processor, shape, mask_prompt)),
+        order.map_with_index(Reader(opened, processor, shape, mask_prompt)),
         shape,
         processor,
         threads=threads,
@@ -120,7 +120,7 @@ def make_pipeline(
             "seed": seed,
             "shuffle": shuffle,
             "repeat": repeat,
-            "rows": list(map(len, sources)),
+            "rows": list(map(len, opened)),
             "weights": weights,
             "process": [process_index, process_count],
         },
@@ -232,10 +232,12 @@ class PackedIterator(grain.DatasetIterator):
           UserError: the order of the data is another one, or a row that waited cannot be read.
         """
         _check_identity(state["data"], self._dataset.identity)
-        waiting = [self._dataset.samples[index] for index in state["waiting"]]
-        for item in waiting:
-            if item.sample is None:
+        waiting = []
+        for index in state["waiting"]:
+            item = self._dataset.samples[index]
+            if isinstance(item, BadRow):
                 raise UserError(f"{item.error}; when the checkpoint was saved it could be read")
+            waiting.append(item)
         self._stop_reading()
         self._next, self._packer.waiting = state["next"], waiting
         self._errors.given |= self._next > 0
@@ -250,11 +252,11 @@ class PackedIterator(grain.DatasetIterator):
             self._ahead.close()
         self._ahead = None
 
-    def _good(self, ahead: Iterator[ReadRow]) -> Iterator[ReadRow]:
+    def _good(self, ahead: Iterator[ReadRow | BadRow]) -> Iterator[ReadRow]:
         """Rows that are samples; malformed ones are raised or reported."""
         for item in ahead:
             self._next = item.index + 1
-            if item.sample is None:
+            if isinstance(item, BadRow):
                 self._errors.add(item, self._dataset.on_skip)
             else:
                 self._errors.clear(item.source)

@@ -44,23 +44,23 @@ def preview(
     Returns:
       One block of text for each sample.
     """
-    stream = stream or sys.stdout
-    marks = ("\x1b[4;32m", "\x1b[0m") if stream.isatty() else ("⟦", "⟧")
+    out = sys.stdout if stream is None else stream
+    marks = ("\x1b[4;32m", "\x1b[0m") if out.isatty() else ("⟦", "⟧")
     blocks, tiles = [], []
     for number, (title, sample) in enumerate(itertools.islice(_samples(batches), count), 1):
         slots = _slots(sample.image_index, processor.config.tokens_per_tile)
         facts = f"{len(sample.tokens)} tokens, {supervised(sample).sum()} supervised"
         text = _text(sample, processor, marks)
         blocks.append(f"sample {number}: {title}, {facts}, {len(slots)} tiles\n{text}\n")
-        stream.write(blocks[-1] + "\n")
+        out.write(blocks[-1] + "\n")
         tiles += [(f"{number}: tile {i}", sample.tiles[s]) for i, s in enumerate(slots, 1)]
     if tiles:
         path = pathlib.Path(out_dir) / PICTURE
         path.parent.mkdir(parents=True, exist_ok=True)
         _contact(tiles).save(path)
-        stream.write(f"{len(tiles)} tiles: {path}\n")
+        out.write(f"{len(tiles)} tiles: {path}\n")
     else:
-        stream.write("these samples have no pictures\n")
+        out.write("these samples have no pictures\n")
     return blocks
 
 

@@ -21,21 +21,27 @@ from vl2jax.processing.processor import Processor
 
 @dataclasses.dataclass(frozen=True)
 class ReadRow:
-    """What reading one row gave.
+    """A row that was read.
 
     Attributes:
       index: its number in the order.
       source: number of its source.
       where: how messages name it.
-      sample: None for a malformed row.
-      error: what is wrong with it.
     """
 
     index: int
     source: int
-    where: str = ""
-    sample: Sample | None = None
-    error: str = ""
+    where: str
+    sample: Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A malformed row: its number in the order, that of its source, and what is wrong with it."""
+
+    index: int
+    source: int
+    error: str
 
 
 class Reader:
@@ -51,14 +57,14 @@ class Reader:
         self._sources, self._processor = sources, processor
         self._shape, self._mask_prompt = shape, mask_prompt
 
-    def __call__(self, index: int, place: tuple[int, int]) -> ReadRow:
+    def __call__(self, index: int, place: tuple[int, int]) -> ReadRow | BadRow:
         source, number = place
         try:
             row = self._sources[source][number]
             sample = self._sample(row)
         except UserError as error:
             # As a value: it reaches the packer in its turn, from threads and processes alike.
-            return ReadRow(index, source, error=str(error))
+            return BadRow(index, source, str(error))
         return ReadRow(index, source, row.where, sample)
 
     def _sample(self, row: Row) -> Sample:

@@ -155,11 +155,11 @@ def _draw_boxes(
     for box in boxes:
         sides = (*picture.size, *picture.size)
         # What lies far outside is cut before it is drawn.
-        edges = (
+        x0, y0, x1, y1 = (
             round(min(max(edge, -1), SCALE + 1) / SCALE * side)
             for edge, side in zip(box, sides, strict=True)
         )
-        pen.rectangle(clamp(tuple(edges), picture.size), outline=colour, width=width)
+        pen.rectangle(clamp((x0, y0, x1, y1), picture.size), outline=colour, width=width)
 
 
 def _text_block(label: str, text: str, colour: tuple[int, int, int], width: int) -> PIL.Image.Image:

@@ -113,7 +113,12 @@ def answered_boxes(text: str) -> tuple[Rect, ...]:
     """
     side = grounding.SCALE * _FINE
     boxes = grounding.parse(text, (side, side)).boxes
-    return tuple(tuple(round(edge / _FINE, 3) for edge in box.xyxy) for box in boxes)
+    return tuple(_coarse(*box.xyxy) for box in boxes)
+
+
+def _coarse(x0: int, y0: int, x1: int, y1: int) -> Rect:
+    """A box on the finer grid as one from 0 to 999."""
+    return round(x0 / _FINE, 3), round(y0 / _FINE, 3), round(x1 / _FINE, 3), round(y1 / _FINE, 3)
 
 
 def match_boxes(expected: Sequence[Rect], answered: Sequence[Rect]) -> list[float]:

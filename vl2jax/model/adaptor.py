@@ -1,4 +1,4 @@
-"""Vision-language adaptor (paper section 2): 2x2 patches become one token of decoder width.
+"""Vision-language adaptor (paper section 2): each 2x2 patches become one token of decoder width.
 
 Axis legend: I tiles, P patches, Q tokens per tile, W vision width, D decoder width.
 """
@@ -12,13 +12,14 @@ from vl2jax.model.layers import Linear
 
 
 def space_to_depth(x: jax.Array, ratio: int) -> jax.Array:
-    """Joins `ratio` x `ratio` neighbouring patches, the grid zero-padded right and below.
+    """Concatenates the features of `ratio` x `ratio` neighbouring patches.
 
-    The joined features are channel-major (channel, row, column), the order of `F.unfold`.
+    The patch grid is zero-padded on the right and at the bottom if `ratio` does not divide it.  The
+    concatenated features are ordered (channel, row, column), as in `torch.nn.functional.unfold`.
 
     Args:
-      x: [I, P, W] with P a square number.
-      ratio: patches per side that are joined.
+      x: [I, P, W]; P must be a square number.
+      ratio: side length of a block of patches.
 
     Returns:
       [I, Q, W * ratio * ratio].
@@ -33,7 +34,7 @@ def space_to_depth(x: jax.Array, ratio: int) -> jax.Array:
 
 
 class Adaptor(nn.Module):
-    """Space-to-depth and an MLP with exact (erf) GELU between its layers."""
+    """Space-to-depth, then an MLP with exact (erf) GELU between its layers."""
 
     cfg: AdaptorConfig
     dtype: jnp.dtype = jnp.float32
@@ -41,7 +42,7 @@ class Adaptor(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[I, P, W] -> [I, Q, D]."""
+        """Maps patch features [I, P, W] to tokens [I, Q, D]."""
         x = space_to_depth(x, self.cfg.downsample_ratio)
         for i, (_, features) in enumerate(self.cfg.layer_sizes):
             x = nn.gelu(x, approximate=False) if i else x

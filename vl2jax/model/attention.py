@@ -1,4 +1,6 @@
-"""Multi-head attention (Tiny) and Multi-head Latent Attention (Small, base), one call signature.
+"""Multi-head attention (MHA, VL2-Tiny) and Multi-head Latent Attention (MLA, Small and base).
+
+Both classes have the same call signature.
 
 Axis legend: n layers of a run, B rows, T query tokens, S cache tokens, D width, H heads,
 K head width (MHA), N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
@@ -21,7 +23,7 @@ from vl2jax.ops.matmul import einsum
 from vl2jax.parallel.mesh import constrain
 from vl2jax.parallel.sharding import CACHE_RULES
 
-# The norms inside MLA keep this eps whatever `rms_norm_eps` says (as the original does).
+# As in the original, the norms inside MLA use this eps and not `rms_norm_eps`.
 _LATENT_NORM_EPS = 1e-6
 
 
@@ -30,7 +32,8 @@ class KVCache:
     """Keys and values of all layers of a run; slot s of a row holds the token at position s.
 
     Attributes:
-      keys, values: [n, B, H, S, K], as products with them want it.
+      keys, values: [n, B, H, S, K].  Heads come before slots, the layout that the matrix products
+        of attention read.
     """
 
     keys: jax.Array
@@ -39,10 +42,10 @@ class KVCache:
 
 @flax.struct.dataclass
 class LatentCache:
-    """What MLA caches: the normed latent and the rotated shared key, C + R values per token.
+    """MLA's cache of all layers of a run; slot s of a row holds the token at position s.
 
     Attributes:
-      latent: [n, B, S, C + R].
+      latent: [n, B, S, C + R], the latent after its norm and the rotated key that all heads share.
     """
 
     latent: jax.Array
@@ -53,13 +56,14 @@ Cache = KVCache | LatentCache
 
 @flax.struct.dataclass
 class Context:
-    """What all layers share.
+    """Inputs that are the same for all layers.
 
     Attributes:
       positions, segment_ids: int32[B, T], see `Batch`.
-      cos, sin: float32[B, T, R / 2], the rotation of each token.
-      padding_counts: whether anyone looks at what padding gives: then it is the mean of all values,
-        as in the original, which takes all keys.
+      cos, sin: float32[B, T, R / 2], RoPE rotation of each token.
+      padding_counts: whether the outputs at padding are used.  True: a padding query gets the mean
+        of the values of all keys, as in the original.  False: attention may skip keys that no other
+        query sees, and outputs at padding are arbitrary.
     """
 
     positions: jax.Array
@@ -69,7 +73,11 @@ class Context:
     padding_counts: bool = flax.struct.field(pytree_node=False, default=True)
 
     def visibility(self, cache_slots: int | None) -> Visibility:
-        """Causal within the segment; with a cache, every slot up to the query's position."""
+        """Which keys each query sees.
+
+        Without a cache: earlier tokens of the same segment, and the token itself.  With a cache of
+        `cache_slots` slots: every slot up to the position of the query.
+        """
         if cache_slots is None:
             return Visibility(
                 q_positions=self.positions,
@@ -84,13 +92,13 @@ class Context:
             q_segments=jnp.ones_like(self.positions),
             k_positions=jax.lax.broadcasted_iota(jnp.int32, shape, 1),
             k_segments=jnp.ones(shape, jnp.int32),
-            # A chunk that fills the cache begins at its first slot.
+            # A chunk as long as the cache starts at slot 0, so query i and key i are one token.
             ordered=1 < self.positions.shape[1] == cache_slots,
         )
 
 
 def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) -> Cache:
-    """Zeros: a cache for `layers` layers and `rows` rows of up to `slots` tokens."""
+    """Makes a cache of zeros for `layers` layers and `rows` rows of `slots` tokens each."""
     dtype = cache_ops.stored_dtype(dtype, by_heads=not cfg.use_mla)
 
     def zeros(name: str, *shape: int) -> jax.Array:
@@ -103,7 +111,7 @@ def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) ->
 
 
 class MHA(nn.Module):
-    """Multi-head attention with half-split RoPE (Tiny)."""
+    """Multi-head attention with half-split RoPE (VL2-Tiny; DeepSeek-V2, Eq. 1-8)."""
 
     cfg: DecoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -113,16 +121,26 @@ class MHA(nn.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: KVCache | None, layer: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-        """[B, T, D] -> [B, T, D]; a given cache is written first, then attended to."""
+        """Attends over the batch itself, or over a cache after writing the new tokens to it.
+
+        Args:
+          x: [B, T, D].
+          context: see `Context`.
+          cache: of all layers of the run; None: no cache.
+          layer: int32[], index of the layer in its run.
+
+        Returns:
+          [B, T, D] and the written cache, or None.
+        """
         cfg = self.cfg
-        kinds: dict[str, Any] = dict(
+        options: dict[str, Any] = dict(
             use_bias=cfg.attention_bias,
             kernel_init=nn.initializers.normal(cfg.initializer_range),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
         heads = (cfg.num_attention_heads, cfg.qk_head_dim)
-        q, k, v = (Linear(heads, **kinds, name=f"{part}_proj")(x) for part in "qkv")
+        q, k, v = (Linear(heads, **options, name=f"{part}_proj")(x) for part in "qkv")
         q = apply_rope(q, context.cos, context.sin, interleaved=False)
         k = apply_rope(k, context.cos, context.sin, interleaved=False)
         slots = None
@@ -131,20 +149,22 @@ class MHA(nn.Module):
             values = cache_ops.write(cache.values, layer, v.swapaxes(1, 2), context.positions)
             cache, slots = KVCache(keys, values), keys.shape[-2]
             k, v = (cache_ops.read(a[layer], self.dtype).swapaxes(1, 2) for a in (keys, values))
-        y = v  # will do where only the parameters are wanted
+        y = v  # has the right shape; `init` needs only the parameters
         if not self.is_initializing():
             y = attention(q, k, v, softmax_scale(cfg), context.visibility(slots))
-        return Linear((cfg.hidden_size,), num_in=2, **kinds, name="o_proj")(y), cache
+        return Linear((cfg.hidden_size,), num_in=2, **options, name="o_proj")(y), cache
 
 
 class MLA(nn.Module):
     """Multi-head Latent Attention with interleaved RoPE (DeepSeek-V2, Eq. 9-19 and 37-47).
 
-    Training and prefill expand keys and values from the latent; decoding one token per row is
-    absorbed: the query moves into the latent space instead, and the cache is all that is read.
+    Training and prefill expand the latent to keys and values.  Decoding one token per row absorbs
+    the expansion instead: it projects the query into the latent space and attends over the cached
+    latents, which are never expanded.
 
     Attributes:
-      absorb: None: absorbed when one token meets a cache; True or False: always or never.
+      absorb: True or False: whether to absorb.  None: absorb if there is a cache and one token per
+        row.
     """
 
     cfg: DecoderConfig
@@ -156,9 +176,19 @@ class MLA(nn.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: LatentCache | None, layer: jax.Array
     ) -> tuple[jax.Array, LatentCache | None]:
-        """[B, T, D] -> [B, T, D]; a given cache is written first, then attended to."""
+        """Attends over the batch itself, or over a cache after writing the new tokens to it.
+
+        Args:
+          x: [B, T, D].
+          context: see `Context`.
+          cache: of all layers of the run; None: no cache.
+          layer: int32[], index of the layer in its run.
+
+        Returns:
+          [B, T, D] and the written cache, or None.
+        """
         cfg = self.cfg
-        kinds: dict[str, Any] = dict(
+        options: dict[str, Any] = dict(
             kernel_init=nn.initializers.normal(cfg.initializer_range),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -170,16 +200,18 @@ class MLA(nn.Module):
 
         query, query_name = x, "q_proj"
         if cfg.q_lora_rank is not None:
-            down = Linear((cfg.q_lora_rank,), use_bias=cfg.attention_bias, **kinds, name="q_a_proj")
+            down = Linear(
+                (cfg.q_lora_rank,), use_bias=cfg.attention_bias, **options, name="q_a_proj"
+            )
             query, query_name = norm("q_a_norm")(down(x)), "q_b_proj"
-        q = Linear((heads, cfg.qk_head_dim), **kinds, name=query_name)(query)  # [B, T, H, N + R]
+        q = Linear((heads, cfg.qk_head_dim), **options, name=query_name)(query)  # [B, T, H, N + R]
         q_nope, q_rope = jnp.split(q, [nope], axis=-1)
         q_rope = apply_rope(q_rope, context.cos, context.sin, interleaved=True)
 
         down = Linear(
             (rank + cfg.qk_rope_head_dim,),
             use_bias=cfg.attention_bias,
-            **kinds,
+            **options,
             name="kv_a_proj",
         )
         latent, k_rope = jnp.split(down(x), [rank], axis=-1)
@@ -195,18 +227,18 @@ class MLA(nn.Module):
             absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
 
         shape = (rank, heads, nope + cfg.v_head_dim)
-        w_kv_b = Kernel(shape, kinds["kernel_init"], self.param_dtype, name="kv_b_proj")()
+        w_kv_b = Kernel(shape, options["kernel_init"], self.param_dtype, name="kv_b_proj")()
         attend = absorbed_attention if absorb else _expanded
         visibility = context.visibility(slots)
         y = attend(q_nope, q_rope, latent, w_kv_b, softmax_scale(cfg), visibility)
         out = Linear(
-            (cfg.hidden_size,), num_in=2, use_bias=cfg.attention_bias, **kinds, name="o_proj"
+            (cfg.hidden_size,), num_in=2, use_bias=cfg.attention_bias, **options, name="o_proj"
         )
         return out(y), cache
 
 
 def _expanded(q_nope, q_rope, latent, w_kv_b, scale, visibility) -> jax.Array:
-    """Keys and values of every head are computed from the latent: few flops per query."""
+    """Attention with keys and values of every head expanded from the latent."""
     rank, nope = w_kv_b.shape[0], q_nope.shape[-1]
     latent, k_rope = jnp.split(latent, [rank], axis=-1)
     kv = einsum("BSC,CHX->BSHX", latent, w_kv_b).astype(latent.dtype)

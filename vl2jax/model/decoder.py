@@ -1,4 +1,6 @@
-"""DeepSeekMoE decoder: runs of equal layers, each one stack of parameters and one scan.
+"""DeepSeekMoE decoder.
+
+Consecutive layers of one kind (dense or MoE) form a run: one stack of parameters and one `nn.scan`.
 
 Axis legend: B rows, T tokens, S cache slots, D width, E experts, M layers with experts.
 """
@@ -22,20 +24,20 @@ Caches = dict[str, Cache]  # by name of the run
 
 
 def layer_runs_of(cfg: DecoderConfig, unstacked_layers: bool) -> tuple[LayerRun, ...]:
-    """How layers are grouped: into stacks, or each by itself (`unstacked_layers.py`)."""
+    """The runs of layers: stacked, or one run per layer (see `unstacked_layers.py`)."""
     return cfg.unstacked_runs if unstacked_layers else cfg.layer_runs
 
 
 def init_caches(
     cfg: DecoderConfig, rows: int, slots: int, dtype, unstacked_layers: bool = False
 ) -> Caches:
-    """Empty caches of all runs for `rows` rows of up to `slots` tokens."""
+    """Makes empty caches of all runs, for `rows` rows of `slots` tokens each."""
     runs = layer_runs_of(cfg, unstacked_layers)
     return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in runs}
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward network (dense or experts), each pre-normed with residual."""
+    """Pre-norm transformer layer: attention, then a feed-forward network (dense or MoE)."""
 
     cfg: DecoderConfig
     is_moe: bool
@@ -53,22 +55,22 @@ class DecoderLayer(nn.Module):
         balance_ids: jax.Array | None,
     ) -> tuple[tuple[jax.Array, Cache | None], Balance | None]:
         cfg = self.cfg
-        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         (x, cache), balance = carry, None
-        attention: Any = (MLA if cfg.use_mla else MHA)(cfg, **kinds, name="self_attn")
-        normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="input_layernorm")(x)
+        attention: Any = (MLA if cfg.use_mla else MHA)(cfg, **dtypes, name="self_attn")
+        normed = RMSNorm(cfg.rms_norm_eps, **dtypes, name="input_layernorm")(x)
         y, cache = attention(normed, context, cache, layer)
         self.sow("intermediates", "attn_out", y)
         x += y
-        normed = RMSNorm(cfg.rms_norm_eps, **kinds, name="post_attention_layernorm")(x)
+        normed = RMSNorm(cfg.rms_norm_eps, **dtypes, name="post_attention_layernorm")(x)
         if self.is_moe:
-            how: dict[str, Any] = dict(
+            options: dict[str, Any] = dict(
                 implementation=self.moe_implementation, max_segments=self.max_segments
             )
-            y, balance = MoE(cfg, **kinds, **how, name="mlp")(normed, balance_ids, layer)
+            y, balance = MoE(cfg, **dtypes, **options, name="mlp")(normed, balance_ids, layer)
         else:
             init = nn.initializers.normal(cfg.initializer_range)
-            y = GatedMLP(cfg.intermediate_size, init, **kinds, name="mlp")(normed)
+            y = GatedMLP(cfg.intermediate_size, init, **dtypes, name="mlp")(normed)
         self.sow("intermediates", "mlp_out", y)
         x = constrain(x + y, BATCH_AXES)
         self.sow("intermediates", "layer_out", x)
@@ -76,10 +78,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and output head.
+    """Token embedding, layers, final norm and output head.
 
     Attributes:
-      unstacked_layers: parameters and caches are of single layers (`unstacked_layers.py`).
+      unstacked_layers: whether each layer has its own parameter and cache arrays (see
+        `unstacked_layers.py`); False: the layers of a run are stacked.
     """
 
     cfg: DecoderConfig
@@ -92,10 +95,10 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.normal(cfg.initializer_range)
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, init, **kinds)
-        scan: Any = nn.scan  # `in_axes` is annotated as an integer there
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, init, **dtypes)
+        scan: Any = nn.scan  # Flax annotates `in_axes` as an integer, but accepts a tuple
         self.runs = [
             scan(
                 remat_layer(DecoderLayer, self.remat),
@@ -104,22 +107,22 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=run.count,
-                check_constancy_invariants=False,  # one tracing of the layer in place of two
+                check_constancy_invariants=False,  # traces the layer once instead of twice
             )(
                 cfg,
                 run.is_moe,
-                **kinds,
+                **dtypes,
                 moe_implementation=self.moe_implementation,
                 max_segments=self.max_segments,
                 name=run.name,
             )
             for run in layer_runs_of(cfg, self.unstacked_layers)
         ]
-        self.norm = RMSNorm(cfg.rms_norm_eps, **kinds)
+        self.norm = RMSNorm(cfg.rms_norm_eps, **dtypes)
         self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, self.param_dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32[B, T] -> [B, T, D]."""
+        """Embeds tokens: int32[B, T] -> [B, T, D]."""
         return self.embed_tokens(tokens)
 
     def __call__(
@@ -134,19 +137,21 @@ class Decoder(nn.Module):
         """Runs the layers and the final norm.
 
         Args:
-          x: [B, T, D].
+          x: [B, T, D], input embeddings.
           positions, segment_ids: int32[B, T], see `Batch`.
-          caches: written and attended to; then segments are ignored, and slot = position.
-          balance_ids: int32[B, T], segments of the tokens that count in the balance; None: all
-            but padding, and with caches none.
+          caches: caches to write the new tokens to and then attend over.  The token at position s
+            is written to slot s, and `segment_ids` is ignored.  None: no cache.
+          balance_ids: int32[B, T], for the load balance: the segment of each counted token, 0 for
+            the others.  None: `segment_ids` without caches; with caches no balance is computed.
           padding_counts: see `Context`.
 
         Returns:
-          [B, T, D]; the caches; the balance of all layers with experts (leading axis M), or None
-          if there are none, or no tokens that count.
+          Hidden states [B, T, D] after the final norm; the written caches, or None; the `Balance`
+          of all MoE layers with leading axis M, or None if none was computed.
         """
         cfg = self.cfg
-        # Only `dynamic` RoPE asks for a length; with a cache the limit is never exceeded.
+        # Only `dynamic` RoPE uses the length.  With a cache, positions stay below
+        # `max_position_embeddings`, where `dynamic` changes nothing.
         cos, sin = rope_table(cfg, positions, 0 if caches is not None else x.shape[1])
         context = Context(positions, segment_ids, cos, sin, padding_counts)
         if balance_ids is None and caches is None:
@@ -154,22 +159,26 @@ class Decoder(nn.Module):
         written, balances = {}, []
         for run, layers in zip(layer_runs_of(cfg, self.unstacked_layers), self.runs, strict=True):
             cache = None if caches is None else caches[run.name]
-            numbers = jnp.arange(run.count)
-            (x, written[run.name]), balance = layers((x, cache), numbers, context, balance_ids)
+            layer_indices = jnp.arange(run.count)
+            (x, written[run.name]), balance = layers(
+                (x, cache), layer_indices, context, balance_ids
+            )
             balances += [balance] if run.is_moe else []
         x = self.norm(x)
         self.sow("intermediates", "final_norm", x)
-        joined = jax.tree.map(lambda *a: jnp.concatenate(a), *balances) if balances else None
-        return x, None if caches is None else written, joined
+        balance_of_all = (
+            jax.tree.map(lambda *a: jnp.concatenate(a), *balances) if balances else None
+        )
+        return x, None if caches is None else written, balance_of_all
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> float32[..., vocab]."""
+        """Applies the output head: [..., D] -> float32[..., vocab]."""
         y = matmul(x.reshape(-1, x.shape[-1]), self.lm_head())
         return y.reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
-    """Token embedding."""
+    """Looks up token embeddings: int32[B, T] -> [B, T, D]."""
 
     vocab_size: int
     features: int
@@ -181,5 +190,6 @@ class Embedding(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.features)
         table = parameter(self, "embedding", self.embedding_init, shape, self.param_dtype)
-        table = constrain(table, "tensor")  # whole rows: else tokens of all devices were gathered
+        # Only the vocabulary stays split: XLA would otherwise gather the tokens of all devices.
+        table = constrain(table, "tensor")
         return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)

@@ -1,4 +1,4 @@
-"""Linear maps and norms: bfloat16 in and out where asked, float32 inside."""
+"""Linear layers, norms and the gated MLP: inputs and outputs in `dtype`, sums in float32."""
 
 import math
 
@@ -12,10 +12,14 @@ from vl2jax.ops.names import EXCHANGED, PRODUCT
 
 _policies = jax.checkpoint_policies
 
-# What the forward pass of a layer keeps for the backward pass, which computes the rest again:
-# everything; the layer's input alone; what products give, also those within attention and experts
-# (which name it `PRODUCT`), and what an exchange among experts has brought, so that only norms,
-# activations and gathers are computed twice; what the exchange has brought alone.
+# Rematerialisation policies: what the forward pass of a layer saves besides the layer's input.  The
+# backward pass recomputes the rest.
+#   none: everything is saved.
+#   full: nothing else is saved.
+#   dots: saves the results of matrix products, including those inside attention and experts (named
+#     `PRODUCT`), and the rows received in an expert exchange (named `EXCHANGED`).  Norms,
+#     activations and gathers are recomputed.
+#   exchange: saves only the rows received in an expert exchange.
 REMAT = {
     "none": None,
     "full": _policies.nothing_saveable,
@@ -28,24 +32,24 @@ REMAT = {
 
 
 def remat_layer(layer: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The layer class under a policy of `REMAT`, for use inside `nn.scan`."""
+    """Wraps a layer class in the rematerialisation policy `REMAT[remat]`, for use in `nn.scan`."""
     if remat == "none":
         return layer
     return nn.remat(layer, prevent_cse=False, policy=REMAT[remat])
 
 
 def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
-    """Normal initial values with variance 1 / fan_in."""
+    """Normal initializer with variance 1 / fan_in."""
     return nn.initializers.normal(1 / math.sqrt(fan_in))
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector` with leading axes of size 1, so that it spreads over the trailing axes of `like`."""
+    """Adds leading axes of size 1 so that `vector` broadcasts over the trailing axes of `like`."""
     return jnp.expand_dims(vector, range(like.ndim - vector.ndim))
 
 
 class Kernel(nn.Module):
-    """A bare weight named `kernel`, for maps that are used in more than one way; see `einsum`."""
+    """Returns its parameter `kernel`, for callers that apply the weight themselves."""
 
     shape: tuple[int, ...]
     kernel_init: nn.initializers.Initializer
@@ -57,12 +61,12 @@ class Kernel(nn.Module):
 
 
 class Linear(nn.Module):
-    """`y = x W + b` over the last `num_in` axes of x, accumulated in float32.
+    """Computes `y = x W + b` over the last `num_in` axes of x, accumulated in float32.
 
     Attributes:
-      features: output axes; the kernel has shape [*inputs, *features], the bias [*features].
-      num_in: how many trailing axes of x are contracted.
-      kernel_init: initial values of the kernel; None: normal with variance 1 / inputs.
+      features: sizes of the output axes; the kernel is [*inputs, *features], the bias [*features].
+      num_in: number of trailing axes of x that are contracted.
+      kernel_init: initializer of the kernel; None: normal with variance 1 / number of inputs.
     """
 
     features: tuple[int, ...]
@@ -87,12 +91,12 @@ class Linear(nn.Module):
 
 
 def _matrix(kernel: Weight, num_in: int) -> Weight:
-    """[*inputs, *outputs] with `num_in` inputs as [inputs, outputs]."""
+    """Reshapes a kernel [*inputs, *outputs] with `num_in` input axes to [inputs, outputs]."""
     return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:num_in]), -1), kernel)
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps)` in float32, then scaled in the compute dtype."""
+    """Computes `x / sqrt(mean(x^2) + eps)` in float32, then multiplies by scale in `dtype`."""
 
     eps: float
     dtype: jnp.dtype = jnp.float32
@@ -107,7 +111,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with scale and bias, in float32 throughout (eps 1e-6, as in SigLIP)."""
+    """LayerNorm with scale and bias, computed in float32 (eps 1e-6, as in SigLIP)."""
 
     eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
@@ -126,7 +130,7 @@ class LayerNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, the feed-forward network of the decoder."""
+    """SwiGLU feed-forward network of the decoder: `down(silu(gate(x)) * up(x))`."""
 
     intermediate_size: int
     kernel_init: nn.initializers.Initializer

@@ -1,4 +1,4 @@
-"""What training minimises: masked next-token loss and the experts' auxiliary balance loss.
+"""Training losses: masked next-token cross entropy and the auxiliary load-balance loss.
 
 Axis legend: B rows, T tokens, D width, E experts, K experts per token, N sequences packed in a row.
 """
@@ -10,10 +10,11 @@ from vl2jax.processing.batch import Batch
 
 
 def shift_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The target of each position is the next token of the same sequence, where supervised.
+    """Targets of the next-token loss: at each position the next token of the same sequence.
 
     Returns:
-      targets int32[B, T] and mask bool[B, T]; the last position of a sequence has no target.
+      Targets int32[B, T], and a mask bool[B, T] that is True where the target is supervised.  The
+      last position of a sequence has no target.
     """
 
     def following(x: jax.Array) -> jax.Array:
@@ -25,16 +26,17 @@ def shift_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def next_token_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy summed over supervised tokens, and their number.
+    """Cross entropy, summed over supervised tokens, and their number.
 
-    The mean is `sum / count`; both are given so that accumulation and sharding change nothing.
+    The mean loss is `sum / count`.  Returning both lets callers add them up over microbatches and
+    devices before they divide.
 
     Args:
       logits: float32[B, T, vocab].
-      batch: the same batch.
+      batch: the batch that gave the logits.
 
     Returns:
-      float32[] sum in nats and float32[] count.
+      The sum in nats, float32[], and the count, float32[].
     """
     targets, mask = shift_targets(batch)
     logits = logits.astype(jnp.float32)
@@ -46,17 +48,17 @@ def next_token_loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Arr
 def sequence_balance_loss(
     scores: jax.Array, experts: jax.Array, segment_ids: jax.Array, max_segments: int = 1
 ) -> jax.Array:
-    """Sequence-wise auxiliary loss, before its weight alpha (DeepSeek-V2, Eq. 23-25).
+    """Sequence-wise auxiliary loss, without its factor alpha (DeepSeek-V2, Eq. 23-25).
 
-    Per sequence `sum_e f_e P_e`, f_e the share of its tokens routed to e times E / K, P_e the mean
-    score of e; the mean over sequences. Padding does not count. Scores enter as they are, also
-    from a sigmoid, as in the original.
+    The loss of a sequence is `sum_e f_e P_e`: f_e is E / K times the fraction of its tokens routed
+    to expert e, and P_e the mean score of e.  The result is the mean over sequences.  As in the
+    original, sigmoid scores are not normalised.
 
     Args:
-      scores: float32[B, T, E], before selection.
-      experts: int32[B, T, K], the chosen ones.
-      segment_ids: int32[B, T]; 0 is left out.
-      max_segments: the largest segment id that occurs.
+      scores: float32[B, T, E], scores of all experts.
+      experts: int32[B, T, K], the chosen experts.
+      segment_ids: int32[B, T]; tokens with segment 0 (padding) are not counted.
+      max_segments: the largest segment id in the batch.
 
     Returns:
       float32[].
@@ -74,12 +76,14 @@ def sequence_balance_loss(
 
 
 def batch_balance_loss(scores: jax.Array, experts: jax.Array, mask: jax.Array) -> jax.Array:
-    """Batch-wise auxiliary loss (`seq_aux` false), before its weight: all tokens as one sequence.
+    """Batch-wise auxiliary loss (`seq_aux` false), without its factor alpha.
+
+    It is the sequence-wise loss with all tokens of the batch as one sequence.
 
     Args:
-      scores: float32[B, T, E].
-      experts: int32[B, T, K].
-      mask: bool[B, T], the tokens that count.
+      scores: float32[B, T, E], scores of all experts.
+      experts: int32[B, T, K], the chosen experts.
+      mask: bool[B, T], True for tokens that count.
 
     Returns:
       float32[].
@@ -93,11 +97,20 @@ def batch_balance_loss(scores: jax.Array, experts: jax.Array, mask: jax.Array) -
 
 
 def expert_load(experts: jax.Array, mask: jax.Array, n_experts: int) -> jax.Array:
-    """float32[E]: how many of the masked tokens each expert got."""
+    """Number of tokens routed to each expert.
+
+    Args:
+      experts: int32[B, T, K], the chosen experts.
+      mask: bool[B, T], True for tokens that count.
+      n_experts: E.
+
+    Returns:
+      float32[E].
+    """
     counts = _one_hot_counts(experts, n_experts)
     return jnp.einsum("BT,BTE->E", mask.astype(jnp.float32), counts)
 
 
 def _one_hot_counts(experts: jax.Array, n_experts: int) -> jax.Array:
-    """int32[B, T, K] -> float32[B, T, E], 1 where chosen; not differentiated."""
+    """How often each expert was chosen: int32[B, T, K] -> float32[B, T, E], without gradient."""
     return jax.nn.one_hot(experts, n_experts, dtype=jnp.float32).sum(axis=-2)

@@ -1,4 +1,4 @@
-"""DeepSeekMoE layer: router, routed experts, shared experts (DeepSeek-V2, Eq. 20-22).
+"""DeepSeekMoE layer: router, routed experts and shared experts (DeepSeek-V2, Eq. 20-22).
 
 Axis legend: B rows, T tokens, D width, F expert width, E experts, K experts per token.
 """
@@ -21,17 +21,18 @@ from vl2jax.ops.experts.sharded import sharded_experts
 from vl2jax.ops.matmul import Weight
 from vl2jax.parallel.mesh import current_mesh
 
-EXPERT_STACKS = "expert_stacks"  # a collection, see `expert_stacks`
+EXPERT_STACKS = "expert_stacks"  # name of a Flax collection, see `expert_stacks`
 
 
 @flax.struct.dataclass
 class Routing:
-    """What the router decides, all from float32 scores.
+    """The router's decision for each token.
 
     Attributes:
-      weights: float32[..., K], normalised and scaled.
-      experts: int32[..., K].
-      scores: float32[..., E], before bias and selection.
+      weights: float32[..., K], gate values of the chosen experts, normalised and scaled as
+        configured.
+      experts: int32[..., K], ids of the chosen experts.
+      scores: float32[..., E], scores of all experts, before the correction bias.
     """
 
     weights: jax.Array
@@ -41,11 +42,11 @@ class Routing:
 
 @flax.struct.dataclass
 class Balance:
-    """How one layer spread its tokens.
+    """Load balance of one layer's experts.
 
     Attributes:
       aux_loss: float32[], the auxiliary loss times `aux_loss_alpha`.
-      load: float32[E], tokens per expert; padding does not count.
+      load: float32[E], number of tokens routed to each expert, without padding.
     """
 
     aux_loss: jax.Array
@@ -53,17 +54,26 @@ class Balance:
 
 
 def route(cfg: DecoderConfig, logits: jax.Array, bias: jax.Array | None = None) -> Routing:
-    """Chooses experts and their weights.
+    """Chooses K experts per token and their gate values.
 
-    `greedy` takes the K best scores; `group_limited_greedy` the K best within the `topk_group`
-    groups of highest best score; `noaux_tc` chooses by score plus bias, groups by the sum of
-    their two best, and weighs by the score alone. Rejected groups are masked with -inf (the
-    original uses 0, which lets their experts win over negative biased scores).
+    `topk_method` decides how experts are chosen:
+
+    - `greedy`: the K highest scores.
+    - `group_limited_greedy`: first the `topk_group` groups with the highest best score, then the K
+      highest scores within them.
+    - `noaux_tc` (DeepSeek-V3, section 2.1.2): the same with score plus bias, where a group is
+      ranked by the sum of its two best.  The gate values come from the scores without bias.
+
+    Groups that are not chosen are masked with -inf.  The original masks them with 0, so their
+    experts can win over experts whose biased scores are negative.
 
     Args:
       cfg: decoder configuration.
       logits: float32[..., E].
-      bias: float32[E], `e_score_correction_bias`, for `noaux_tc` only.
+      bias: float32[E], `e_score_correction_bias`; required by `noaux_tc`, ignored otherwise.
+
+    Returns:
+      The chosen experts, their gate values and all scores.
     """
     top_k = given(cfg.num_experts_per_tok)
     score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[cfg.scoring_func]
@@ -80,7 +90,7 @@ def route(cfg: DecoderConfig, logits: jax.Array, bias: jax.Array | None = None) 
 
 
 def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
-    """Sets all experts outside the `topk_group` best groups to -inf."""
+    """Masks experts outside the `topk_group` best groups with -inf."""
     grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
     best = 2 if cfg.topk_method == "noaux_tc" else 1
     group_scores = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
@@ -90,7 +100,11 @@ def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
 
 
 class Gate(nn.Module):
-    """Router, in float32; its correction bias lives in the collection `router`, not in `params`."""
+    """Router, computed in float32.
+
+    The correction bias of `noaux_tc` is in the collection `router`, not in `params`: the optimizer
+    does not train it.
+    """
 
     cfg: DecoderConfig
     param_dtype: jnp.dtype = jnp.float32
@@ -111,11 +125,11 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, their weights stacked; on a mesh, see `ops.experts.sharded`.
+    """The routed experts of a layer; on a mesh they are computed by `ops.experts.sharded`.
 
-    In inference the weights of all layers may come whole, in the collection `EXPERT_STACKS` (see
-    `expert_stacks`): then only what the chosen experts need is read, where a scan over layers
-    would first copy all experts of a layer.
+    For inference, the weights of all layers of a run can be passed as one stack in the collection
+    `EXPERT_STACKS` (see `expert_stacks`).  Then only the weights of chosen experts are read.  With
+    weights in `params`, the scan over layers copies all experts of a layer first.
     """
 
     cfg: DecoderConfig
@@ -126,7 +140,7 @@ class Experts(nn.Module):
     def __call__(
         self, x: jax.Array, routing: Routing, layer: jax.Array, implementation: str
     ) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; `layer` is the number of the layer in its stack."""
+        """Maps [B, T, D] to [B, T, D]; `layer` is the index of the layer in its run."""
         cfg = self.cfg
         experts, hidden, width = given(cfg.n_routed_experts), cfg.moe_intermediate_size, x.shape[-1]
         tokens = math.prod(x.shape[:-1])
@@ -155,7 +169,7 @@ class Experts(nn.Module):
             up=weight("up_proj", width, hidden),
             down=weight("down_proj", hidden, width),
         )
-        if self.is_initializing():  # only the parameters are wanted
+        if self.is_initializing():  # `init` needs only the parameters
             return x
         options: dict[str, Any] = {"implementation": implementation}
         if mesh is not None:
@@ -164,7 +178,14 @@ class Experts(nn.Module):
 
 
 def expert_stacks(variables: dict) -> dict:
-    """Variables for inference: the experts' weights moved from `params` to `EXPERT_STACKS`."""
+    """Moves the weights of the routed experts from `params` to the collection `EXPERT_STACKS`.
+
+    Args:
+      variables: `{"params": ..., "router": ...}`; not changed.
+
+    Returns:
+      Variables for inference, with the same arrays.
+    """
     flat = flax.traverse_util.flatten_dict(variables["params"])
     stacks = {path: leaf for path, leaf in flat.items() if "experts" in path}
     rest = {path: leaf for path, leaf in flat.items() if path not in stacks}
@@ -173,10 +194,10 @@ def expert_stacks(variables: dict) -> dict:
 
 
 class MoE(nn.Module):
-    """Sum of the chosen experts, weighted, and of the shared experts.
+    """MoE feed-forward network: weighted sum of the chosen experts, plus the shared experts.
 
     Attributes:
-      implementation: a name in `ops.experts.IMPLEMENTATIONS`.
+      implementation: how routed experts are computed, a name in `ops.experts.IMPLEMENTATIONS`.
       max_segments: largest segment id in the batch, for the sequence-wise auxiliary loss.
     """
 
@@ -190,22 +211,25 @@ class MoE(nn.Module):
     def __call__(
         self, x: jax.Array, balance_ids: jax.Array | None, layer: jax.Array
     ) -> tuple[jax.Array, Balance | None]:
-        """[B, T, D] -> [B, T, D].
+        """Maps [B, T, D] to [B, T, D] and computes the load balance.
 
         Args:
-          x: tokens.
-          balance_ids: int32[B, T], the segment of each token that counts in the balance, else 0;
-            None: the balance is not asked for.
-          layer: number of the layer in its stack.
+          x: [B, T, D].
+          balance_ids: int32[B, T], the segment of each token counted in the load balance, 0 for
+            the others.  None: no load balance is computed.
+          layer: int32[], index of the layer in its run.
+
+        Returns:
+          [B, T, D], and the `Balance` or None.
         """
         cfg = self.cfg
-        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         routing = Gate(cfg, self.param_dtype, name="gate")(x)
-        y = Experts(cfg, **kinds, name="experts")(x, routing, layer, self.implementation)
+        y = Experts(cfg, **dtypes, name="experts")(x, routing, layer, self.implementation)
         if cfg.n_shared_experts is not None:
             width = cfg.moe_intermediate_size * cfg.n_shared_experts
             init = nn.initializers.normal(cfg.initializer_range)
-            y += GatedMLP(width, init, **kinds, name="shared_experts")(x)
+            y += GatedMLP(width, init, **dtypes, name="shared_experts")(x)
         if balance_ids is None:
             return y, None
         counted = balance_ids > 0

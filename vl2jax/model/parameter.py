@@ -1,4 +1,4 @@
-"""The parameters of modules: drawn once, then looked up."""
+"""Parameters of modules: created by `init`, looked up by `apply`."""
 
 import contextlib
 import contextvars
@@ -12,8 +12,10 @@ _shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 
 @contextlib.contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Within it parameters are zeros at first, for those who ask for their shapes alone: to draw
-    them is a good part of what has to be traced to initialize a model."""
+    """Context manager in which `init` fills parameters with zeros, for callers that need shapes.
+
+    Tracing the random initializers takes a large part of the time to trace `init`.
+    """
     token = _shapes_alone.set(True)
     try:
         yield
@@ -24,11 +26,17 @@ def shapes_alone() -> Iterator[None]:
 def parameter(
     module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype
 ) -> Any:
-    """A parameter of a module, drawn by `init(key, shape, dtype)` while it is initialized.
+    """Returns a parameter of a module; creates it with `init(key, shape, dtype)` under `init`.
 
-    It is a `Weight`; norms, biases and embeddings are always arrays.  As `module.param` but for its
-    check of the shape, which traces `init` at every use: a tenth of the time that it takes to trace
-    a program.
+    Does the same as `module.param`, but faster: to check the shape, `module.param` traces the
+    initializer at every use, which takes a tenth of the time to trace a program.
+
+    Returns:
+      A `Weight`: an array, or an `Int8` if the model is quantised.  Norms, biases and embeddings
+      are always arrays.
+
+    Raises:
+      ValueError: the parameter is missing or has another shape.
     """
     if module.is_initializing():
         init = nn.initializers.zeros if _shapes_alone.get() else init

@@ -1,13 +1,17 @@
-"""Which weights are quantised for inference, and how a model's variables become so.
+"""Which weights are quantised to int8 for inference, and how.
 
-Quantised are the kernels of linear maps in decoder and vision tower, the experts and the output
-head, 95 to 98% of a released model.  Kept as they are:
+The kernels of linear layers in decoder and vision tower, the experts and the output head are
+quantised: 95 to 98% of a released model.  The other parameters keep their dtype:
 
-- the router, for a small change of a score can choose another expert;
-- norms, biases, the adaptor, the patch and position embeddings and the two learned rows, which are
-  small and stand in front of everything;
-- the token embedding: a step reads the rows of its tokens only, so nothing would get faster, and
-  its error would enter the first layer unaveraged, where that of a product is a sum over inputs.
+- the router, because a small change of a score can choose another expert;
+- norms, biases, the adaptor, the patch and position embeddings, `image_newline` and
+  `view_seperator`, which are small and whose errors would affect everything after them;
+- the token embedding.  A step reads only the rows of its tokens, so int8 would save no time.  Its
+  rounding error would enter the first layer directly, while the errors of a product average out in
+  its sum over inputs.
+
+Axis legend: L blocks of the vision tower, n layers of a run, W vision width, D width, F ffn width,
+H heads, K head width, V v_head_dim, C kv_lora_rank, E experts, X key and value width.
 """
 
 import functools
@@ -24,7 +28,8 @@ KINDS = ("int8",)
 
 _RUN = r"decoder/(dense|moe)_\d+/"
 
-# (path, axes that products sum over); the first match wins, others are not quantised.
+# (regex of the path, axes that matrix products sum over).  The first match wins; parameters without
+# a match are not quantised.
 SUMMED_AXES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"vision/blocks/attn/qkv/kernel", (1,)),  # L W 3 H K
     (r"vision/blocks/attn/proj/kernel", (1, 2)),  # L H K W
@@ -38,53 +43,67 @@ SUMMED_AXES: tuple[tuple[str, tuple[int, ...]], ...] = (
 
 
 def check_kind(kind: str | None) -> None:
-    """Raises UserError for a kind of quantisation that there is not; None is none."""
+    """Checks the option `quantize`; None means no quantisation.
+
+    Raises:
+      UserError: the kind is unknown.
+    """
     if kind is not None and kind not in KINDS:
         raise UserError(f"quantize must be one of {', '.join(KINDS)}, or None; got {kind!r}")
 
 
 def summed_axes(path: str) -> tuple[int, ...] | None:
-    """The axes of a parameter that its products sum over; None: it is not quantised.
+    """The axes of a parameter that matrix products sum over, or None if it is not quantised.
 
     Args:
-      path: "params/decoder/...", or without its collection.
+      path: "params/decoder/...", or without the name of the collection.
     """
     inner = re.sub(r"^(params|router)/", "", path)
     return next((axes for pattern, axes in SUMMED_AXES if re.fullmatch(pattern, inner)), None)
 
 
 def quantize_tree(params: dict) -> dict:
-    """All variables of a model at once, for those that are in memory already; see `quantize`.
+    """Quantises all variables of a model that are in memory; see `quantize`.
 
-    Also of shapes, inside `jax.eval_shape`.
+    Works inside `jax.jit` and `jax.eval_shape`.
     """
 
-    def one(path, leaf):
+    def quantize_leaf(path, leaf):
         axes = summed_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
         return leaf if axes is None else quantize(leaf, axes)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(quantize_leaf, params)
 
 
 def int8_shapes(params):
-    """Shapes of a tree, as `abstract_params` gives them but with shardings, quantised."""
+    """Shapes and shardings of a model after quantisation.
 
-    def one(path, leaf: jax.ShapeDtypeStruct):
+    Args:
+      params: a tree of `jax.ShapeDtypeStruct` like that of `abstract_params`, with shardings.
+
+    Returns:
+      The tree, with an `Int8` of two `jax.ShapeDtypeStruct` for each quantised weight.
+    """
+
+    def quantize_leaf(path, leaf: jax.ShapeDtypeStruct):
         axes = summed_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
         if axes is None:
             return leaf
-        where, shapes = int8_sharding(leaf.sharding, axes), jax.eval_shape(quantizer(axes), leaf)
+        shardings, shapes = (
+            int8_sharding(leaf.sharding, axes),
+            jax.eval_shape(quantizer(axes), leaf),
+        )
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            *(shapes, where),
+            *(shapes, shardings),
         )
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(quantize_leaf, params)
 
 
 @functools.cache
 def quantizer(axes: tuple[int, ...], sharding: NamedSharding | None = None):
-    """`quantize`, compiled: each device quantises its part."""
+    """`quantize`, compiled so that each device quantises its shard."""
     return jax.jit(
         functools.partial(quantize, axes=axes), out_shardings=int8_sharding(sharding, axes)
     )
@@ -92,19 +111,27 @@ def quantizer(axes: tuple[int, ...], sharding: NamedSharding | None = None):
 
 @functools.cache
 def layer_quantizer(axes: tuple[int, ...], sharding: NamedSharding | None):
-    """Two compiled functions that fill a stack: (shape [n, ...]) -> zeros; (stack (donated), one
-    layer [1, ...], its number) -> the stack with this layer quantised."""
+    """Compiled functions that quantise a stack of layers one layer at a time.
+
+    Args:
+      axes: axes that matrix products sum over.
+      sharding: of the stack; None: the default device.
+
+    Returns:
+      A function from a shape [n, ...] to an `Int8` of zeros, and a function from such a stack
+      (donated), a layer [1, ...] and its index to the stack with that layer quantised.
+    """
     shardings = int8_sharding(sharding, axes)
 
     def empty(shape: tuple[int, ...]) -> Int8:
         scale = [1 if i in axes else size for i, size in enumerate(shape)]
         return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(scale, jnp.float32))
 
-    def put(stack: Int8, layer: jax.Array, number: jax.Array) -> Int8:
-        def into(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, number, axis=0)
+    def put(stack: Int8, layer: jax.Array, index: jax.Array) -> Int8:
+        def update(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=0)
 
-        return jax.tree.map(into, stack, quantize(layer, axes))
+        return jax.tree.map(update, stack, quantize(layer, axes))
 
     empty = jax.jit(empty, static_argnums=0, out_shardings=shardings)
     return empty, jax.jit(put, donate_argnums=0, out_shardings=shardings)

@@ -1,6 +1,9 @@
-"""Rotary position embedding: angles in float32 always, from integer positions.
+"""Rotary position embedding (RoPE); angles are float32 in every dtype of the model.
 
-The original's four tables: plain, `linear`, `dynamic` (NTK) and `yarn` (modeling_deepseek.py).
+Frequencies are plain, or scaled by one of the original's methods: `linear`, `dynamic` (NTK) or
+`yarn` (modeling_deepseek.py).
+
+Axis legend: B rows, T tokens, H heads, R rotated width.
 """
 
 import math
@@ -13,12 +16,15 @@ from vl2jax.config import DecoderConfig, RopeScaling
 
 
 def inverse_frequencies(cfg: DecoderConfig, seq_len: int) -> np.ndarray:
-    """float32[R / 2]: radians per position of each rotated pair.
+    """Rotation speed of each pair of dimensions.
 
     Args:
       cfg: decoder configuration.
-      seq_len: length of the sequence; `dynamic` stretches the base beyond
-        `max_position_embeddings`, every other table ignores it.
+      seq_len: length of the sequence.  `dynamic` raises the base if it exceeds
+        `max_position_embeddings`; the other methods ignore it.
+
+    Returns:
+      float32[R / 2], radians per position.
     """
     dim = cfg.qk_rope_head_dim if cfg.use_mla else cfg.qk_head_dim
     scaling = cfg.rope_scaling
@@ -33,32 +39,32 @@ def inverse_frequencies(cfg: DecoderConfig, seq_len: int) -> np.ndarray:
         return plain
     if scaling.type == "linear":
         return plain / np.float32(scaling.factor)
-    kept = _yarn_kept(scaling, dim, base)
-    return plain / np.float32(scaling.factor) * (1 - kept) + plain * kept
+    ramp_mask = _yarn_ramp(scaling, dim, base)
+    return plain / np.float32(scaling.factor) * (1 - ramp_mask) + plain * ramp_mask
 
 
-def _yarn_kept(scaling: RopeScaling, dim: int, base: float) -> np.ndarray:
-    """Share of each frequency that YaRN leaves unscaled, 1 for the fast ones (its ramp)."""
+def _yarn_ramp(scaling: RopeScaling, dim: int, base: float) -> np.ndarray:
+    """YaRN's ramp: the weight of each pair's unscaled frequency, 1 for high frequencies."""
 
-    def pair_that_turns(rotations: float) -> float:
-        """Index of the pair that makes so many turns over the original context."""
+    def correction_dim(rotations: float) -> float:
+        """Index of the pair that makes this many rotations over the original context."""
         length = scaling.original_max_position_embeddings
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    low = max(math.floor(correction_dim(scaling.beta_fast)), 0)
+    high = min(math.ceil(correction_dim(scaling.beta_slow)), dim - 1)
     width = high - low if high != low else 0.001
     ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(width)
     return 1 - np.clip(ramp, 0, 1)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature `0.1 m ln(s) + 1`."""
+    """YaRN's magnitude correction `0.1 m ln(s) + 1`, for scaling factor s and weight m."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def softmax_scale(cfg: DecoderConfig) -> float:
-    """What multiplies the scores: 1 / sqrt(width), times YaRN's squared mscale where set (MLA)."""
+    """Scale of the attention scores: 1 / sqrt(width), in MLA times the square of YaRN's mscale."""
     scale = cfg.qk_head_dim**-0.5
     scaling = cfg.rope_scaling
     if cfg.use_mla and scaling is not None and scaling.mscale_all_dim:
@@ -69,7 +75,7 @@ def softmax_scale(cfg: DecoderConfig) -> float:
 def rope_table(
     cfg: DecoderConfig, positions: jax.Array, seq_len: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotation angles.
+    """Cosines and sines of the rotation angles, multiplied by YaRN's mscale if it is used.
 
     Args:
       cfg: decoder configuration.
@@ -77,7 +83,7 @@ def rope_table(
       seq_len: see `inverse_frequencies`.
 
     Returns:
-      Two float32[B, T, R / 2].
+      Cosines and sines, float32[B, T, R / 2] each.
     """
     frequencies = jnp.asarray(inverse_frequencies(cfg, seq_len))
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
@@ -89,13 +95,17 @@ def rope_table(
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
-    """Rotates pairs in float32; the result has the first members of all pairs, then the second.
+    """Rotates pairs of dimensions, in float32.
 
     Args:
       x: [B, T, H, R].
       cos, sin: float32[B, T, R / 2].
-      interleaved: pairs are neighbours (2i, 2i + 1), as in MLA; else (i, i + R / 2), as in the
-        multi-head attention of Tiny.
+      interleaved: True: the pairs are (2i, 2i + 1), as in MLA.  False: they are (i, i + R / 2), as
+        in the multi-head attention of VL2-Tiny.
+
+    Returns:
+      [B, T, H, R] in the dtype of x.  In both cases the first elements of all pairs come before the
+      second elements.
     """
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]

@@ -1,9 +1,9 @@
-"""Unstacked layers: the parameters of each are arrays of their own, for decoding on CPU.
+"""Unstacked layers: each layer has its own parameter and cache arrays, for decoding on CPU.
 
-Out of a stack of layers, weights and caches alike, XLA's CPU compiler copies what a layer needs
-before it computes with it.  So a program that answers takes the stacks apart, once, in memory,
-where `ops.layer_layout` says that it is faster: each layer becomes a run of one layer, and nothing
-else changes.
+In a scan over stacked layers, XLA's CPU compiler copies a layer's weights and cache out of the
+stacks before it computes with them.  Inference programs therefore split the stacks once, in memory,
+if `ops.layer_layout` says that this is faster.  Each layer becomes a run of one layer; nothing else
+changes.
 """
 
 from typing import Any
@@ -18,30 +18,32 @@ from vl2jax.parallel.mesh import mesh_of
 
 
 def are_unstacked(cfg: DecoderConfig, variables: dict) -> bool:
-    """Whether these variables have each layer of the decoder by itself (see `unstack_layers`)."""
+    """Whether the decoder's layers in these variables are unstacked (see `unstack_layers`)."""
     names = {run.name for run in cfg.unstacked_runs}
     return names <= set(variables["params"]["decoder"])
 
 
 def should_unstack(cfg: DecoderConfig, variables: dict) -> bool:
-    """Whether decoding is faster so, where these variables lie; see `ops.layer_layout`."""
+    """Whether decoding is faster unstacked on the devices of these variables."""
     with mesh_of(variables):
         return unstacked_is_faster("mla" if cfg.use_mla else "mha")
 
 
 def unstack_layers(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
-    """Variables with each layer of the decoder by itself, named by its kind and number.
+    """Splits the decoder's stacks into single layers, named by kind and layer number.
 
-    The given tree is used up: each stack leaves it before its layers are made.  These lie where the
-    stack lay if memory is aligned so; else a stack is copied, one at a time.
+    The given tree is modified: each stack is removed from it before its layers are made.  The
+    layers share the stack's memory if its alignment allows; otherwise one stack at a time is
+    copied.
 
     Args:
-      cfg: of the decoder.
-      variables: `{"params": ..., "router": ...}`, stacked, on one CPU; leaves may be pytrees.
+      cfg: decoder configuration.
+      variables: `{"params": ..., "router": ...}`, stacked, on one CPU device; leaves may be pytrees
+        (`Int8`).
 
     Returns:
-      Variables for `VL2(config, unstacked_layers=True)`: `decoder/moe_1` [n, ...] has become
-      `decoder/moe_1` to `decoder/moe_n`, [1, ...] each.
+      `variables`, now for `VL2(config, unstacked_layers=True)`: a stack `decoder/moe_1` [n, ...]
+      has become `decoder/moe_1` to `decoder/moe_n`, [1, ...] each.
     """
     for collection in variables.values():
         decoder = collection.get("decoder", {})
@@ -60,4 +62,5 @@ def unstack_layers(cfg: DecoderConfig, variables: dict) -> dict[str, Any]:
 
 
 def _layer(stack: jax.Array, number: int) -> jax.Array:
+    """One layer [1, ...] of a stack, without a copy if the memory's alignment allows."""
     return jax.device_put(np.asarray(stack)[number : number + 1], may_alias=True)

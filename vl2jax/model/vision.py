@@ -1,4 +1,4 @@
-"""SigLIP vision tower (paper section 2): tiles of pixels to features of patches.
+"""SigLIP vision tower (paper section 2): maps image tiles to patch features.
 
 Axis legend: I tiles, S pixels per side, P patches, W width, H heads, K head width, L blocks.
 """
@@ -18,12 +18,12 @@ from vl2jax.ops.matmul import einsum
 
 
 def normalize(tiles: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 in [-1, 1], `(x / 255 - 0.5) / 0.5`."""
+    """Maps uint8 pixels to float32 in [-1, 1]: `(x / 255 - 0.5) / 0.5`."""
     return (tiles.astype(jnp.float32) / 255 - 0.5) / 0.5
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map; pixels beyond the last patch are cut off."""
+    """Linear embedding of non-overlapping patches; pixels beyond the last patch are cut off."""
 
     cfg: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[I, S, S, 3] -> [I, P, W]."""
+        """Maps pixels [I, S, S, 3] to patch embeddings [I, P, W]."""
         grid, patch, width = self.cfg.grid, self.cfg.patch_size, self.cfg.width
         used = grid * patch
         shape = (patch, patch, 3, width)
@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of all patches of a tile, with biases."""
+    """Multi-head self-attention over the patches of a tile, with biases and without a mask."""
 
     cfg: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -55,15 +55,17 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         heads, width = self.cfg.heads, self.cfg.head_dim
-        kinds: dict[str, Any] = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
-        qkv = Linear((3, heads, width), **kinds, name="qkv")(x)  # [I, P, 3, H, K]
+        options: dict[str, Any] = dict(
+            use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        qkv = Linear((3, heads, width), **options, name="qkv")(x)  # [I, P, 3, H, K]
         q, k, v = (qkv[:, :, i] for i in range(3))
         y = v if self.is_initializing() else attention(q, k, v, width**-0.5)
-        return Linear((self.cfg.width,), num_in=2, **kinds, name="proj")(y)
+        return Linear((self.cfg.width,), num_in=2, **options, name="proj")(y)
 
 
 class MLP(nn.Module):
-    """Two linear maps with the tanh form of GELU."""
+    """Two linear layers with GELU (tanh approximation) between them."""
 
     cfg: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -71,9 +73,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kinds: dict[str, Any] = dict(use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype)
-        x = Linear((self.cfg.intermediate_size,), **kinds, name="fc1")(x)
-        return Linear((self.cfg.width,), **kinds, name="fc2")(nn.gelu(x, approximate=True))
+        options: dict[str, Any] = dict(
+            use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+        x = Linear((self.cfg.intermediate_size,), **options, name="fc1")(x)
+        return Linear((self.cfg.width,), **options, name="fc2")(nn.gelu(x, approximate=True))
 
 
 class Block(nn.Module):
@@ -85,15 +89,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x += Attention(self.cfg, **kinds, name="attn")(LayerNorm(**kinds, name="norm1")(x))
-        x += MLP(self.cfg, **kinds, name="mlp")(LayerNorm(**kinds, name="norm2")(x))
+        options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x += Attention(self.cfg, **options, name="attn")(LayerNorm(**options, name="norm1")(x))
+        x += MLP(self.cfg, **options, name="mlp")(LayerNorm(**options, name="norm2")(x))
         self.sow("intermediates", "block_out", x)
         return x, None
 
 
 class VisionTower(nn.Module):
-    """uint8 tiles to patch features; the blocks are one stack of parameters, scanned."""
+    """Patch embedding, transformer blocks (one stack of parameters, one scan) and a final norm."""
 
     cfg: VisionConfig
     dtype: jnp.dtype = jnp.float32
@@ -102,14 +106,15 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(self, tiles: jax.Array) -> jax.Array:
-        """uint8[I, S, S, 3] -> [I, P, W], after the final LayerNorm."""
+        """Maps tiles uint8[I, S, S, 3] to features [I, P, W] after the final LayerNorm."""
         cfg = self.cfg
-        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = PatchEmbed(cfg, **kinds, name="patch_embed")(normalize(tiles))
+        options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = PatchEmbed(cfg, **options, name="patch_embed")(normalize(tiles))
         self.sow("intermediates", "patch_embed_out", x)
         shape = (cfg.grid**2, cfg.width)
-        # Larger than what a patch gives: beside it, the usual 1 / sqrt(width) is hardly seen, and
-        # what a model learns first, what is in a picture, drowns where it is.
+        # Larger than the patch embeddings.  With the usual 1 / sqrt(width), positions would be
+        # negligible beside them, and a model trained from scratch would first learn what an image
+        # shows and ignore where.
         init = nn.initializers.normal(4.0)
         position = parameter(self, "pos_embed", init, shape, self.param_dtype)
         x += position.astype(self.dtype)[None]
@@ -118,9 +123,9 @@ class VisionTower(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=cfg.layers,
-            check_constancy_invariants=False,  # one tracing of the layer in place of two
+            check_constancy_invariants=False,  # traces the block once instead of twice
         )
-        x, _ = blocks(cfg, **kinds, name="blocks")(x, None)
-        x = LayerNorm(**kinds, name="norm")(x)
+        x, _ = blocks(cfg, **options, name="blocks")(x, None)
+        x = LayerNorm(**options, name="norm")(x)
         self.sow("intermediates", "vision_out", x)
         return x

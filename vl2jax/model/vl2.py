@@ -1,6 +1,6 @@
-"""The whole model: tiles and tokens to logits.
+"""The whole model: maps image tiles and tokens to logits.
 
-Axis legend: B rows, T tokens, G pools, I tiles of all pools, Q tokens per tile, D width.
+Axis legend: B rows, T tokens, G tile pools, I tiles of all pools, Q tokens per tile, D width.
 """
 
 import functools
@@ -23,18 +23,18 @@ from vl2jax.model.vision import VisionTower
 from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
 from vl2jax.processing.batch import TEXT, Batch
 
-# In which a model is stored and computed, by name.
+# Dtypes in which a model can be stored and computed, by name.
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 @flax.struct.dataclass
 class Output:
-    """What a forward pass gives.
+    """Result of a forward pass.
 
     Attributes:
-      hidden: [B, T, D], after the final norm.
-      logits: float32[B, T, vocab], or None if not asked for.
-      balance: of the layers with experts, or None if there are none.
+      hidden: [B, T, D], hidden states after the final norm.
+      logits: float32[B, T, vocab], or None if they were not requested.
+      balance: load balance of the MoE layers, or None if the model has none.
     """
 
     hidden: jax.Array
@@ -43,21 +43,26 @@ class Output:
 
 
 class VL2(nn.Module):
-    """DeepSeek-VL2.
+    """DeepSeek-VL2 (paper section 2).
 
-    Variables: `params`, and `router` with the correction bias of `noaux_tc` routers.
+    Its variables are `params`, and `router` with the correction biases of `noaux_tc` routers.
 
     Attributes:
       config: architecture.
-      dtype: of activations and matrix products (which accumulate in float32).
-      param_dtype: of parameters that `init` makes.
-      moe_implementation: how routed experts are computed, see `ops.experts.IMPLEMENTATIONS`.
-      max_segments: largest segment id in a batch (1 unless sequences are packed).
-      remat: what training keeps of each layer, a name in `layers.REMAT`.
-      tile_pools: G, pools of tiles in a batch: the g-th part of its rows reads the g-th part of its
-        tile slots, and `image_index` counts within it. On a mesh, one for each part of the batch,
-        so that no projected tile leaves its device.
-      unstacked_layers: parameters and caches are of single layers (`unstacked_layers.py`).
+      dtype: dtype of activations and of the operands of matrix products, which accumulate in
+        float32.
+      param_dtype: dtype of the parameters that `init` creates.
+      moe_implementation: how routed experts are computed, a name in `ops.experts.IMPLEMENTATIONS`.
+      max_segments: largest segment id in a batch; 1 if sequences are not packed.
+      remat: rematerialisation policy of each layer, a name in `layers.REMAT`.
+      tile_pools: G, the number of tile pools in a batch.  Rows and tile slots are split into G
+        equal parts; rows of part g use tiles of part g, and their `image_index` counts from its
+        start.  With one pool per shard of the batch, no projected tile leaves its device.
+      unstacked_layers: whether each layer has its own parameter and cache arrays (see
+        `unstacked_layers.py`).
+
+    Raises:
+      UserError: `remat` is not a name in `layers.REMAT`.
     """
 
     config: VL2Config
@@ -76,12 +81,12 @@ class VL2(nn.Module):
 
     def setup(self):
         cfg = self.config
-        kinds: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.vision = VisionTower(cfg.vision, **kinds, remat=self.remat)
-        self.adaptor = Adaptor(cfg.adaptor, **kinds)
+        dtypes: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        self.vision = VisionTower(cfg.vision, **dtypes, remat=self.remat)
+        self.adaptor = Adaptor(cfg.adaptor, **dtypes)
         self.decoder = Decoder(
             cfg.decoder,
-            **kinds,
+            **dtypes,
             moe_implementation=self.moe_implementation,
             max_segments=self.max_segments,
             remat=self.remat,
@@ -93,13 +98,14 @@ class VL2(nn.Module):
         self.view_seperator = parameter(self, "view_seperator", init, (width,), self.param_dtype)
 
     def image_table(self, tiles: jax.Array) -> jax.Array:
-        """The rows that `image_index` points into.
+        """Encodes tiles into the table of embeddings that `image_index` points into.
 
         Args:
-          tiles: uint8[I, S, S, 3]; with I = 0 the vision tower is not run.
+          tiles: uint8[I, S, S, 3], S pixels per side; if I is 0, the vision tower is not run.
 
         Returns:
-          [G, 2 + I / G * Q, D]: image_newline, view_seperator, then the pool's projected tiles.
+          [G, 2 + I / G * Q, D]: for each pool image_newline, view_seperator, and the Q rows of each
+          of its tiles.
         """
         learned = jnp.stack([self.image_newline, self.view_seperator]).astype(self.dtype)
         learned = jnp.broadcast_to(learned, (self.tile_pools, *learned.shape))
@@ -110,7 +116,16 @@ class VL2(nn.Module):
         return constrain(jnp.concatenate([learned, projected], axis=1), BATCH_AXES)
 
     def embed(self, table: jax.Array, tokens: jax.Array, image_index: jax.Array) -> jax.Array:
-        """Input embeddings [B, T, D]: one gather from the table, or the token embedding."""
+        """Input embeddings: the token embedding of text, the table's row for visual positions.
+
+        Args:
+          table: [G, rows, D], see `image_table`.
+          tokens: int32[B, T].
+          image_index: int32[B, T], see `Batch`.
+
+        Returns:
+          [B, T, D].
+        """
 
         def look_up(table: jax.Array, index: jax.Array) -> jax.Array:
             return jnp.take(table, index, axis=0, mode="clip")
@@ -123,19 +138,28 @@ class VL2(nn.Module):
         return x
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Text alone: int32[B, T] -> [B, T, D]."""
+        """Embeds text tokens: int32[B, T] -> [B, T, D]."""
         return self.decoder.embed(tokens)
 
     def decode(
         self, x: jax.Array, positions: jax.Array, caches: Caches
     ) -> tuple[jax.Array, Caches]:
-        """Layers over a cache: [B, T, D] -> hidden [B, T, D] and the written caches."""
+        """Runs the decoder with a cache, for prefill and decoding.
+
+        Args:
+          x: [B, T, D], input embeddings.
+          positions: int32[B, T].
+          caches: written at `positions`, then attended over.
+
+        Returns:
+          Hidden states [B, T, D] after the final norm, and the written caches.
+        """
         segments = jnp.ones_like(positions)
         hidden, written, _ = self.decoder(x, positions, segments, caches)
         return hidden, given(written)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32[..., vocab]."""
+        """Applies the output head: [..., D] -> float32[..., vocab]."""
         return self.decoder.logits(hidden)
 
     def __call__(
@@ -145,12 +169,13 @@ class VL2(nn.Module):
         with_logits: bool = True,
         padding_counts: bool = True,
     ) -> Output:
-        """One pass over whole sequences, without a cache.
+        """Runs a forward pass over whole sequences, without a cache.
 
         Args:
-          balance_ids: see `Decoder`.
-          with_logits: whether logits are computed.
-          padding_counts: False where nobody looks at what padding gives, which is faster.
+          batch: see `Batch`.
+          balance_ids: int32[B, T] or None, see `Decoder`.
+          with_logits: whether to compute logits.
+          padding_counts: whether the outputs at padding are used; False is faster (see `Context`).
         """
         x = self.embed(self.image_table(batch.tiles), batch.tokens, batch.image_index)
         hidden, _, balance = self.decoder(
@@ -165,7 +190,7 @@ class VL2(nn.Module):
 
 
 def compute_dtype(params) -> jnp.dtype:
-    """The dtype in which weights are stored, in which they are also computed by default."""
+    """The dtype of the stored weights; computation uses it by default."""
     return params["params"]["image_newline"].dtype
 
 
@@ -177,18 +202,18 @@ def forward(
     dtype: jnp.dtype | None = None,
     moe_implementation: str = "blocked",
 ) -> jax.Array:
-    """Logits of every position.
+    """Computes the logits of every position.
 
     Args:
       config: architecture.
-      params: variables of the model, `{"params": ..., "router": ...}`, as `vl2jax.load` gives; the
-        mesh that they lie on is used.
-      batch: what a `Processor` gives; logits at padding are meaningless.
-      dtype: of the computation; None: that of the parameters.
-      moe_implementation: see `vl2jax.ops.experts`.
+      params: variables of the model, `{"params": ..., "router": ...}`, as `vl2jax.load` returns
+        them.  The computation runs on their mesh.
+      batch: as a `Processor` returns it.
+      dtype: dtype of the computation; None: that of the parameters.
+      moe_implementation: a name in `vl2jax.ops.experts.IMPLEMENTATIONS`.
 
     Returns:
-      float32[B, T, vocab].
+      float32[B, T, vocab]; logits at padding are meaningless.
     """
     dtype = jnp.dtype(dtype or compute_dtype(params))
     with mesh_of(params):
@@ -206,7 +231,12 @@ def _forward(config, dtype, moe_implementation, unstacked_layers, params, batch)
 
 
 def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
-    """Random parameters, and zero correction biases (`router`) where the model has any."""
+    """Initializes the variables: random `params`, and zero correction biases in `router`, if any.
+
+    Args:
+      model: the model.
+      key: PRNG key.
+    """
     size = model.config.vision.image_size
     integers = jnp.ones((1, 1), jnp.int32)
     batch = Batch(
@@ -222,9 +252,14 @@ def init_variables(model: VL2, key: jax.Array) -> dict[str, Any]:
 
 
 def abstract_params(config: VL2Config, param_dtype=jnp.float32):
-    """Shapes of all variables, without allocating any: a tree of `jax.ShapeDtypeStruct`.
+    """Shapes and dtypes of all variables; nothing is allocated.
 
-    The router's correction bias is float32, whatever `param_dtype` is.
+    Args:
+      config: architecture.
+      param_dtype: dtype of `params`; the router's correction bias is always float32.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
     """
     variables = jax.tree.map(lambda shape: shape, _abstract_params(config))
     in_dtype = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(param_dtype))

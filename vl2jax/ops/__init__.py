@@ -1,8 +1,10 @@
-"""Operations with more than one implementation: attention, experts, caches, products with weights.
+"""Operations with several implementations: attention, routed experts, KV cache, matrix products.
 
-Each folder is one operation: the function that the model calls, a plain reference, and a file per
-platform.  `registry.py` chooses; this is the only place that asks which platform a program is for.
-Imports `common` and `parallel`.  Start with `attention/__init__.py`.
+Each folder is one operation: its `__init__.py` has the function that the model calls,
+`reference.py` a plain implementation that tests compare against, and the other files one
+implementation per platform.  `registry.py` chooses among them.  No other package asks which
+platform a program is compiled for.  Imports `common` and `parallel`.  Start with
+`attention/__init__.py`.
 """
 
 from vl2jax.ops import attention, cache, experts, latent_attention, matmul

@@ -1,4 +1,4 @@
-"""Options of XLA that a platform needs."""
+"""XLA compiler options for each platform."""
 
 import jax.numpy as jnp
 
@@ -6,16 +6,22 @@ from vl2jax.ops.platform import platform
 
 
 def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, str] | None:
-    """For a program that computes in `dtype`; None where the defaults are right.
+    """XLA options for a program that computes in `dtype`.
 
-    XLA's CPU compiler would convert stacked bfloat16 weights, and what a scan saves for its
-    backward pass, to float32 ahead of the loop over layers: slower, and all of them once more in
-    memory.  Its TPU compiler would split some products with sharded weights into steps, one for
-    each part of the weight as it arrives; with our sizes that writes the activations again and
-    again (2.8 times the traffic in the vision tower) and compiles for long.
+    CPU: by default, XLA hoists the conversion of stacked bfloat16 weights to float32, and of what a
+    scan saves for its backward pass, out of the loop over layers.  That is slower and needs a
+    float32 copy of all of them in memory.
+
+    TPU: by default, XLA splits some matrix products with sharded weights into one step per shard
+    ("windowed einsum").  With our sizes each step writes the activations again (2.8 times the
+    memory traffic in the vision tower), and compilation takes long.
 
     Args:
-      backend: "cpu", "gpu" or "tpu"; None: the default one.
+      dtype: dtype of the computation.
+      backend: "cpu", "gpu" or "tpu"; None: `platform()`.
+
+    Returns:
+      Options for `jax.jit(compiler_options=...)`; None: the defaults.
     """
     backend = backend or platform()
     if backend == "cpu" and dtype == jnp.bfloat16:
@@ -26,9 +32,12 @@ def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, 
 
 
 def options_to_run_once() -> dict[str, int] | None:
-    """For a program that runs once: on CPU machine code is optimised only a little.
+    """XLA options for a program that runs only once: low optimization on CPU, else the defaults.
 
-    That of the random numbers of a whole model takes three times as long to compile otherwise, and
-    is not faster.
+    The random initialization of a whole model takes three times as long to compile with the
+    defaults and does not run faster.
+
+    Returns:
+      Options for `jax.jit(compiler_options=...)`; None: the defaults.
     """
     return {"xla_backend_optimization_level": 1} if platform() == "cpu" else None

@@ -1,4 +1,4 @@
-"""Names of intermediate results, by which a rematerialisation policy keeps them."""
+"""Names for `checkpoint_name`, by which rematerialisation policies choose what to save."""
 
-PRODUCT = "product"  # results of products inside attention and experts
-EXCHANGED = "exchanged"  # rows that an exchange among experts has brought
+PRODUCT = "product"  # results of matrix products inside attention and experts
+EXCHANGED = "exchanged"  # rows received in an expert exchange

@@ -1,4 +1,4 @@
-"""The platform that a program is traced for."""
+"""The platform for which a program is traced."""
 
 import contextlib
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-# Part of jit's cache keys, so that a program traced for one platform is not taken for another.
+# A JAX user context is part of jit's cache key: a program traced for one platform is not reused for
+# another.
 _compiling_for = jax.make_user_context(None)
 
 
 def compiling_for(name: str) -> contextlib.AbstractContextManager:
-    """Within it programs are traced for this platform, whatever runs here.
+    """Context manager in which programs are traced for `name`, not for the default backend.
 
     Args:
       name: "cpu", "gpu" or "tpu".
@@ -20,14 +21,14 @@ def compiling_for(name: str) -> contextlib.AbstractContextManager:
 
 
 def platform() -> str:
-    """The platform of the program that is being traced: "cpu", "gpu" or "tpu"."""
+    """The platform for which programs are traced now: "cpu", "gpu" or "tpu"."""
     return _compiling_for.value or jax.default_backend()
 
 
 def platform_of(tree: Any) -> str:
-    """The platform that a program for these arrays is compiled for: where they lie.
+    """The platform of the devices that hold the arrays of a tree: "cpu", "gpu" or "tpu".
 
-    Where `compiling_for` says otherwise, or they lie nowhere (shapes), as `platform`.
+    Inside `compiling_for`, and for trees of shapes or tracers, it is that of `platform()`.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     if _compiling_for.value or not leaves or isinstance(leaves[0], Tracer):

@@ -1,13 +1,15 @@
-"""Which implementation of an operation runs: one table per operation, the best first.
+"""Chooses the implementation of each operation.
 
-The first implementation that is for the platform and serves the arguments is taken.  The last one
-of a table is for every platform and serves everything.  To try another one:
+An operation lists its implementations in order of preference.  The first one that runs on the
+platform and supports the arguments is used.  At least one implementation of each operation runs on
+every platform and supports all arguments.  To request an implementation by name:
 
     with ops.use(attention="xla"):          # in code
     config.compute.ops = "attention=xla"    # in a training configuration
     VL2JAX_OPS=attention=xla,experts=dense  # in the environment, for any program
 
-What is asked for so comes first in the table; where it does not serve, the rest follows.
+A requested implementation is tried first.  If it does not support the arguments, the others are
+tried in their order.
 """
 
 import contextlib
@@ -24,8 +26,8 @@ from vl2jax.ops.platform import platform
 
 ENVIRONMENT = "VL2JAX_OPS"
 
-# ((operation, implementation), ...); part of jit's cache keys, as the platform is.
-_asked_for = jax.make_user_context(())
+# ((operation, implementation), ...), part of jit's cache key.
+_requested = jax.make_user_context(())
 _operations: dict[str, "Operation"] = {}
 _listener: Callable[[str], None] | None = None
 
@@ -36,13 +38,14 @@ def _serves_all(*_args: Any, **_options: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an operation.
+    """One implementation of an operation.
 
     Attributes:
-      name: by which it is asked for.
-      run: takes the operation's arguments.
-      platforms: that it is for; none: all.
-      refuses: takes the operation's arguments; says why they are not served, "" where they are.
+      name: name to request it by.
+      run: computes the operation.
+      platforms: platforms it runs on; (): all.
+      refuses: takes the operation's arguments; returns why it does not support them, or "" if it
+        does.
     """
 
     name: str
@@ -51,16 +54,16 @@ class Implementation:
     refuses: Callable[..., str] = _serves_all
 
     def reason_against(self, *args: Any, **options: Any) -> str:
-        """Why it does not serve these arguments in this program; "" where it does."""
+        """Why it cannot run with these arguments on the current platform, or "" if it can."""
         if self.platforms and platform() not in self.platforms:
-            return f"for {' and '.join(self.platforms)}"
+            return f"runs on {' and '.join(self.platforms)} only"
         return self.refuses(*args, **options)
 
 
 class Operation:
     """An operation and its implementations; calling it chooses one and runs it.
 
-    Choosing happens while a program is traced, and costs nothing when it runs.
+    The choice is made while a program is traced, so the compiled program does not pay for it.
     """
 
     def __init__(self, name: str, *implementations: Implementation):
@@ -69,47 +72,61 @@ class Operation:
         _operations[name] = self
 
     def __call__(self, *args: Any, prefer: str | None = None, **options: Any) -> Any:
-        """Runs the implementation that is chosen; `prefer`: one that comes first unless asked
-        otherwise."""
+        """Runs the implementation that `choose` returns for these arguments."""
         return self.choose(*args, prefer=prefer, **options).run(*args, **options)
 
     def choose(self, *args: Any, prefer: str | None = None, **options: Any) -> Implementation:
-        """The implementation for these arguments, in the program that is being traced."""
-        passed_over = []
+        """Returns the first implementation that supports these arguments on this platform.
+
+        Args:
+          *args, **options: the arguments of the operation.
+          prefer: name of the implementation to try first; None: none.  An implementation requested
+            with `use` or in the environment takes precedence.
+        """
+        rejected = []
         for one in self._in_order(prefer):
             reason = one.reason_against(*args, **options)
             if not reason:
-                self._tell(one, passed_over, args[0])
+                self._report(one, rejected, args[0])
                 return one
-            passed_over.append(f"{one.name}: {reason}")
-        raise AssertionError(f"operation {self.name} has no implementation that serves everything")
+            rejected.append(f"{one.name}: {reason}")
+        raise AssertionError(f"operation {self.name} has no implementation for these arguments")
 
-    def _tell(self, chosen: Implementation, passed_over: list[str], of: Any) -> None:
+    def _report(self, chosen: Implementation, rejected: list[str], first_argument: Any) -> None:
         if _listener is not None:
-            why = f" (not {'; '.join(passed_over)})" if passed_over else ""
-            _listener(f"{self.name} of {_shape(of)}: {chosen.name}{why}")
+            why = f" (not {'; '.join(rejected)})" if rejected else ""
+            _listener(f"{self.name} of {_shape(first_argument)}: {chosen.name}{why}")
 
     def _in_order(self, prefer: str | None = None) -> list[Implementation]:
-        asked = dict((*_from_environment(), *_asked_for.value)).get(self.name, prefer)
-        rest = [one for name, one in self.implementations.items() if name != asked]
-        return rest if asked is None else [self.implementations[asked], *rest]
+        requested = dict((*_from_environment(), *_requested.value)).get(self.name, prefer)
+        rest = [one for name, one in self.implementations.items() if name != requested]
+        return rest if requested is None else [self.implementations[requested], *rest]
 
 
 def use(**implementations: str) -> contextlib.AbstractContextManager:
-    """Within it these implementations come first: `use(attention="xla")`.
+    """Context manager that requests implementations by operation: `use(attention="xla")`.
+
+    Args:
+      **implementations: the name of an implementation for each operation.
 
     Raises:
-      UserError: no such operation, or it has no such implementation.
+      UserError: an operation or an implementation does not exist.
     """
     _check(implementations)
-    return _asked_for((*_asked_for.value, *implementations.items()))
+    return _requested((*_requested.value, *implementations.items()))
 
 
 def parse(text: str) -> dict[str, str]:
-    """Reads "attention=xla,experts=dense" for `use`.
+    """Parses "attention=xla,experts=dense" to the arguments of `use`.
+
+    Args:
+      text: comma-separated operation=implementation; "" for none.
+
+    Returns:
+      The implementation requested for each operation.
 
     Raises:
-      UserError: not of this form, or what `use` refuses.
+      UserError: the text has another form, or an operation or an implementation does not exist.
     """
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     found = {name.strip(): value.strip() for name, _, value in pairs}
@@ -118,37 +135,38 @@ def parse(text: str) -> dict[str, str]:
 
 
 def describe() -> list[tuple[str, str, str]]:
-    """For each operation what comes first on this platform, and what else there is and why.
+    """Describes the choice for each operation on this platform, whatever the arguments.
 
     Returns:
-      (operation, implementation, remark) for each.
+      (operation, implementation tried first, remark on the other implementations) for each
+      operation.
     """
     found = []
     for operation in _operations.values():
-        here = [
+        available = [
             one for one in operation._in_order() if not one.platforms or platform() in one.platforms
         ]
-        elsewhere = [
-            f"{one.name} for {' and '.join(one.platforms)}"
+        unavailable = [
+            f"{one.name} on {' and '.join(one.platforms)} only"
             for one in operation.implementations.values()
-            if one not in here
+            if one not in available
         ]
-        remarks = [f"else {', '.join(one.name for one in here[1:])}"] if here[1:] else []
-        found.append((operation.name, here[0].name, "; ".join(remarks + elsewhere)))
+        remarks = [f"else {', '.join(one.name for one in available[1:])}"] if available[1:] else []
+        found.append((operation.name, available[0].name, "; ".join(remarks + unavailable)))
     return found
 
 
 def tell(listener: Callable[[str], None] | None) -> None:
-    """Calls `listener` with a line for each choice that is new; None ends that."""
+    """Reports choices: calls `listener` with one line per choice; None stops the reports."""
     global _listener
-    # Each line is passed on the first time that it comes.
+    # The cache suppresses repeated lines.
     _listener = None if listener is None else functools.cache(listener)
 
 
 def _check(implementations: dict[str, str]) -> None:
     for name, implementation in implementations.items():
         if name not in _operations:
-            raise UserError(f"there is no operation {name!r}; there are {', '.join(_operations)}")
+            raise UserError(f"no operation {name!r}; choose one of {', '.join(_operations)}")
         if implementation not in (known := _operations[name].implementations):
             raise UserError(
                 f"operation {name} has no implementation {implementation!r}; choose one of"

@@ -270,7 +270,7 @@ def _end(message: str) -> None:
     os._exit(1)
 
 
-def _store():
+def _store() -> Any:
     """JAX's key-value store of the run; there is no public way to it."""
     from jax._src import distributed
 
@@ -309,7 +309,9 @@ class _Link:
     def _accept(self, timeout: int) -> dict[int, socket.socket]:
         from jax._src import distributed
 
-        host = distributed.global_state.coordinator_address.rpartition(":")[0]
+        address = distributed.global_state.coordinator_address
+        assert address is not None  # processes have joined
+        host = address.rpartition(":")[0]
         server = socket.create_server(("", 0))
         server.settimeout(timeout)
         _store().key_value_set(_LINK, f"{host}:{server.getsockname()[1]}")
@@ -339,7 +341,7 @@ class _Link:
         while self._selector.get_map():
             for key, _ in self._selector.select():
                 try:
-                    heard = key.fileobj.recv(64)
+                    heard = self._peers[key.data].recv(64)
                 except OSError:
                     heard = b""
                 if heard.endswith(_BYE):

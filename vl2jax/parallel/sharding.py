@@ -217,7 +217,7 @@ def param_shardings(mesh: Mesh, abstract):
 
     tree = jax.tree_util.tree_map_with_path(sharding, abstract)
     if problems:
-        sizes = dict.fromkeys(AXES, 1) | dict(mesh.shape)
+        sizes = _sizes(mesh)
         working = _written(_near(sizes, mesh.size, _common_divisors(abstract)))
         shown = "; ".join(problems[:2]) + (f"; and {len(problems) - 2} more" * (len(problems) > 2))
         raise UserError(
@@ -225,6 +225,11 @@ def param_shardings(mesh: Mesh, abstract):
             f" for instance {working} does"
         )
     return tree
+
+
+def _sizes(mesh: Mesh) -> dict[str, int]:
+    """The size of every axis; 1 where the mesh has none."""
+    return {axis: mesh.shape.get(axis, 1) for axis in AXES}
 
 
 def _common_divisors(abstract) -> dict[str, int]:
@@ -248,7 +253,7 @@ def check_batch(mesh: Mesh, *, rows: int, tiles: int, microbatches: int) -> None
     for name, size in (("rows", rows), ("tiles", tiles)):
         parts = microbatches * shards
         if size % parts:
-            sizes = dict.fromkeys(AXES, 1) | dict(mesh.shape)
+            sizes = _sizes(mesh)
             fits = math.gcd(size // microbatches, mesh.size) if name == "rows" else 0
             other = f", or a mesh like data={fits},tensor={mesh.size // fits}" if fits else ""
             raise UserError(

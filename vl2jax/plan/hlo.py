@@ -136,10 +136,8 @@ class _Counter:
 
     @staticmethod
     def _while_parts(instruction: Instruction) -> tuple[str, str]:
-        return tuple(
-            re.search(rf"{part}=%?([\w.\-]+)", instruction.rest)[1]
-            for part in ("condition", "body")
-        )
+        condition = _search(r"condition=%?([\w.\-]+)", instruction.rest)
+        return condition[1], _search(r"body=%?([\w.\-]+)", instruction.rest)[1]
 
     def _trips(self, instruction: Instruction, condition: str) -> int:
         known = _TRIPS.search(instruction.rest)
@@ -168,7 +166,7 @@ class _Counter:
     def _flops(self, computation, instruction: Instruction) -> float:
         if instruction.opcode == "dot":
             left = self._operands(computation, instruction)[0].arrays[0]
-            found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+            found = _search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
             contracted = [left.shape[int(d)] for d in found[1].split(",") if d]
             return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
         if instruction.opcode == "convolution":
@@ -294,9 +292,17 @@ class _Counter:
         return result.nbytes
 
 
+def _search(pattern: str, text: str) -> re.Match[str]:
+    """What every instruction of its kind has."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern!r} in {text!r}; is this the text of another XLA?")
+    return found
+
+
 def _convolution_flops(left: Array, right: Array, instruction: Instruction) -> float:
     """Two per multiplication that does not meet padding; a batched product is such a thing, too."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    labels = _search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     window = dict(
         re.findall(
             r"(\w+)=([\w\-]+)", (re.findall(r"window=\{([^}]*)\}", instruction.rest) or [""])[0]

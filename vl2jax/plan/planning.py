@@ -80,14 +80,14 @@ def plan(
     # A step has several microbatches, a burst several tokens of a row: what is on the way at once.
     parts = {"train": config.batch.microbatches, "decode": BURST}.get(what, 1)
     decoder = architecture.decoder
-    experts = min(request.rows * decoder.num_experts_per_tok, decoder.n_routed_experts)
-    experts = -(-experts // mesh.shape["expert"])
+    chosen, routed = decoder.num_experts_per_tok or 0, decoder.n_routed_experts or 0
+    experts = -(-min(request.rows * chosen, routed) // mesh.shape["expert"])
     cost = analyse(
         built.text,
         open_trips=lambda origin: _open_trips(config, what, origin, experts, batch_shards(mesh)),
         kernel_cost=kernel_cost(
-            tokens / parts * decoder.num_experts_per_tok / batch_shards(mesh),
-            decoder.n_routed_experts // mesh.shape["expert"],
+            tokens / parts * chosen / batch_shards(mesh),
+            routed // mesh.shape["expert"],
         ),
     )
     cores = len(devices) // len({tuple(device.coords) for device in devices})
@@ -163,7 +163,7 @@ def _report(chip: TPU, mesh: Mesh, built: Built, cost: Cost, model: float) -> di
         "memory": cost.traffic / chip.bandwidth,
         "links": links,
     }
-    binding = max(bound, key=bound.get)
+    binding = max(bound, key=lambda name: bound[name])
     return {
         "bytes": {**built.kept, "temporaries": built.temporaries, "peak": built.peak},
         "hbm": int(chip.hbm),

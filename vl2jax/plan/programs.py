@@ -128,7 +128,11 @@ def build_prefill(
 def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request) -> Built:
     """The loop that adds a token to every row, as `sample.py` runs it."""
     dtype, params = _params(config, architecture, mesh, request.quantize)
-    rows, place = request.rows, functools.partial(_placed, mesh)
+    rows = request.rows
+
+    def place(shape: tuple[int, ...], dtype: Any) -> Any:  # in place of an array
+        return _placed(mesh, shape, dtype)
+
     caches = _caches(mesh, architecture, rows, request.slots, dtype)
     state = DecodeState(
         caches=caches,
@@ -202,7 +206,7 @@ def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Built:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            told = re.search(r"RESOURCE_EXHAUSTED: (.*)", str(error))[1].split(". ")[0]
+            told = str(error).partition("RESOURCE_EXHAUSTED: ")[2].split("\n")[0].split(". ")[0]
             sizes = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in nbytes.items())
             raise UserError(f"does not fit ({sizes} on each chip): {told}") from error
         seconds = time.perf_counter() - started

@@ -3,8 +3,9 @@
 Axis legend: B rows, T tokens, I tile slots, S pixels per tile side, Q projected tokens per tile.
 """
 
+from typing import Any
+
 import flax.struct
-import jax
 
 # Rows of the table that `Batch.image_index` points into (see `model.py`).  The two learned vectors
 # come first, so that padding the tile slots moves no index.
@@ -12,6 +13,9 @@ TEXT = -1
 IMAGE_NEWLINE = 0
 VIEW_SEPERATOR = 1  # spelled as in the checkpoints
 FIRST_TILE_ROW = 2
+
+# np.ndarray on the host, jax.Array on devices, a shape or a sharding where a program is planned.
+Field = Any
 
 
 @flax.struct.dataclass
@@ -29,9 +33,9 @@ class Batch:
       loss_mask: bool[B, T]. True where the token is a supervised target.
     """
 
-    tiles: jax.Array
-    tokens: jax.Array
-    image_index: jax.Array
-    positions: jax.Array
-    segment_ids: jax.Array
-    loss_mask: jax.Array
+    tiles: Field
+    tokens: Field
+    image_index: Field
+    positions: Field
+    segment_ids: Field
+    loss_mask: Field

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
@@ -258,7 +259,7 @@ def _has_glyph(char: str, font: Font) -> bool:
 
 
 def _glyph(char: str, font: PIL.ImageFont.FreeTypeFont) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(char)
+    mask: Any = font.getmask(char)  # an image of Pillow's core, which its stubs leave out
     return mask.size, bytes(mask)
 
 

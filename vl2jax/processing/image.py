@@ -15,6 +15,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 import numpy as np
 import PIL.Image
@@ -94,8 +95,8 @@ def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
         image = _read_header(name, opened)
         if image.format not in _HEADER_TELLS_SIZE:
             image.load()
-        turned = exif and _orientation(image) in _SIDEWAYS
-        return image.size[::-1] if turned else image.size
+        width, height = image.size
+        return (height, width) if exif and _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def select_best_resolution(
@@ -118,6 +119,7 @@ def select_best_resolution(
         wasted = canvas_width * canvas_height - kept
         if kept > best_kept or (kept == best_kept and wasted < best_wasted):
             best, best_kept, best_wasted = (canvas_width, canvas_height), kept, wasted
+    assert best is not None  # a configuration has candidates
     return best
 
 
@@ -210,7 +212,7 @@ def _with_newlines(rows: np.ndarray) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE).ravel()
 
 
-def _open_source(source: str | os.PathLike | bytes) -> tuple[str, io.BufferedIOBase]:
+def _open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
     """A name for messages and an open binary file."""
     if isinstance(source, bytes):
         return "image bytes", io.BytesIO(source)
@@ -257,7 +259,7 @@ def _file_url_path(url: str) -> str:
 
 
 @contextlib.contextmanager
-def _reading(source: ImageSource) -> Iterator[tuple[str, io.BufferedIOBase | PIL.Image.Image]]:
+def _reading(source: ImageSource) -> Iterator[tuple[str, IO[bytes] | PIL.Image.Image]]:
     """A name for messages and the open source; what Pillow raises becomes UserError."""
     if isinstance(source, PIL.Image.Image):
         name, file = "PIL image", contextlib.nullcontext(source)
@@ -277,7 +279,7 @@ def _reading(source: ImageSource) -> Iterator[tuple[str, io.BufferedIOBase | PIL
         raise UserError(f"{name}: damaged or truncated picture ({error}); get it again") from error
 
 
-def _read_header(name: str, file: io.BufferedIOBase) -> PIL.Image.Image:
+def _read_header(name: str, file: IO[bytes]) -> PIL.Image.Image:
     """The picture, not decoded yet."""
     with _HEADER_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked below, oddities in metadata do not matter

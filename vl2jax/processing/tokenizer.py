@@ -81,10 +81,10 @@ class Tokenizer:
         bos_token, eos_token = special["bos_token"], special["eos_token"]
         return cls(
             backend=backend,
-            bos_id=backend.token_to_id(bos_token),
-            eos_id=backend.token_to_id(eos_token),
-            pad_id=backend.token_to_id(pad_token),
-            image_id=backend.token_to_id(image_token),
+            bos_id=_id_of(backend, bos_token),
+            eos_id=_id_of(backend, eos_token),
+            pad_id=_id_of(backend, pad_token),
+            image_id=_id_of(backend, image_token),
             image_token=image_token,
             eos_token=eos_token,
             cleans_up=bool(config.get("clean_up_tokenization_spaces", False)),
@@ -197,6 +197,12 @@ def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
         raise UserError(
             f"{path}: not a tokenizer ({error}); take it from the checkpoint"
         ) from error
+
+
+def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
+    found = backend.token_to_id(token)
+    assert found is not None, token  # it was added
+    return found
 
 
 def _special_tokens(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2jax.common.errors import UserError
+from vl2jax.processing.image import load_image
 from vl2jax.synthetic.scene import ALLOWED
 from vl2jax.synthetic.source import LENGTH, Synthetic
 
@@ -42,7 +43,7 @@ def write_llava(directory: Path, source: Synthetic, count: int, *, name: str) ->
         row, paths = source[index], []
         for number, picture in enumerate(row.images):
             paths.append(f"{IMAGES}/{_PREFIX}{index:06d}_{number}.png")
-            picture.save(directory / paths[-1])
+            load_image(picture).save(directory / paths[-1])
         written += len(paths)
         entries.append(_entry(f"{name}_{index}", paths, row.messages))
     text = json.dumps(entries, ensure_ascii=False, indent=1)

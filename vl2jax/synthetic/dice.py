@@ -54,4 +54,4 @@ class Dice:
             left -= weight
             if left < 0:
                 return item
-        return item  # rounding: the last
+        return [*weights][-1]  # rounding: the last

@@ -18,16 +18,14 @@ _MARK = (225, 20, 20)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chart:
+class Chart(Scene):
     """Bars over a labelled axis.
 
     Attributes:
       bars: colour and value of each, from left to right; all colours and values differ.
     """
 
-    size: tuple[int, int]
-    background: paint.Rgb
-    bars: tuple[tuple[str, int], ...]
+    bars: tuple[tuple[str, int], ...] = ()
 
     def paint(self) -> PIL.Image.Image:
         """The picture, mode RGB."""
@@ -57,12 +55,14 @@ def make_chart(dice: Dice, split: str) -> Situation:
     values = dice.sample(range(1, HIGHEST + 1), count)
     bars = tuple(zip(dice.sample([*COLOURS], count), values, strict=True))
     size = dice.weighted({(76, 76): 85, (152, 76): 15})
-    return Situation(split, (Chart(size, light(dice), bars),))
+    return Situation(split, (Chart(size, light(dice), bars=bars),))
 
 
 def ask_chart(situation: Situation, dice: Dice, language: str) -> Turn | None:
     """Which bar is the tallest or shortest, what value one has, how many there are."""
-    bars = situation.scene.bars
+    chart = situation.scene
+    assert isinstance(chart, Chart)
+    bars = chart.bars
     key = dice.weighted({"chart_most": 0.45, "chart_value": 0.4, "chart_count": 0.15})
     colour, value = dice.pick(bars)
     tallest = dice.chance(0.5)
@@ -87,6 +87,7 @@ class Marked(Scene):
     def paint(self) -> PIL.Image.Image:
         """The picture, mode RGB."""
         picture = super().paint()
+        assert self.marked is not None
         x0, y0, x1, y1 = self.marked.box
         pen = PIL.ImageDraw.Draw(picture)
         pen.rectangle((x0 - 3, y0 - 3, x1 + 2, y1 + 2), outline=_MARK, width=2)
@@ -128,7 +129,8 @@ def _is_clear(scene: Scene, marked: Thing, margin: int = 3) -> bool:
 
 def ask_in_context(situation: Situation, dice: Dice, language: str) -> Turn | None:
     """Where in the second picture the thing is that the first one marks."""
-    target: Thing = situation.extra
+    target = situation.extra
+    assert isinstance(target, Thing)
     boxes = [to_thousandths(target.box, situation.scenes[1].size)]
     name = pair_name(*target.pair, language)
     texts = phrase(dice, "in_context", language, name=name, boxes=box_list(boxes))

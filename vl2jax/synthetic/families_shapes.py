@@ -214,7 +214,7 @@ def _absent_pair(situation: Situation, scene: Scene, dice: Dice) -> tuple[str, s
 
 
 def _full_name(language: str):
-    return lambda thing: (thing, pair_name(*thing.pair, language))
+    return lambda thing: (thing, pair_name(thing.colour, thing.shape, language))
 
 
 def _coloured(colour: str, language: str) -> str:

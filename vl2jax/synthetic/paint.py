@@ -92,7 +92,7 @@ def text_mask(text: str, height: int, width: int) -> PIL.Image.Image:
 
 
 @functools.cache
-def _font(size: int) -> PIL.ImageFont.FreeTypeFont:
+def _font(size: int) -> PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont:
     return PIL.ImageFont.load_default(size)
 
 
@@ -105,9 +105,12 @@ def _seen(mask: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _bounds(mask: PIL.Image.Image) -> tuple[int, int, int, int]:
-    return _seen(mask).getbbox()
+    box = _seen(mask).getbbox()
+    assert box is not None  # something is drawn
+    return box
 
 
 def shade(colour: Rgb, shift: tuple[int, int, int]) -> Rgb:
     """A colour moved by a little."""
-    return tuple(min(max(part + by, 0), 255) for part, by in zip(colour, shift, strict=True))
+    red, green, blue = (min(max(a + by, 0), 255) for a, by in zip(colour, shift, strict=True))
+    return red, green, blue

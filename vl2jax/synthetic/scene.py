@@ -120,7 +120,8 @@ class Scene:
 def to_thousandths(box: Box, size: tuple[int, int]) -> Box:
     """A box in pixels as coordinates of 0 to 999 over the picture; 999 is its far edge."""
     sides = (*size, *size)
-    return tuple(round(edge * 999 / side) for edge, side in zip(box, sides, strict=True))
+    x0, y0, x1, y1 = (round(edge * 999 / side) for edge, side in zip(box, sides, strict=True))
+    return x0, y0, x1, y1
 
 
 def make_scene(
@@ -152,16 +153,17 @@ def make_scene(
 def pick_size(dice: Dice) -> tuple[int, int]:
     """A size as `SIZES` says."""
     size = dice.weighted(SIZES)
-    if size is None:
-        sides = dice.between(SHORTEST, LONGEST), LONGEST
-        size = sides if dice.chance(0.5) else sides[::-1]
-    return size
+    if size is not None:
+        return size
+    shorter = dice.between(SHORTEST, LONGEST)
+    return (shorter, LONGEST) if dice.chance(0.5) else (LONGEST, shorter)
 
 
 def light(dice: Dice) -> paint.Rgb:
     """A background: nearly white, with a slight tint."""
     base = dice.between(238, 250)
-    return tuple(base + dice.between(-6, 5) for _ in range(3))
+    red, green, blue = (base + dice.between(-6, 5) for _ in range(3))
+    return red, green, blue
 
 
 def place(
@@ -211,11 +213,16 @@ def _place_things(
                 box = _place_in_window(ink, size, windows[number])
             if box:
                 taken.append(box)
-                shift = tuple(dice.between(-12, 12) for _ in range(3))
-                rgb = paint.shade(COLOURS[colour][1], shift)
+                rgb = paint.shade(COLOURS[colour][1], _shift(dice, 12))
                 things.append(Thing(colour, shape, rgb, smaller, box))
                 break
     return things
+
+
+def _shift(dice: Dice, most: int) -> tuple[int, int, int]:
+    """A small change of a colour."""
+    red, green, blue = (dice.between(-most, most) for _ in range(3))
+    return red, green, blue
 
 
 def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -274,5 +281,6 @@ def _write(dice: Dice, size: tuple[int, int], kind: str, alone: bool) -> Writing
         room = (min(room[0], 26), room[1])
     ink = paint.text_mask(text, *room).size
     box = place(dice, ink, size, [])
-    rgb = paint.shade(dice.pick(INKS), tuple(dice.between(-10, 10) for _ in range(3)))
+    assert box is not None  # it was fitted, and nothing else is there
+    rgb = paint.shade(dice.pick(INKS), _shift(dice, 10))
     return Writing(kind, text, rgb, room, box)

@@ -187,7 +187,9 @@ class Synthetic:
         while True:
             kind = dice.weighted(kinds)
             situation = PICTURES[kind].make(dice, self._split)
-            turns = situation and self._ask(kind, families, situation, dice)
+            if situation is None:
+                continue
+            turns = self._ask(kind, families, situation, dice)
             if turns:
                 return situation, turns
 
@@ -249,7 +251,9 @@ def question(family: str, index: int, split: str = "heldout", seed: int = 0) -> 
     dice = Dice(seed, _SPLITS[split], stream, index)
     while True:
         situation = PICTURES[entry.pictures].make(dice, split)
-        turn = situation and entry.ask(situation, dice, pick_language(dice))
+        if situation is None:
+            continue
+        turn = entry.ask(situation, dice, pick_language(dice))
         if turn:
             break
     row = _make_row(situation, [turn], f"synthetic {split} {family} {index}", answered=False)

@@ -3,6 +3,8 @@
 Axis legend: M layers with experts, E experts.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -23,7 +25,7 @@ def update_biases(cfg: DecoderConfig, router: dict, load: jax.Array, step_size: 
     """
     if not router or not step_size:
         return router
-    flat = flatten_dict(router, sep="/")
+    flat: dict[str, Any] = dict(flatten_dict(router, sep="/"))
     direction = jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
     first = 0
     for run in cfg.layer_runs:
@@ -51,7 +53,7 @@ def balance_metrics(cfg: DecoderConfig, router: dict, load: jax.Array) -> dict[s
         "dead_experts": jnp.sum(load == 0, axis=-1).astype(jnp.float32),
     }
     if router:
-        flat = flatten_dict(router, sep="/")
+        flat: dict[str, Any] = dict(flatten_dict(router, sep="/"))
         runs = [run.name for run in cfg.layer_runs if run.is_moe]
         biases = jnp.concatenate([flat[f"decoder/{name}/mlp/gate/{BIAS}"] for name in runs])
         metrics["bias_norm"] = jnp.linalg.norm(biases, axis=-1)

@@ -8,7 +8,7 @@ Axis legend: B rows, T tokens, D width, v vocabulary.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,8 @@ def chunked_next_token_loss(
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, pad)))
     how = _How(jnp.dtype(dtype), columns, mesh)
-    loss_sum, correct = _sorted_loss(hidden, kernel, targets, counts, how)
+    sums: Any = _sorted_loss(hidden, kernel, targets, counts, how)  # custom_vjp hides its type
+    loss_sum, correct = sums
     return LossSums(loss_sum, jnp.sum(counts, dtype=jnp.float32), correct)
 
 
@@ -88,7 +89,7 @@ def _dividing_mesh(rows: int, kernel: jax.Array) -> AbstractMesh | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sorted_loss(hidden, kernel, targets, counts, how):
+def _sorted_loss(hidden, kernel, targets, counts, how) -> tuple[jax.Array, jax.Array]:
     """Loss sum and number of correct tokens; row b has its `counts[b]` supervised tokens first."""
     return _sums_and_gradients(hidden, kernel, targets, counts, how, (False, False))[0]
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ class Skipped:
 
     def __init__(self, path: Path, shown: int = 10):
         self._path, self._shown, self._count = path, shown, 0
-        self.note = functools.partial(print, file=sys.stderr)
+        self.note: Callable[[str], None] = functools.partial(print, file=sys.stderr)
 
     def __call__(self, message: str) -> None:
         self._count += 1

@@ -116,7 +116,7 @@ class FeedIterator(Iterator[DeviceBatch]):
         rows = one.shape[1]
         shape = (one.shape[0], rows * self._feed.pools, *one.shape[2:])
 
-        def of(index: tuple[slice, ...]) -> np.ndarray:
+        def of(index: Any) -> np.ndarray:  # a slice for each axis
             if not rows:
                 return one
             first, last, _ = index[1].indices(shape[1])
@@ -190,7 +190,8 @@ def choose_pools(
 def _own_pools(mesh: Mesh, pools: int) -> frozenset[int]:
     """The pools that devices of this process hold."""
     places = batch_sharding(mesh).addressable_devices_indices_map((1, pools))
-    return frozenset(i for index in places.values() for i in range(*index[1].indices(pools)))
+    indices = [index for index in places.values() if index is not None]
+    return frozenset(i for index in indices for i in range(*index[1].indices(pools)))
 
 
 def _total(parts: int, counts: jax.Array) -> dict[str, jax.Array]:

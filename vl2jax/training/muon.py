@@ -41,8 +41,12 @@ class MuonState(NamedTuple):
 
 def matrix_axes(path: str) -> MuonDimensionNumbers | None:
     """Axes of inputs and outputs of a weight matrix; None for what Adam steps."""
-    axes = next((axes for pattern, axes in _AXES if re.fullmatch(pattern, path)), None)
+    axes = _axes(path)
     return axes and MuonDimensionNumbers(*axes)
+
+
+def _axes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    return next((axes for pattern, axes in _AXES if re.fullmatch(pattern, path)), None)
 
 
 def scale_by_muon_or_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -50,16 +54,16 @@ def scale_by_muon_or_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
 
     In place of `optax.scale_by_adam`: before weight decay and learning rate.
     """
-    adam = optax.scale_by_adam(b1, b2, eps)
-    muon = scale_by_muon(weight_dimension_numbers=_all_axes)
+    adam: Any = optax.scale_by_adam(b1, b2, eps)  # to Optax's types states are any trees
+    muon: Any = scale_by_muon(weight_dimension_numbers=_all_axes)
     constants = muon.init({}).ns_coeffs  # no state: never rounded, never saved
 
-    def init(params: Mapping[str, jax.Array]) -> MuonState:
+    def init(params: Any) -> MuonState:
         matrices, rest = _split(params)
         state = muon.init(matrices)
         return MuonState(state.count, state.mu, adam.init(rest))
 
-    def update(updates: Mapping[str, jax.Array], state: MuonState, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
         matrices, rest = _split(updates)
         rest, adam_state = adam.update(rest, state.adam)
@@ -71,13 +75,15 @@ def scale_by_muon_or_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def _all_axes(matrices: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers]:
+def _all_axes(matrices: Any) -> Any:
     return {path: matrix_axes(path) for path in matrices}
 
 
 def _size(path: str, shape: tuple[int, ...]) -> float:
     """What gives an orthogonal matrix the root mean square `RMS`."""
-    products = (math.prod(shape[axis] for axis in axes) for axes in matrix_axes(path))
+    matrix = _axes(path)
+    assert matrix is not None, path
+    products = (math.prod(shape[axis] for axis in axes) for axes in matrix)
     return RMS * math.sqrt(max(products))
 
 

@@ -25,8 +25,8 @@ def activated_share(config: VL2Config, path: str) -> float:
     """
     if path == _INPUT_EMBEDDING:
         return 0.0
-    decoder = config.decoder
-    return decoder.num_experts_per_tok / decoder.n_routed_experts if "/experts/" in path else 1.0
+    chosen, routed = config.decoder.num_experts_per_tok, config.decoder.n_routed_experts
+    return chosen / routed if chosen and routed and "/experts/" in path else 1.0
 
 
 @functools.cache

@@ -143,24 +143,20 @@ def make_data(
     config: RunConfig,
     mesh: jax.sharding.Mesh,
     processor: Processor,
-    split: str,
     on_skip: Callable[[str], None],
     pools: int,
     shards: int = 1,
-) -> Feed | None:
-    """`data.train` (endless, shuffled) or `data.heldout` (in order).
+    *,
+    split: str = "train",
+) -> Feed:
+    """`data.train`, endless and shuffled, or `data.heldout`, in order.
 
     Args:
-      pools, shards: see `feed`. Held-out data are one shard, so that their end is everywhere the
-        same.
-
-    Returns:
-      None for held-out data that the run does without.
+      pools, shards: see `feed`.
+      split: "train" or "heldout".
     """
     data, batch, training = config.data, config.batch, split == "train"
     names = data.train if training else data.heldout
-    if not training and not (names and config.eval.every):
-        return None
 
     def source(name: str) -> Source:
         if name == "synthetic":
@@ -192,3 +188,19 @@ def make_data(
         )
 
     return Feed(mesh, pools, shards, pipeline)
+
+
+def make_heldout(
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    processor: Processor,
+    on_skip: Callable[[str], None],
+    pools: int,
+) -> Feed | None:
+    """The held-out data of a run; None where it does without.
+
+    They are one shard, so that their end is everywhere the same.
+    """
+    if not (config.data.heldout and config.eval.every):
+        return None
+    return make_data(config, mesh, processor, on_skip, pools, split="heldout")

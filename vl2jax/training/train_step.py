@@ -117,14 +117,14 @@ def train_step(
 
     sums, grads = _sum_over_pools(one_pool, batch)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
-    params = _put(state.params, trained)
+    updated: Any = optax.apply_updates(trained, updates)  # a flat dict, as it was given
+    params = _put(state.params, updated)
     metrics = {
         "train/loss": sums.loss,
         "train/token_acc": sums.correct / tokens,
         "train/aux_loss": sums.aux_loss,
         "train/grad_norm": optax.tree.norm(grads),
-        "train/param_norm": optax.tree.norm(trained),
+        "train/param_norm": optax.tree.norm(updated),
         "train/lr": recipe.schedule(state.step),
     }
     router, decoder = state.router, recipe.model.config.decoder
@@ -194,7 +194,7 @@ def _sequences(segment_ids: jax.Array) -> jax.Array:
 
 
 def _pick(params, paths: tuple[str, ...]) -> dict[str, jax.Array]:
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = dict(flatten_dict(params, sep="/"))
     return {path: flat[path] for path in paths}
 
 

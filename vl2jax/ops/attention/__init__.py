@@ -1,7 +1,8 @@
-"""Attention: `softmax(q k^T scale + mask) v`, the softmax in float32 (DeepSeek-V2, Eq. 7-8).
+"""Attention: `softmax(q k^T scale + mask) v`, with the softmax in float32 (DeepSeek-V2, Eq. 7-8).
 
-`reference.py` is the equation as it stands, `xla.py` goes through the queries in chunks, `cpu.py`
-adapts that to a CPU's caches, `tpu.py` is a kernel that never writes scores to memory.
+`reference.py` computes the equation directly.  `xla.py` processes queries in chunks.  `cpu.py` is
+`xla.py` with chunk sizes for a CPU's caches.  `tpu.py` is a flash-attention kernel, which never
+writes scores to main memory.
 """
 
 import jax
@@ -24,17 +25,17 @@ _ATTENTION = Operation(
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, visibility: Visibility | None = None
 ) -> jax.Array:
-    """Every query's mean of the values that it sees, weighted by the softmax of its scores.
+    """Computes scaled dot-product attention.
 
-    What a query gets that sees no key (padding) is nobody's business: the mean of all values that
-    are looked at, or on TPU what earlier padding gives.
+    The result of a query that sees no key (padding) is unspecified: it is the mean of all values
+    that the implementation reads or, on TPU, attention over earlier padding.
 
     Args:
       q: [B, T, H, K].
-      k: [B, S, H or 1, K]; 1: all heads share it.
+      k: [B, S, H or 1, K]; 1: all heads share the keys.
       v: [B, S, H or 1, V].
-      scale: multiplies the scores.
-      visibility: None: every query sees every key.
+      scale: factor of the scores.
+      visibility: which keys each query sees; None: all.
 
     Returns:
       [B, T, H, V] in the dtype of v.

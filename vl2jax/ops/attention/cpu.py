@@ -1,4 +1,4 @@
-"""Attention on CPU: `xla.py` with steps whose scores stay in the cache.
+"""Attention on CPU: `xla.py` with chunks whose scores fit into the CPU's caches.
 
 Axis legend: B rows, T queries, S keys, H heads, K query width, V value width.
 """
@@ -13,17 +13,18 @@ from vl2jax.ops.attention import xla
 from vl2jax.ops.attention.visibility import Visibility
 from vl2jax.parallel.mesh import current_mesh
 
-SCORES = 1 << 21  # of a step
-# Scores of one head, and of all, from which on one head after the other is faster; of ordered
-# sequences it must be more, for they are cut into small products already.
+SCORES = 1 << 21  # scores per chunk
+# Heads are computed one at a time if one head has at least `HEAD_SCORES` scores and all heads of
+# all rows have at least `ALL_SCORES`.  Ordered sequences are split into small products already, so
+# their threshold per head is higher.
 HEAD_SCORES, ORDERED_HEAD_SCORES, ALL_SCORES = 1 << 19, 1 << 22, 1 << 23
-KEYS_FIRST = range(4, 65)  # numbers of queries for which the keys are better the product's rows
+KEYS_FIRST = range(4, 65)  # numbers of queries for which `k q^T` is faster than `q k^T`
 
 
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, visibility: Visibility | None
 ) -> jax.Array:
-    """As `ops.attention.attention`."""
+    """Same arguments and result as `ops.attention.attention`."""
     one_query = q.shape[1] == 1 and k.shape[2] == q.shape[2] and current_mesh() is None
     if one_query:
         return _one_query(q, k, v, scale, visibility)
@@ -31,8 +32,12 @@ def attention(
 
 
 def _one_query(q, k, v, scale, visibility) -> jax.Array:
-    """One query per row, heads as rows: along two axes of heads and rows XLA's CPU compiler makes
-    such a product float32, and a single query of bfloat16 wants company (see `ops.matmul.cpu`)."""
+    """One query per row, with the heads folded into the rows.
+
+    With separate axes for heads and rows, XLA's CPU compiler computes such a bfloat16 product in
+    float32.  It has no fast path for a single bfloat16 query, so a query of zeros is added (see
+    `ops.matmul.cpu`).
+    """
     rows, length, heads, _ = q.shape
     if q.dtype == jnp.bfloat16:
         length = 2
@@ -48,14 +53,14 @@ def _one_query(q, k, v, scale, visibility) -> jax.Array:
 def _chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
     length, per_query = q.shape[2], math.prod(k.shape[:3])
     target = max(SCORES // per_query, 64)
-    if ordered:  # `EXTENTS` steps: many scores are saved, products stay thick
+    if ordered:  # `EXTENTS` parts skip many scores and keep the products large
         most = max(4 * SCORES // per_query, 64)
         target = min(max(length // xla.EXTENTS, 64), 256, most)
     return -(-length // -(-length // target))
 
 
 def _map_heads(run, q, k, v, visibility, *more):
-    """`run` on one head of one row after the other, where these are large (see `HEAD_SCORES`)."""
+    """Calls `run` for one head of one row at a time if they are large (see `HEAD_SCORES`)."""
     (rows, heads, length, _), keys = q.shape, k.shape[2]
     least = ORDERED_HEAD_SCORES if xla.is_ordered(visibility) else HEAD_SCORES
     small = length * keys < least or rows * heads * length * keys < ALL_SCORES

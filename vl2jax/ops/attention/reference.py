@@ -1,4 +1,4 @@
-"""The oracle of attention: the equation as it stands, all scores at once, in float32.
+"""Reference implementation of attention: the equation itself, all scores at once, in float32.
 
 Axis legend: B rows, T queries, S keys, H heads, K query width, V value width.
 """
@@ -12,7 +12,7 @@ from vl2jax.ops.attention.visibility import Visibility
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, visibility: Visibility | None
 ) -> jax.Array:
-    """[B, T, H, K], [B, S, H or 1, K], [B, S, H or 1, V] -> [B, T, H, V] in the dtype of v."""
+    """Same arguments and result as `ops.attention.attention`."""
     heads, highest = q.shape[2], jax.lax.Precision.HIGHEST
     q, k, v_heads = (a.astype(jnp.float32) for a in (q, k, v))
     k, v_heads = (jnp.broadcast_to(a, (*a.shape[:2], heads, a.shape[-1])) for a in (k, v_heads))

@@ -1,4 +1,4 @@
-"""Attention on TPU: the library's splash attention kernel, which never writes scores to memory.
+"""Attention on TPU: JAX's splash attention kernel (flash attention with block-sparse masks).
 
 Axis legend: B rows, T tokens, H heads, K query width, V value width.
 """
@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec
 from vl2jax.ops.attention.visibility import Visibility
 from vl2jax.parallel.mesh import BATCH_AXES, dividing_axes, on_each_device
 
-LANES = 128  # lengths and blocks are multiples of this
+LANES = 128  # lengths and block sizes are multiples of it
 MAX_BLOCK = 512
 
 
 def refuses(q, k, v, scale, visibility) -> str:
-    """Whole sequences that attend to themselves (training, whole prefill, tiles) are served."""
+    """Supports self-attention of whole sequences: training, unchunked prefill, image tiles."""
     if q.shape[:3] != k.shape[:3]:
         return "queries and keys are not the same tokens"
     return "" if q.shape[1] >= LANES else f"fewer than {LANES} tokens"
@@ -26,7 +26,7 @@ def refuses(q, k, v, scale, visibility) -> str:
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, visibility: Visibility | None
 ) -> jax.Array:
-    """As `ops.attention.attention`."""
+    """Same arguments and result as `ops.attention.attention`."""
     return splash(q, k, v, scale, None if visibility is None else visibility.q_segments)
 
 
@@ -39,17 +39,18 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`softmax(q k^T scale) v`, softmax in float32, forward and backward as kernels.
+    """Self-attention by the splash attention kernels, forward and backward.
 
-    Unlike the other forms, padding (segment 0) attends to earlier padding: nobody looks at its
-    result.
+    Unlike in the other implementations, padding (segment 0) attends to earlier padding.  Callers
+    ignore outputs at padding.
 
     Args:
       q, k: [B, T, H, K].
       v: [B, T, H, V].
-      scale: multiplies the scores.
-      segments: int32[B, T], attention is causal within one; None: every query sees every key.
-      interpret: runs the kernels without a TPU, slowly.
+      scale: factor of the scores.
+      segments: int32[B, T]; attention is causal within a segment.  None: every query sees every
+        key.
+      interpret: whether to interpret the kernels, which works without a TPU but is slow.
 
     Returns:
       [B, T, H, V] in the dtype of v.
@@ -61,7 +62,7 @@ def splash(
     causal = segments is not None
     if causal:
         segments = jnp.pad(segments, ((0, 0), (0, pad)))
-    else:  # padding of the keys is another segment
+    else:  # the keys' padding gets a segment of its own, which no query sees
         segments = jnp.arange(length + pad) < length
         segments = jnp.broadcast_to(segments.astype(jnp.int32)[None], (rows, length + pad))
 
@@ -76,8 +77,8 @@ def splash(
 
 
 def _kernel(heads: int, length: int, causal: bool, interpret: bool):
-    """(q, k, v [B, H, T, .], segments [B, T]) -> [B, H, T, V]."""
-    # Imported where it is used: Pallas takes a while.
+    """Builds the kernel: (q, k, v [B, H, T, .], segments [B, T]) -> [B, H, T, V]."""
+    # Imported here because importing Pallas is slow.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernels,
     )

@@ -1,4 +1,7 @@
-"""Attention as XLA compiles it: masks from positions and segments, queries in chunks.
+"""Attention without a kernel: XLA compiles it, and queries are processed in chunks.
+
+As in flash attention, the backward pass recomputes the scores chunk by chunk instead of keeping
+them.  Of a sequence with several chunks, only the scores of one chunk are in memory at a time.
 
 Axis legend: B rows, T queries, S keys, H heads (1 in k and v: shared), K query width,
 V value width.
@@ -17,22 +20,24 @@ from vl2jax.ops.attention.visibility import Visibility
 from vl2jax.ops.matmul import product
 from vl2jax.ops.names import PRODUCT
 
-# Queries per step: all of them up to `WHOLE`, else chunks of `QUERY_CHUNK`.
+# Sequences of up to `WHOLE` queries are one chunk; longer ones have chunks of `QUERY_CHUNK`.
 QUERY_CHUNK, WHOLE = 256, 1024
-# Most extents of keys among the steps of an ordered sequence: each is code of its own, and with
-# eight of them 1/16 of the scores is computed in vain, of one half.
+# An ordered sequence is split into up to `EXTENTS` parts.  Each part attends only to the keys up to
+# its end, and is compiled separately.  With eight parts, 1/16 of all scores is computed in spite of
+# the mask; with one part, it is 1/2.
 EXTENTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How the work is cut.
+    """How the work is split.
 
     Attributes:
-      chunk: (q [B, H, T, K], k [B, H, S, K], ordered) -> queries per step.
-      map_heads: (run, q, k, v, visibility, ...) -> what `run` of these gives; may go through the
-        heads one after the other.
-      keys_first: for which numbers of queries the keys are the rows of the scores' product.
+      chunk: (q [B, H, T, K], k [B, H, S, K], ordered) -> queries per chunk.
+      map_heads: (run, q, k, v, visibility, ...) -> the result of `run(q, k, v, visibility, ...)`;
+        may call `run` for one head at a time.
+      keys_first: the numbers of queries for which scores are computed as `k q^T`, with keys as
+        rows, and transposed.
     """
 
     chunk: Callable[[jax.Array, jax.Array, bool], int]
@@ -56,13 +61,12 @@ def attention(
     visibility: Visibility | None,
     form: Form = DEFAULT,
 ) -> jax.Array:
-    """As `ops.attention.attention`.
+    """Same arguments and result as `ops.attention.attention`; `form` says how to split the work.
 
-    A query that sees no key gets the mean of all values that are looked at.  The backward pass
-    computes the scores again, so that nothing of size [T, S] outlives a step.
+    A query that sees no key gets the mean of the values of all keys that are read for it.
     """
     rows, length, heads, _ = q.shape
-    if k.shape[2] == 1 < heads:  # heads that share keys and values are more queries of one head
+    if k.shape[2] == 1 < heads:  # heads that share keys and values become queries of one head
         q = q.reshape(rows, length * heads, 1, -1)
         if visibility is not None:
             visibility = visibility.repeat_queries(heads)
@@ -73,7 +77,7 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def by_heads(q, k, v, visibility, scale, form) -> Any:
-    """[B, H, T, K], [B, H, S, K], [B, H, S, V] -> [B, H, T, V]."""
+    """Attention with heads before tokens: q [B, H, T, K], k, v [B, H, S, .] -> [B, H, T, V]."""
     return _forward(q, k, v, visibility, scale, form)[0]
 
 
@@ -83,8 +87,8 @@ def _forward(q, k, v, visibility, scale, form):
 
         def part(rows, k, v, visibility):
             def step(rows):
-                q, seen = rows
-                scores = _scores(q, k, scale, visibility, seen, form)
+                q, query_ids = rows
+                scores = _scores(q, k, scale, visibility, query_ids, form)
                 highest = jnp.max(scores, axis=-1, keepdims=True)
                 weights = jnp.exp(scores - highest)
                 norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
@@ -110,9 +114,9 @@ def _backward(scale, form, residuals, g):
 
         def part(carry, rows, k, v, visibility):
             def step(carry, rows):
-                q, seen, y, highest, norm, g = rows
-                scores = _scores(q, k, scale, visibility, seen, form)
-                weights = jnp.exp(scores - highest) * norm  # 0 where the chunk is padded
+                q, query_ids, y, highest, norm, g = rows
+                scores = _scores(q, k, scale, visibility, query_ids, form)
+                weights = jnp.exp(scores - highest) * norm  # 0 for padding queries: norm is 0
                 d_weights = product("BHTV,BHSV->BHTS", g, v)
                 shift = jnp.sum(
                     g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True
@@ -129,8 +133,8 @@ def _backward(scale, form, residuals, g):
         rows, d_q = (q, _queries(visibility), *saved), []
         for queries, keys in _extents(q.shape[2], chunk, visibility):
             some_k, some_v = _cut((k, v), keys)
-            some_rows, some_seen = _cut(rows, queries), _first(visibility, keys)
-            some, of_part = part(_cut(sums, keys), some_rows, some_k, some_v, some_seen)
+            some_rows, some_visibility = _cut(rows, queries), _first(visibility, keys)
+            some, of_part = part(_cut(sums, keys), some_rows, some_k, some_v, some_visibility)
             sums = tuple(a.at[:, :, keys].set(b) for a, b in zip(sums, some, strict=True))
             d_q.append(of_part)
         d_k, d_v = sums
@@ -145,11 +149,12 @@ by_heads.defvjp(_forward, _backward)
 
 
 def is_ordered(visibility: Visibility | None) -> bool:
+    """Whether keys above the diagonal may be skipped, see `Visibility.ordered`."""
     return visibility is not None and visibility.ordered
 
 
 def _extents(length: int, chunk: int, visibility: Visibility | None) -> list[tuple[slice, slice]]:
-    """Queries and the keys that any of them may see; whole chunks, in order."""
+    """Splits the queries into parts of whole chunks, each with the keys that it may see."""
     if not is_ordered(visibility) or chunk >= length:
         return [(slice(0, length), slice(None))]
     chunks = -(-length // chunk)
@@ -159,12 +164,12 @@ def _extents(length: int, chunk: int, visibility: Visibility | None) -> list[tup
 
 
 def _cut(tree, part: slice):
-    """A part of axis 2 of all leaves."""
+    """Slices axis 2 of all leaves."""
     return jax.tree.map(lambda a: a[:, :, part], tree)
 
 
 def _first(visibility: Visibility | None, keys: slice) -> Visibility | None:
-    """The same queries, only the first keys."""
+    """Restricts a mask to some of the keys."""
     if visibility is None:
         return None
     return dataclasses.replace(
@@ -175,33 +180,34 @@ def _first(visibility: Visibility | None, keys: slice) -> Visibility | None:
 
 
 def _queries(visibility: Visibility | None):
-    """Positions and segments of the queries, with axes that match those of q."""
+    """Positions and segments of the queries, with the four axes of q, to be chunked with it."""
     if visibility is None:
         return None
     return tuple(a[:, None, :, None] for a in (visibility.q_positions, visibility.q_segments))
 
 
-def _scores(q, k, scale, visibility, seen, form) -> jax.Array:
-    """float32[B, H, T, S], masked."""
+def _scores(q, k, scale, visibility, query_ids, form) -> jax.Array:
+    """Masked scores of a chunk: float32[B, H, T, S]."""
     if q.shape[2] in form.keys_first:
         scores = product("BHSK,BHTK->BHST", k, q).swapaxes(2, 3) * scale
     else:
         scores = product("BHTK,BHSK->BHTS", q, k) * scale
     if visibility is None:
         return scores
-    positions, segments = (a[:, 0, :, 0] for a in seen)
+    positions, segments = (a[:, 0, :, 0] for a in query_ids)
     mask = dataclasses.replace(visibility, q_positions=positions, q_segments=segments).mask()
-    # Added, not replaced: the same numbers, and the original's gradients at padding too.
+    # The original adds its mask as well.  Overwriting scores would give the same outputs, but other
+    # gradients at padding.
     return scores + jnp.where(mask, 0, jnp.finfo(jnp.float32).min)[:, None]
 
 
 def _chunked(step, rows, chunk: int):
-    """`step` on chunks of axis 2 of all leaves of `rows`, results joined along it."""
+    """Maps `step` over chunks of axis 2 of all leaves of `rows`; joins the results along it."""
     return _chunked_scan(lambda carry, rows: (carry, step(rows)), (), rows, chunk)[1]
 
 
 def _chunked_scan(step, carry, rows, chunk: int):
-    """`jax.lax.scan` over chunks of axis 2; the last one is padded with zeros."""
+    """`jax.lax.scan` over chunks of axis 2 of all leaves; the last chunk is padded with zeros."""
     length = jax.tree.leaves(rows)[0].shape[2]
     if chunk >= length:
         return step(carry, rows)

@@ -1,7 +1,8 @@
-"""Caches of decoding: how values are stored, written token by token, and read again.
+"""KV cache: the dtype it is stored in, and how new tokens are written to it and read from it.
 
-A cache is a stack [n, B, ..., S, K] of n layers with S slots per row.  `reference.py` asks every
-slot; `xla.py` is one scatter; `cpu.py` writes in place, row by row, and keeps bfloat16 as bits.
+A cache is a stack [n, B, ..., S, K] of n layers with S slots per row.  `reference.py` compares
+every slot with the position.  `xla.py` is one scatter.  `cpu.py` updates the cache in place, row by
+row, and stores bfloat16 values as their bits.
 """
 
 import jax
@@ -23,51 +24,54 @@ _WRITE = Operation(
     Implementation("xla", xla.write),
     Implementation("reference", reference.write),
 )
-# What a cache that is kept as bits holds.
-_OF_BITS = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint32): jnp.float32}
+# Dtype of the values in a cache that stores their bits as integers.
+_VALUE_DTYPES = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint32): jnp.float32}
 
 
 def stored_dtype(dtype: jnp.dtype, *, by_heads: bool) -> jnp.dtype:
-    """The dtype in which a cache of values of `dtype` is stored.
+    """The dtype in which a cache stores its values.
 
     Args:
-      dtype: of the values.
-      by_heads: whether it has an axis of heads (MHA), or is a latent (MLA).
+      dtype: dtype of the values.
+      by_heads: whether the cache has an axis of heads (MHA), or is a latent (MLA).
+
+    Returns:
+      `dtype`, or an unsigned integer dtype of the same width for a cache that stores bits.
     """
     return _DTYPE(jnp.dtype(dtype), by_heads)
 
 
 def write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """Puts the values of new tokens into the slots of their positions, in one layer.
+    """Writes the values of new tokens to the slots of their positions, in one layer.
 
-    With T > 1 (a prefill chunk) all rows start at the same position.  What a row that is done
-    writes beyond the last slot is lost, or on CPU replaces that slot.
+    If T > 1 (a prefill chunk), all rows must start at the same position.  A finished sequence may
+    write beyond the last slot: that write is dropped, or on CPU overwrites the last slot.
 
     Args:
-      stack: [n, B, ..., S, K].
-      layer: int32[].
-      new: [B, ..., T, K].
+      stack: [n, B, ..., S, K], the cache.
+      layer: int32[], index of the layer.
+      new: [B, ..., T, K], values of the new tokens.
       positions: int32[B, T].
 
     Returns:
-      The stack with these slots replaced.
+      The updated cache, [n, B, ..., S, K].
     """
-    new = _as_stored(new, stack.dtype)
+    new = _to_stored(new, stack.dtype)
     if new.shape[-2] == 1:
         return _WRITE(stack, layer, new, positions)
-    between = (0,) * (new.ndim - 3)
-    return jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, *between, positions[0, 0], 0))
+    zeros = (0,) * (new.ndim - 3)
+    return jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, *zeros, positions[0, 0], 0))
 
 
 def read(stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """What a cache holds, in this dtype."""
-    if stored.dtype in _OF_BITS:
-        stored = jax.lax.bitcast_convert_type(stored, _OF_BITS[stored.dtype])
+    """Reads stored values as `dtype`."""
+    if stored.dtype in _VALUE_DTYPES:
+        stored = jax.lax.bitcast_convert_type(stored, _VALUE_DTYPES[stored.dtype])
     return stored.astype(dtype)
 
 
-def _as_stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The inverse of `read`."""
-    if dtype not in _OF_BITS:
+def _to_stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Converts values to the stored dtype, the inverse of `read`."""
+    if dtype not in _VALUE_DTYPES:
         return x.astype(dtype)
-    return jax.lax.bitcast_convert_type(x.astype(_OF_BITS[dtype]), dtype)
+    return jax.lax.bitcast_convert_type(x.astype(_VALUE_DTYPES[dtype]), dtype)

@@ -1,4 +1,4 @@
-"""Caches on CPU: written in place, kept as bits where XLA would copy them."""
+"""KV cache on CPU: written in place, and stored as bits if XLA would copy it otherwise."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,12 @@ _COPIES_FLOAT32 = jax.__version_info__ < (0, 12)
 
 
 def stored_dtype(dtype: jnp.dtype, by_heads: bool) -> jnp.dtype:
-    """bfloat16 is kept as its bits, uint16: to write one token, XLA's compiler would make all of
-    the cache float32 and bfloat16 again.  By heads, so is float32 before jax 0.12: to read a cache
-    that it writes in place, it would copy it, three times per token."""
+    """bfloat16 is stored as its bits in uint16, and for MHA before jax 0.12 float32 in uint32.
+
+    To write one token to a bfloat16 cache, XLA's CPU compiler converts the whole cache to float32
+    and back.  Before jax 0.12, it copies a float32 cache with heads that it writes in place and
+    then reads, three times per token.
+    """
     if dtype == jnp.bfloat16:
         return jnp.dtype(jnp.uint16)
     if dtype == jnp.float32 and by_heads and _COPIES_FLOAT32:
@@ -20,13 +23,16 @@ def stored_dtype(dtype: jnp.dtype, by_heads: bool) -> jnp.dtype:
 
 
 def refuses(*_) -> str:
-    """One device is served."""
+    """Supports a single device."""
     return "on a mesh" if current_mesh() is not None else ""
 
 
 def write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """One token per row, in place, where a scatter would go through all of `stack`; and not fused
-    with what reads it, which would write all of it anew."""
+    """Writes one token per row, in place; a scatter would go through all of `stack`.
+
+    The barrier keeps XLA from fusing the write with later reads, which would write the whole stack
+    again.
+    """
     between = (0,) * (new.ndim - 3)
 
     def put(row: jax.Array, stack: jax.Array) -> jax.Array:

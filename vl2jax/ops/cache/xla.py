@@ -1,17 +1,17 @@
-"""Caches as XLA compiles them: stored as they are, one scatter for the tokens of all rows."""
+"""KV cache compiled by XLA: stored in its own dtype; one scatter writes the tokens of all rows."""
 
 import jax
 import jax.numpy as jnp
 
 
 def stored_dtype(dtype: jnp.dtype, by_heads: bool) -> jnp.dtype:
-    """Values are stored as they are."""
+    """Values are stored in their own dtype."""
     del by_heads
     return dtype
 
 
 def write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-    """One token per row, [B, ..., 1, K], into [n, B, ..., S, K]."""
+    """Writes one token per row, `new` [B, ..., 1, K], to `stack` [n, B, ..., S, K]."""
     rows = jnp.arange(new.shape[0])
     at = stack.at[layer, rows, ..., positions[:, 0], :]
     return at.set(new[..., 0, :], mode="drop")

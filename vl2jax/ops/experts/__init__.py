@@ -1,9 +1,11 @@
 """Routed experts: the weighted sum of each token's chosen experts (DeepSeek-V2, Eq. 20).
 
-`reference.py` computes every expert on every token, `xla.py` loops over the experts that have
-tokens, `tpu.py` has grouped products, `cpu.py` is for the one or two tokens of a decoding step.
-On a mesh `sharded.py` places the experts, and `exchange.py` moves the tokens.  Nothing is ever
-dropped.
+`reference.py` computes every expert on every token.  `xla.py` sorts tokens by expert and loops over
+the experts that have tokens.  `tpu.py` uses grouped matrix products (megablox).  `cpu.py` serves
+decoding steps with one or two tokens.  On a mesh, `sharded.py` implements expert parallelism and
+`exchange.py` the communication.  No implementation drops tokens.
+
+Suffixes: T tokens, K experts per token, D width.
 """
 
 import jax
@@ -36,18 +38,21 @@ def routed_experts(
     n_experts: int | None = None,
     implementation: str = AUTO,
 ) -> jax.Array:
-    """`down(silu(gate(x)) * up(x))` of the chosen experts, weighted and summed in float32.
+    """Computes the chosen experts of each token and adds them up, weighted, in float32.
+
+    An expert is `down(silu(gate(x)) * up(x))`.
 
     Args:
       x_TD: tokens.
-      weights_TK: float32, weight of each chosen expert.
-      experts_TK: int32, the chosen experts; E: none (its weight must be 0), for experts that live
-        on another device.
-      w: weights; those of a used expert are cast to the dtype of x.
-      first: where expert 0 lies in w, which may hold the experts of many layers.
-      n_experts: E; None: all that w holds.
-      implementation: a name in `IMPLEMENTATIONS`; "auto": what suits platform and arguments.
-        What `ops.use` asks for goes before it.
+      weights_TK: float32, gate values of the chosen experts.
+      experts_TK: int32, ids of the chosen experts.  The id E means no expert, for experts on
+        another device; its gate value must be 0.
+      w: weights of E experts, or of the experts of several layers one after the other.  The
+        weights of an expert are cast to the dtype of x when it is computed.
+      first: index of this layer's expert 0 in w.
+      n_experts: E; None: all experts in w.
+      implementation: a name in `IMPLEMENTATIONS`; "auto": chosen by platform and arguments.
+        An implementation requested with `ops.use` takes precedence over this argument.
 
     Returns:
       [T, D] in the dtype of x.

@@ -1,7 +1,9 @@
-"""Routed experts for the one or two tokens of a decoding step, on CPU.
+"""Routed experts on CPU for decoding steps with one or two tokens.
 
-Suffixes as in `xla.py`.  Sorting and a loop over experts cost such a step more than its
-products; here the chosen experts are copied and are one product of many matrices.
+For so few tokens, sorting and a loop over experts take longer than the matrix products.  Here the
+weights of the chosen experts are gathered, and all pairs are one batched matrix product.
+
+Suffixes as in `xla.py`.
 """
 
 import jax
@@ -12,7 +14,7 @@ from vl2jax.parallel.mesh import current_mesh
 
 
 def refuses(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
-    """Steps are served that use so few experts that each pair may have a copy of its own."""
+    """Supports a single device and few (token, expert) pairs, each of which gathers an expert."""
     if current_mesh() is not None:
         return "on a mesh"
     few_pairs = 3 * experts_TK.size < (n_experts or w.gate.shape[0])
@@ -20,9 +22,9 @@ def refuses(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
 
 
 def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
-    """Each pair of token and expert by itself: exact, nothing dropped.
+    """Gathers an expert's weights for each (token, expert) pair and computes all pairs at once.
 
-    Args and result as of `ops.experts.routed_experts`.
+    Same arguments and result as `ops.experts.routed_experts`.
     """
     del n_experts
     tokens, top_k = experts_TK.shape
@@ -37,14 +39,14 @@ def few(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> jax.Array:
 
 
 def _product(x_P1D: jax.Array, w_PDF: Weight) -> jax.Array:
-    """float32[P, 1, F]; a single bfloat16 row gets company, as in `ops.matmul.cpu`."""
+    """Batched product, float32[P, 1, F]; a row of zeros is added as in `ops.matmul.cpu`."""
     if x_P1D.dtype == jnp.bfloat16:
         x_P1D = jnp.pad(x_P1D, ((0, 0), (0, 1), (0, 0)))
     return einsum("PMD,PDF->PMF", x_P1D, w_PDF)[:, :1]
 
 
 def _copies(stack: jax.Array, index: jax.Array) -> jax.Array:
-    """`stack[index]`; bfloat16 as its bits, for XLA's CPU compiler would widen it on the way."""
+    """`stack[index]`, bfloat16 as bits: XLA's CPU compiler would convert it to float32 and back."""
     if stack.dtype != jnp.bfloat16:
         return stack.at[index].get(mode="promise_in_bounds")
     bits = jax.lax.bitcast_convert_type(stack, jnp.uint16)

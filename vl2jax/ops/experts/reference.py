@@ -1,4 +1,4 @@
-"""The oracle of routed experts: it shares no computation with what it judges.
+"""Reference implementation of routed experts, independent of the others.
 
 Suffixes: T tokens, K experts per token, E experts, D width, F expert width.
 """
@@ -19,9 +19,9 @@ def dense(
     first: jax.Array | int = 0,
     n_experts: int | None = None,
 ) -> jax.Array:
-    """Every expert on every token, then the weighted sum of the chosen ones.
+    """Computes every expert on every token, then the weighted sum of the chosen ones.
 
-    Args and result as of `ops.experts.routed_experts`.
+    Same arguments and result as `ops.experts.routed_experts`.
     """
     w = one_layer(w, first, n_experts or w.gate.shape[0], x_TD.dtype)
     chosen_TKE = jax.nn.one_hot(experts_TK, w.gate.shape[0], dtype=jnp.float32)

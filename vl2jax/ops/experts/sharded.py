@@ -1,9 +1,9 @@
-"""Routed experts placed on the `expert` axis of a mesh: tokens travel, weights stay; no token is
-dropped.
+"""Expert parallelism: experts are sharded over the `expert` axis of a mesh; no token is dropped.
 
-Every device has the experts of its place on `expert`, split over `fsdp` (gathered for use) and
-`tensor` (the expert width). What moves is rows: a token goes to each place that has experts of its
-choice, once, with its K choices; there they are computed and summed, and the sums come back.
+The weights of an expert shard are also sharded over `fsdp` (all-gathered before use) and `tensor`
+(expert width).  A token is sent, with its K choices, to the shards that have experts of its choice,
+or by an all-gather to all shards.  Each shard computes its experts among the K and sends back their
+weighted sum.
 
 Suffixes: R rows that a device has received, K experts per token, D width.
 """
@@ -32,20 +32,21 @@ def sharded_experts(
     layer: jax.Array | None = None,
     exchange: str | None = None,
 ) -> jax.Array:
-    """The weighted sum of each token's experts.
+    """Computes the weighted sum of each token's experts, on a mesh.
 
-    Rows that the mesh divides stay where they are; else tokens are split over all batch axes; few
-    tokens (decoding) are computed everywhere, each device with its experts, and only sums move.
+    If the batch axes divide B, every device keeps its rows.  Otherwise tokens are sharded over the
+    batch axes.  Few tokens (decoding) are replicated: each device computes its own experts on all
+    of them, and only the sums are exchanged.
 
     Args:
-      mesh: in force.
+      mesh: the current mesh.
       x: [B, T, D].
-      weights: float32[B, T, K].
-      experts: int32[B, T, K].
-      w: weights of a layer [E, ...], or of many layers [L, E, ...] with `layer`.
-      implementation: see `routed_experts`; computes local experts.
-      layer: int32[], which one of w's layers; None: w is of one layer.
-      exchange: a name in `EXCHANGES`; None: by platform and width of the axis.
+      weights: float32[B, T, K], gate values.
+      experts: int32[B, T, K], ids of the chosen experts.
+      w: weights of one layer [E, ...], or of several layers [L, E, ...].
+      implementation: how local experts are computed, see `routed_experts`.
+      layer: int32[], the index of the layer in w; None: w has one layer.
+      exchange: a name in `EXCHANGES`; None: chosen by platform and size of the axis.
 
     Returns:
       [B, T, D] in the dtype of x.
@@ -57,12 +58,12 @@ def sharded_experts(
         x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
         if len(x) % shards or len(x) < shards * shards:
             rows, exchange = None, "none" if exchange == "none" else "sum"
-    present = tuple(a if a in mesh.axis_names else None for a in ("expert", "fsdp", "tensor"))
-    place, fsdp, tensor = present
+    axes = tuple(a if a in mesh.axis_names else None for a in ("expert", "fsdp", "tensor"))
+    expert, fsdp, tensor = axes
     lead = () if layer is None else (None,)
     wide, narrow = (
-        PartitionSpec(*lead, place, fsdp, tensor),
-        PartitionSpec(*lead, place, tensor, fsdp),
+        PartitionSpec(*lead, expert, fsdp, tensor),
+        PartitionSpec(*lead, expert, tensor, fsdp),
     )
     layers = () if layer is None else (layer,)
     body = functools.partial(_on_one_device, mesh, implementation, exchange)
@@ -80,41 +81,43 @@ def sharded_experts(
 
 
 def _on_one_device(mesh, implementation, exchange, x, weights, experts, w, layer=None):
-    """The part of one device: its tokens, its experts."""
-    local, shape = w.gate.shape[-3], x.shape
+    """Runs on each device, with its tokens and its shard of the experts."""
+    n_local, shape = w.gate.shape[-3], x.shape
     options = {"implementation": implementation}
     if axis_size(mesh, "fsdp") > 1:
-        if layer is not None:  # of one layer only: the experts of all together are too many
+        if layer is not None:  # slice first, to gather the experts of one layer only
             w = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), w)
             layer = None
-        gather = functools.partial(_whole, x.dtype)
+        gather = functools.partial(_gather, x.dtype)
         w = ExpertWeights(gather(1, w.gate), gather(1, w.up), gather(2, w.down))
     if layer is not None:
         w = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), w)
-        options |= {"first": layer * local, "n_experts": local}
-    first = jax.lax.axis_index("expert") * local if axis_size(mesh, "expert") > 1 else 0
+        options |= {"first": layer * n_local, "n_experts": n_local}
+    first = jax.lax.axis_index("expert") * n_local if axis_size(mesh, "expert") > 1 else 0
 
     def compute(x_RD, weights_RK, experts_RK):
-        own_RK = experts_RK - first
-        here_RK = (own_RK >= 0) & (own_RK < local)
-        own_RK = jnp.where(here_RK, own_RK, local)  # `local`: computed elsewhere
-        return routed_experts(x_RD, jnp.where(here_RK, weights_RK, 0), own_RK, w, **options)
+        local_RK = experts_RK - first
+        is_local_RK = (local_RK >= 0) & (local_RK < n_local)
+        local_RK = jnp.where(is_local_RK, local_RK, n_local)  # the id for experts of other shards
+        return routed_experts(x_RD, jnp.where(is_local_RK, weights_RK, 0), local_RK, w, **options)
 
     x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
-    y = EXCHANGES[exchange](compute, local, x, weights, experts)
+    y = EXCHANGES[exchange](compute, n_local, x, weights, experts)
     if axis_size(mesh, "tensor") > 1:
         y = _sum_over_tensor(y)
     return y.reshape(shape)
 
 
 def _split(weight: Weight, spec: PartitionSpec) -> Any:
-    """[..., E, inputs, outputs]"""
+    """The partition spec of a weight [..., E, inputs, outputs]."""
     return split_like(weight, spec, axes=(-2,))
 
 
-def _whole(dtype, axis: int, part: Weight) -> Weight:
-    """A weight [E, inputs, outputs] whole along its axis split over `fsdp`; int8 travels as it is,
-    with its scale where this is an axis of the outputs."""
+def _gather(dtype, axis: int, part: Weight) -> Weight:
+    """All-gathers a weight [E, inputs, outputs] over `fsdp` along `axis`.
+
+    An int8 weight is gathered as int8.  Its scale is gathered only if `axis` is the output axis.
+    """
     if not isinstance(part, Int8):
         return _gather_weight(dtype, axis, part)
     values: Any = _gather_weight(jnp.int8, axis, part.values)
@@ -124,15 +127,15 @@ def _whole(dtype, axis: int, part: Weight) -> Weight:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gather_weight(dtype, axis: int, part: jax.Array) -> jax.Array:
-    """A weight whole along its axis split over `fsdp`, cast before it travels.
+    """Casts a shard to `dtype` and all-gathers it over `fsdp`.
 
-    Its gradient is summed over `fsdp` in float32 and split again.
+    The gradient is reduce-scattered over `fsdp` in float32.
     """
     return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def _gather_weight_forward(dtype, axis, part):
-    return _gather_weight(dtype, axis, part), part[:0]  # the latter tells the dtype
+    return _gather_weight(dtype, axis, part), part[:0]  # empty; carries the dtype
 
 
 def _gather_weight_backward(dtype, axis, like, g):
@@ -146,11 +149,12 @@ _gather_weight.defvjp(_gather_weight_forward, _gather_weight_backward)
 
 @jax.custom_vjp
 def _sum_over_tensor(y: jax.Array) -> jax.Array:
+    """All-reduces over `tensor`."""
     return jax.lax.psum(y, "tensor")
 
 
-# All devices along `tensor` hold the same sum, so `shard_map` hands each an equal share of its
-# gradient: the whole is a multiple, and no second sum over the axis is needed.
+# All devices along `tensor` hold the same sum, so `shard_map` gives each an equal share of its
+# gradient.  The full gradient is the share times the size of the axis; no all-reduce is needed.
 _sum_over_tensor.defvjp(
     lambda y: (_sum_over_tensor(y), None),
     lambda _, g: (g * jax.lax.axis_size("tensor"),),

@@ -1,7 +1,7 @@
 """Routed experts on TPU: grouped matrix products over tokens sorted by expert.
 
-Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert, E experts, D width,
-F expert width.
+Suffixes: T tokens, K experts per token, P = T * K (token, expert) pairs sorted by expert,
+E experts, D width, F expert width.
 """
 
 import jax
@@ -14,11 +14,11 @@ from vl2jax.ops.experts.weights import ExpertWeights, one_layer
 from vl2jax.ops.matmul import Int8
 from vl2jax.parallel.mesh import axis_size, current_mesh
 
-MIN_SPLIT = 4096  # pairs on a device from which on working in chunks pays
+MIN_SPLIT = 4096  # minimum number of pairs per device to compute in chunks
 
 
 def refuses(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
-    """Few tokens with int8 weights, of which all of the layer's would be widened."""
+    """Rejects few tokens with int8 weights, because all experts of the layer would be converted."""
     if isinstance(w.gate, Int8) and experts_TK.size < (n_experts or w.gate.shape[0]):
         return "few tokens, int8 weights"
     return ""
@@ -34,35 +34,42 @@ def gmm(
     chunk: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Tokens sorted by expert, then the grouped products of `tpu_gmm.py`: exact, for TPU.
+    """Sorts tokens by expert, then computes the grouped matrix products of `tpu_gmm.py`.
 
-    Where experts lie on several devices, `tpu_chunked.py` works off the pairs that are here.
+    If experts are on several devices and there are many pairs, `tpu_chunked.py` computes only the
+    pairs of local experts, in chunks.  The kernels do not support int8, so int8 weights of all
+    experts of the layer are converted to the dtype of x.
 
-    Args and result as of `ops.experts.routed_experts`.  The kernels take no int8: such weights are
-    widened, those of all experts of the layer.
+    Same arguments and result as `ops.experts.routed_experts`, besides:
+
+    Args:
+      chunk: pairs per chunk; None: chosen by the number of pairs.
+      interpret: whether to interpret the kernels, which works without a TPU but is slow.
     """
     if isinstance(w.gate, Int8):
         w, first = one_layer(w, first, n_experts or w.gate.shape[0], x_TD.dtype), 0
     n_weights = w.gate.shape[0]
     n_experts = n_experts or n_weights
     mesh = current_mesh()
-    places = 1 if mesh is None else axis_size(mesh, "expert")
+    n_shards = 1 if mesh is None else axis_size(mesh, "expert")
 
-    def place(group_sizes: jax.Array) -> jax.Array:
-        """Within the weights of many layers."""
+    def pad_sizes(group_sizes: jax.Array) -> jax.Array:
+        """Pads the group sizes with zeros for the experts of other layers in w."""
         if n_weights == n_experts:
             return group_sizes
-        none = jnp.zeros(n_weights, group_sizes.dtype)
-        return jax.lax.dynamic_update_slice(none, group_sizes, (first,))
+        zeros = jnp.zeros(n_weights, group_sizes.dtype)
+        return jax.lax.dynamic_update_slice(zeros, group_sizes, (first,))
 
-    if chunk is None and places > 1 and experts_TK.size // places >= MIN_SPLIT:
-        chunk = -(-experts_TK.size // (places * CHUNKS * MAX_ROWS)) * MAX_ROWS
+    if chunk is None and n_shards > 1 and experts_TK.size // n_shards >= MIN_SPLIT:
+        chunk = -(-experts_TK.size // (n_shards * CHUNKS * MAX_ROWS)) * MAX_ROWS
     if chunk is not None:
         flat_P = experts_TK.reshape(-1)
-        sizes = place(jnp.bincount(flat_P, length=n_experts))
+        sizes = pad_sizes(jnp.bincount(flat_P, length=n_experts))
         order_P = jnp.argsort(flat_P, stable=True)
         return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, n_experts, interpret)
     return by_expert(
-        lambda x_PD, group_sizes: grouped_ffn(x_PD, w, place(group_sizes), n_experts, interpret),
+        lambda x_PD, group_sizes: grouped_ffn(
+            x_PD, w, pad_sizes(group_sizes), n_experts, interpret
+        ),
         *(x_TD, weights_TK, experts_TK, n_experts),
     )

@@ -1,10 +1,10 @@
-"""The grouped products over chunks of pairs: for buffers that have room for far more than comes.
+"""Grouped matrix products over chunks of pairs, for buffers that are mostly empty.
 
-Where tokens are exchanged without dropping any, a device must have room for all of them, and gets
-a fraction. Here only what has come is worked off, in as many chunks as it takes.
+An expert exchange that drops no tokens needs a receive buffer for all tokens, of which a device
+gets a fraction.  Here only the pairs of local experts are computed, in as many chunks as they fill.
 
-Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert (those of no expert last),
-C pairs of a chunk, G experts in the weights, D width, F expert width.
+Suffixes: T tokens, K experts per token, P = T * K (token, expert) pairs sorted by expert (those of
+no expert last), C pairs of a chunk, G experts in the weights, D width, F expert width.
 """
 
 import functools
@@ -15,23 +15,26 @@ import jax.numpy as jnp
 
 from vl2jax.ops.experts.tpu_gmm import Products, hidden_rows
 
-CHUNKS = 2  # that balanced experts take
-SCOPE = "expert_chunks"  # in the names of the loops
+CHUNKS = 2  # number of chunks if the load is balanced
+SCOPE = "expert_chunks"  # name scope of the loops
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk: int, used: int, interpret: bool):
-    """Weighted sum [T, D] of the experts of each token.
+    """Weighted sum of the experts of each token.
 
     Args:
       x_TD: tokens.
-      weights_TK: float32.
+      weights_TK: float32, gate values of the chosen experts.
       order_P: int32, pairs `t * K + k` sorted by expert.
-      sizes_G: int32, pairs of each expert; their sum may be less than P.
+      sizes_G: int32, number of pairs of each expert; their sum may be less than P.
       w: `ExpertWeights`.
       chunk: C.
-      used: how many of the experts may have pairs (the weights may be those of many layers).
-      interpret: runs the kernels without a TPU, slowly.
+      used: number of experts that can have pairs; less than G if w has several layers.
+      interpret: whether to interpret the kernels, which works without a TPU but is slow.
+
+    Returns:
+      [T, D] in the dtype of x.
     """
     loop = _Loop(order_P, sizes_G, weights_TK, chunk)
 
@@ -52,7 +55,7 @@ def _forward(x_TD, weights_TK, order_P, sizes_G, w, chunk, used, interpret):
 
 
 def _backward(chunk, used, interpret, residuals, g_TD):
-    """Hidden rows are computed again; the result of the down product is not needed."""
+    """Recomputes the hidden rows; the result of the down projection is not needed."""
     x_TD, weights_TK, order_P, sizes_G, w = residuals
     loop = _Loop(order_P, sizes_G, weights_TK, chunk)
 
@@ -90,7 +93,7 @@ chunked_sum.defvjp(_forward, _backward)
 
 
 class _Part(NamedTuple):
-    """A chunk: its pairs and tokens int32[C], weights float32[C, 1], and rows per expert [G]."""
+    """A chunk: its pairs and tokens int32[C], gate values float32[C, 1], pairs per expert [G]."""
 
     pairs: jax.Array
     tokens: jax.Array
@@ -99,7 +102,7 @@ class _Part(NamedTuple):
 
 
 class _Loop:
-    """As many chunks as it takes for the pairs that there are."""
+    """A loop over the chunks that have pairs of an expert."""
 
     def __init__(self, order_P, sizes_G, weights_TK, chunk: int):
         self.order = jnp.pad(order_P, (0, -order_P.size % chunk))
@@ -109,8 +112,8 @@ class _Loop:
     def part(self, i: jax.Array) -> _Part:
         start = i * self.chunk
         pairs = jax.lax.dynamic_slice_in_dim(self.order, start, self.chunk)
-        inside = (jnp.clip(edge - start, 0, self.chunk) for edge in (self.ends, self.begins))
-        ends, begins = inside
+        clipped = (jnp.clip(edge - start, 0, self.chunk) for edge in (self.ends, self.begins))
+        ends, begins = clipped
         weights = self.weights.reshape(-1)[pairs].astype(jnp.float32)[:, None]
         return _Part(pairs, pairs // self.top_k, weights, ends - begins)
 

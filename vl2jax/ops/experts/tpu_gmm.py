@@ -1,6 +1,7 @@
-"""Routed experts on TPU: the library's grouped matrix product (megablox).
+"""Routed experts on TPU: JAX's grouped matrix product kernels (megablox).
 
-Suffixes: P pairs sorted by expert, G experts in the weights, D width, F expert width.
+Suffixes: P (token, expert) pairs sorted by expert, G experts in the weights, D width,
+F expert width.
 """
 
 import functools
@@ -16,17 +17,18 @@ MAX_TILE, LANES = 1024, 128  # columns of a tile
 def grouped_ffn(
     x_PD: jax.Array, w, group_sizes_G: jax.Array, used: int, interpret: bool = False
 ) -> jax.Array:
-    """`down(silu(gate(x)) * up(x))` of expert g on its `group_sizes[g]` consecutive rows.
+    """Applies expert g, `down(silu(gate(x)) * up(x))`, to its `group_sizes[g]` consecutive rows.
 
-    Products accumulate in float32; gradients of weights are not rounded below the weights' dtype.
-    Weights of experts without rows are not read, rows behind the last group are 0.
+    Products accumulate in float32.  Gradients of weights are computed in float32 and returned in
+    the weights' dtype.  Weights of experts without rows are not read.  Rows after the last group
+    are 0.
 
     Args:
       x_PD: rows, sorted by expert.
       w: `ExpertWeights`, gate and up [G, D, F], down [G, F, D].
-      group_sizes_G: int32; their sum may be less than P.
-      used: how many of the groups may have rows (the weights may be those of many layers).
-      interpret: runs the kernels without a TPU, slowly.
+      group_sizes_G: int32, number of rows of each expert; their sum may be less than P.
+      used: number of experts that can have rows; less than G if w has several layers.
+      interpret: whether to interpret the kernels, which works without a TPU but is slow.
 
     Returns:
       [P, D] in the dtype of x.
@@ -60,13 +62,21 @@ grouped_ffn.defvjp(_forward, _backward)
 
 
 def hidden_rows(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`, in float32 inside."""
+    """Computes `silu(gate) * up` in float32; the result has the dtype of `gate`."""
     hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return hidden.astype(gate.dtype)
 
 
 class Products:
-    """The products over groups of rows; `P` is padded to whole tiles on the way."""
+    """Grouped matrix products; rows are padded to whole tiles for the kernels.
+
+    Args:
+      dtype: dtype of the operands.
+      rows: number of rows, P.
+      group_sizes: int[G], number of rows of each group.
+      used: number of groups that can have rows, see `grouped_ffn`.
+      interpret: whether to interpret the kernels.
+    """
 
     def __init__(
         self, dtype: jnp.dtype, rows: int, group_sizes: jax.Array, used: int, interpret: bool
@@ -76,7 +86,16 @@ class Products:
         self.tile = tile_rows(rows, used)
 
     def rows(self, x: jax.Array, weight: jax.Array, transpose: bool = False) -> jax.Array:
-        """[P, K] and [G, K, N] (or, transposed, [G, N, K]) -> [P, N] in the dtype of x."""
+        """Multiplies each row by its group's weight.
+
+        Args:
+          x: [P, K].
+          weight: [G, K, N], or [G, N, K] if transposed.
+          transpose: whether to multiply by the transposed weights.
+
+        Returns:
+          [P, N] in `dtype`; rows after the last group are undefined.
+        """
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
         inner, outer = weight.shape[1:][::-1] if transpose else weight.shape[1:]
@@ -91,7 +110,7 @@ class Products:
         )[: self.size]
 
     def weights(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """[P, K] and [P, N] -> float32[G, K, N]."""
+        """Gradient of the weights: `x^T g` of each group, [P, K] and [P, N] -> float32[G, K, N]."""
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
         return tgmm(
@@ -104,7 +123,7 @@ class Products:
         )
 
     def filled(self, x: jax.Array) -> jax.Array:
-        """Zeros in the rows that no group has; the kernels leave these as they are."""
+        """Sets rows after the last group to 0; the kernels do not write them."""
         return jnp.where((jnp.arange(self.size) < self.group_sizes.sum())[:, None], x, 0)
 
     def _padded(self, x: jax.Array) -> jax.Array:
@@ -112,15 +131,15 @@ class Products:
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """Rows of a tile: a power of two near the mean rows of a group.
+    """Rows of a tile: a power of two near the mean number of rows per group.
 
-    A tile with rows of several groups is worked off once for each of them.
+    The kernel computes a tile once for each group that has rows in it.
     """
     mean = max(rows // groups, 1)
     return min(MAX_ROWS, max(MIN_ROWS, 1 << (mean.bit_length() - 1)))
 
 
 def tile_columns(size: int) -> int:
-    """Columns of a tile: as few tiles as may be, of nearly equal size."""
+    """Columns of a tile: as few tiles as possible, of nearly equal size."""
     tiles = -(-size // MAX_TILE)
     return -(-size // tiles // LANES) * LANES

@@ -1,4 +1,4 @@
-"""The weights of a layer's routed experts.
+"""Weights of routed experts.
 
 Axis legend: E experts, D width, F expert width.
 """
@@ -13,7 +13,7 @@ from vl2jax.ops.matmul import Weight, widen
 
 
 class ExpertWeights(NamedTuple):
-    """Weights of all experts of a layer: gate and up [E, D, F], down [E, F, D]."""
+    """Weights of experts: gate and up [E, D, F], down [E, F, D]."""
 
     gate: Weight
     up: Weight
@@ -23,7 +23,14 @@ class ExpertWeights(NamedTuple):
 def one_layer(
     w: ExpertWeights, first: jax.Array | int, n_experts: int, dtype: jnp.dtype
 ) -> ExpertWeights:
-    """The experts of one layer out of a stack of many layers', as plain arrays of this dtype."""
+    """Slices one layer's experts from a stack of several layers and converts them to plain arrays.
+
+    Args:
+      w: weights of the experts of one or several layers.
+      first: index of the layer's first expert.
+      n_experts: number of experts of the layer, E.
+      dtype: dtype of the result.
+    """
     if n_experts < w.gate.shape[0]:
         cut = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n_experts

@@ -1,7 +1,7 @@
-"""Routed experts as XLA compiles them: a loop over the experts that have tokens, in blocks of rows.
+"""Routed experts compiled by XLA: a loop over the experts that have tokens, in blocks of rows.
 
-Suffixes: T tokens, K experts per token, P = T * K pairs sorted by expert, E experts, D width,
-F expert width, M rows of a block.
+Suffixes: T tokens, K experts per token, P = T * K (token, expert) pairs sorted by expert,
+E experts, D width, F expert width, M rows of a block.
 """
 
 import functools
@@ -17,7 +17,7 @@ from vl2jax.ops.matmul import Weight, cast, matmul, product
 from vl2jax.ops.names import PRODUCT
 
 MAX_BLOCK, JOINED_BLOCK, SMALL_BLOCK, TINY_BLOCK = 256, 64, 16, 4  # rows
-ACTIVE, BLOCKS = "active_experts", "expert_blocks"  # in the names of the loops
+ACTIVE, BLOCKS = "active_experts", "expert_blocks"  # name scopes of the loops
 
 
 def blocked(
@@ -29,13 +29,13 @@ def blocked(
     first: jax.Array | int = 0,
     n_experts: int | None = None,
 ) -> jax.Array:
-    """Tokens sorted by expert, then a loop over the blocks that exist: exact, nothing dropped.
+    """Sorts tokens by expert, then loops over the experts that have tokens, block by block.
 
-    Only weights of experts that got a token are read. The backward pass is a loop of the same
-    kind; the ordinary derivative would scatter into the whole weight stack per block.
+    Only the weights of experts that have tokens are read.  The backward pass is a loop of the same
+    kind; JAX's own derivative would update the whole weight stack in every block.
 
-    Args and result as of `ops.experts.routed_experts`; `block` has the rows of a block, None:
-    fitted to the tokens per expert.
+    Same arguments and result as `ops.experts.routed_experts`, besides `block`, the rows of a block;
+    None: chosen by the mean number of tokens per expert.
     """
     n_experts = n_experts or w.gate.shape[0]
     block = block or _block_rows(experts_TK.size, n_experts)
@@ -47,10 +47,11 @@ def blocked(
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:
-    """A power of two near half the mean number of tokens per expert; of few tokens, near all, and
-    of very few, near twice as many, so that most experts need one block.
+    """Rows of a block: a power of two near half the mean number of tokens per expert.
 
-    Half of an expert's last block is padding on average, which smaller blocks make less of.
+    On average half of an expert's last block is padding, so smaller blocks waste less.  With few
+    tokens per expert the block is near the mean, and with very few near twice the mean, so that
+    most experts need a single block.
     """
     mean = -(-pairs // n_experts)
     rows = max(-(-mean // 2), min(mean, SMALL_BLOCK), min(2 * mean, TINY_BLOCK))
@@ -61,8 +62,8 @@ class _Used(NamedTuple):
     """One expert's weights in the compute dtype.
 
     Attributes:
-      gate_up: gate and up [D, F] each, or one beside the other [D, 2F]: a copy, which pays where
-        many rows use it.
+      gate_up: gate and up [D, F] each, or both concatenated [D, 2F].  The concatenation is a copy,
+        which pays off if many rows use it.
       down: [F, D].
     """
 
@@ -82,7 +83,7 @@ class _Used(NamedTuple):
 
 
 def _ffn(x: jax.Array, w: _Used) -> tuple[jax.Array, jax.Array]:
-    """One expert: `down(silu(gate(x)) * up(x))`, accumulated in float32; also gate(x) and up(x)."""
+    """One expert's output [M, D], and gate(x) and up(x) [M, 2F] for the backward pass."""
     gate_up = jnp.concatenate([matmul(x, part) for part in w.gate_up], axis=-1)
     gate, up = jnp.split(gate_up, 2, axis=-1)
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
@@ -92,7 +93,7 @@ def _ffn(x: jax.Array, w: _Used) -> tuple[jax.Array, jax.Array]:
 def _ffn_backward(
     x: jax.Array, gate_up: jax.Array, w: Any, g: jax.Array
 ) -> tuple[jax.Array, _Used]:
-    """Gradients of `_ffn` with joined weights: of x in its dtype, of the weights in float32."""
+    """Gradients of `_ffn` with concatenated weights: d_x in the dtype of x, d_w in float32."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
@@ -108,13 +109,13 @@ def _ffn_backward(
 
 
 class _Groups(NamedTuple):
-    """Where the rows of each expert lie.
+    """The rows of each expert.
 
     Attributes:
-      active: int32[E], the experts that have rows, first.
-      n_active: int32[], how many these are.
+      active: int32[E], all experts, those that have rows first.
+      n_active: int32[], number of experts that have rows.
       start: int32[E], first row of each expert.
-      size: int32[E], its number of rows.
+      size: int32[E], number of rows of each expert.
     """
 
     active: jax.Array
@@ -141,7 +142,7 @@ def _put(x_PD: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _grouped_ffn(x_PD, w, group_sizes, first, block):
-    """Expert e on its `group_sizes[e]` consecutive rows, a block at a time."""
+    """Applies expert e to its `group_sizes[e]` consecutive rows, block by block."""
     return _blocks_forward(x_PD, w, group_sizes, first, block, keep=False)[0]
 
 
@@ -152,10 +153,10 @@ def _grouped_ffn_forward(x_PD, w, group_sizes, first, block):
 
 
 def _blocks_forward(x_PD, w, group_sizes, first, block, keep):
-    """The result, and where it is to be kept gate(x) and up(x) side by side, [P + block, 2F].
+    """Output [P, D] and, if `keep`, gate(x) and up(x) concatenated, [P + block, 2F].
 
-    The last block of an expert may reach into the rows of the next; these are overwritten by
-    their own expert, which comes later, and rows past the end fall into padding.
+    The last block of an expert may extend into the rows of the next expert, which is computed later
+    and overwrites them.  Rows beyond the end are in the padding.
     """
     pairs, groups = x_PD.shape[0], _Groups.of(group_sizes)
     x_PD = jnp.pad(x_PD, ((0, block), (0, 0)))
@@ -181,7 +182,7 @@ def _blocks_forward(x_PD, w, group_sizes, first, block, keep):
 
 
 def _grouped_ffn_backward(block, residuals, g_PD):
-    """The same loop; an expert's gradients are written once."""
+    """The loop of the forward pass; the gradients of an expert's weights are written once."""
     x_PD, gate_up_PF, w, group_sizes, first = residuals
     pairs, groups, ffn = x_PD.shape[0], _Groups.of(group_sizes), w.gate.shape[-1]
     x_PD, g_PD = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_PD, g_PD))
@@ -194,8 +195,8 @@ def _grouped_ffn_backward(block, residuals, g_PD):
         def one_block(i, carry):
             dx_PD, dw_expert = carry
             start = groups.start[expert] + i * block
-            own = (i * block + jnp.arange(block) < groups.size[expert])[:, None]
-            g = jnp.where(own, _rows(g_PD, start, block), 0)
+            in_group = (i * block + jnp.arange(block) < groups.size[expert])[:, None]
+            g = jnp.where(in_group, _rows(g_PD, start, block), 0)
             x, gate_up = _rows(x_PD, start, block), _rows(gate_up_PF, start, block)
             dx, dw_block = _ffn_backward(x, gate_up, weights, g)
             return _put(dx_PD, dx, start), jax.tree.map(jnp.add, dw_expert, dw_block)

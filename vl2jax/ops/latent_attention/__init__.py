@@ -1,8 +1,12 @@
-"""Absorbed attention over MLA's cached latent (DeepSeek-V2, section 2.1.2): nothing is expanded per
-cached token.
+"""Absorbed attention: MLA attention directly over the cached latents (DeepSeek-V2, section 2.1.2).
 
-`W_UK` goes into the query and `W_UV` into the output.  `reference.py` expands keys and values as
-the equations stand, `xla.py` absorbs, `cpu.py` does so for few queries without products by heads.
+`W_UK` is absorbed into the query and `W_UV` into the output, so no cached latent is expanded to
+keys and values.  `xla.py` absorbs with one matrix product per head.  `cpu.py` absorbs few queries
+with products over all heads at once.  `reference.py` expands keys and values, as in the paper's
+equations.
+
+Axis legend: B rows, T queries, S cache slots, H heads, N qk_nope_head_dim, R qk_rope_head_dim,
+V v_head_dim, C kv_lora_rank.
 """
 
 import jax
@@ -30,15 +34,15 @@ def absorbed_attention(
     scale: float,
     visibility: Visibility,
 ) -> jax.Array:
-    """Attention whose keys and values are the latent itself.
+    """Computes MLA attention over cached latents.
 
     Args:
-      q_nope: [B, T, H, N], the part of the query without position.
-      q_rope: [B, T, H, R], the rotated part.
-      latent: [B, S, C + R], the normed latent and the rotated key that all heads share.
-      w_kv_b: [C, H, N + V], expands the latent to keys and values.
-      scale: multiplies the scores.
-      visibility: who sees whom.
+      q_nope: [B, T, H, N], the part of the query without position encoding.
+      q_rope: [B, T, H, R], the rotated part of the query.
+      latent: [B, S, C + R], the latent after its norm and the rotated key that all heads share.
+      w_kv_b: [C, H, N + V], the weight that expands a latent to keys and values.
+      scale: factor of the scores.
+      visibility: which slots each query sees.
 
     Returns:
       [B, T, H, V] in the dtype of the query.

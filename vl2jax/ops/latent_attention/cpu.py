@@ -1,8 +1,9 @@
-"""Absorbed attention of few queries on CPU, as products without a batch axis.
+"""Absorbed attention of few queries on CPU, with matrix products that have no batch axis.
 
-Each head's query meets the weights of all heads, zeros in the place of theirs.  Where there are few
-queries this costs less than bringing the weights' heads to the front, which XLA's CPU compiler does
-for a product by heads, anew for every token.
+For a product per head, XLA's CPU compiler transposes the weight so that heads come first, again for
+every token.  Here each head's query is padded with zeros to the width of all heads and multiplied
+by the weights of all heads.  For few queries the additional multiplications cost less than the
+transpose.
 
 Axis legend: M rows, queries and heads; C latent width; X all heads' key and value widths.
 """
@@ -15,11 +16,11 @@ from vl2jax.ops.attention import attention as attend
 from vl2jax.ops.matmul import Weight, einsum
 from vl2jax.parallel.mesh import current_mesh
 
-MOST = 16  # queries of all heads and rows
+MOST = 16  # largest supported number of rows times heads
 
 
 def refuses(q_nope: jax.Array, *_) -> str:
-    """One device and few queries are served."""
+    """Supports a single device and few queries."""
     if current_mesh() is not None:
         return "on a mesh"
     few = q_nope.shape[0] * q_nope.shape[2] <= MOST
@@ -34,7 +35,7 @@ def attention(
     scale: float,
     visibility: Visibility,
 ) -> jax.Array:
-    """As `ops.latent_attention.absorbed_attention`."""
+    """Same arguments and result as `ops.latent_attention.absorbed_attention`."""
     rows, length, heads, nope = q_nope.shape
     rank, width, dtype = w_kv_b.shape[0], w_kv_b.shape[-1], q_nope.dtype
     own = jnp.eye(heads, dtype=dtype)[None, None, :, :, None]

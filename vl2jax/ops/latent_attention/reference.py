@@ -1,4 +1,4 @@
-"""The oracle: keys and values of every head expanded from the latent (DeepSeek-V2, Eq. 9-19).
+"""Reference implementation: expands the latents to keys and values (DeepSeek-V2, Eq. 9-19).
 
 Axis legend: B rows, S keys, H heads, C latent width, X = N + V key and value width.
 """
@@ -19,7 +19,7 @@ def attention(
     scale: float,
     visibility: Visibility,
 ) -> jax.Array:
-    """As `ops.latent_attention.absorbed_attention`, in float32."""
+    """Same arguments and result as `ops.latent_attention.absorbed_attention`; float32 inside."""
     rank, nope, dtype = w_kv_b.shape[0], q_nope.shape[-1], q_nope.dtype
     w = widen(w_kv_b, dtype).astype(jnp.float32)
     latent, k_rope = jnp.split(latent.astype(jnp.float32), [rank], axis=-1)

@@ -1,4 +1,4 @@
-"""Absorbed attention as XLA compiles it: two products by heads around attention over the latent.
+"""Absorbed attention compiled by XLA: attention over latents between two products per head.
 
 Axis legend: B rows, T queries, H heads, N key width, C latent width, V value width.
 """
@@ -19,7 +19,7 @@ def attention(
     scale: float,
     visibility: Visibility,
 ) -> jax.Array:
-    """As `ops.latent_attention.absorbed_attention`."""
+    """Same arguments and result as `ops.latent_attention.absorbed_attention`."""
     rank, nope, dtype = w_kv_b.shape[0], q_nope.shape[-1], q_nope.dtype
     w_uk = jax.tree.map(lambda a: a[..., :nope], w_kv_b)
     w_uv = jax.tree.map(lambda a: a[..., nope:], w_kv_b)

@@ -1,7 +1,7 @@
-"""Products of activations and weights: operands in the activations' dtype, float32 results.
+"""Matrix products: operands in the activations' dtype, accumulation and results in float32.
 
-`matmul` is a matrix product, `einsum` any product with a weight, `product` one of two activations.
-A weight is an array or `Int8`.  The oracle is `reference.py`.
+`matmul` multiplies activations by a weight, `einsum` is an einsum of activations and a weight, and
+`product` an einsum of two activations.  A weight is an array or an `Int8`.
 """
 
 import jax
@@ -22,8 +22,16 @@ _MATMUL = Operation(
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
-    """`x w`, accumulated in float32: [M, K] times [K, N] is float32[M, N].
+    """Computes `x w`, accumulated in float32.
 
-    The weight is cast to the dtype of x; its gradient is not rounded below its own dtype.
+    The weight is cast to the dtype of x.  Its gradient is accumulated in float32 and returned in
+    the weight's own dtype.
+
+    Args:
+      x: [M, K], activations.
+      w: [K, N], the weight.
+
+    Returns:
+      float32[M, N].
     """
     return _MATMUL(x, w)

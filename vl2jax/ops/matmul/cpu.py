@@ -1,7 +1,6 @@
-"""Products on CPU.
+"""Matrix products on CPU.
 
-For a single bfloat16 row XLA's CPU compiler leaves its fast path, so the row gets one of zeros for
-company.
+XLA's CPU compiler has no fast path for a single bfloat16 row, so a row of zeros is added.
 """
 
 import jax
@@ -12,10 +11,10 @@ from vl2jax.ops.matmul.int8 import Weight
 
 
 def refuses(x: jax.Array, w: Weight) -> str:
-    """A single bfloat16 row is what this is for."""
+    """Supports a single bfloat16 row."""
     return "" if x.shape[0] == 1 and x.dtype == jnp.bfloat16 else "more than one row, or float32"
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
-    """[1, K] times [K, N] is float32[1, N]."""
+    """Computes `x w`: [1, K] times [K, N] is float32[1, N]."""
     return xla.matmul(jnp.pad(x, ((0, 1), (0, 0))), w)[:1]

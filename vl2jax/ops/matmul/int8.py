@@ -1,7 +1,8 @@
-"""int8 weights: symmetric, one scale per output channel, widened where they are used.
+"""int8 weights: symmetric weight-only quantisation with one scale per output channel.
 
-A scale belongs to what a product does not sum over, so the product is multiplied and not the
-weight: `x (q * s) = (x q) * s`, and q, at most 127, is exact in bfloat16.
+A scale is constant along the axes that a matrix product sums over, so it multiplies the result
+instead of the weight: `x (q * s) = (x q) * s`.  The integers q, at most 127 in magnitude, are cast
+to the dtype of the product when it is computed; they are exact in bfloat16.
 """
 
 import dataclasses
@@ -15,22 +16,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vl2jax.ops.registry import Implementation, Operation
 
-_LARGEST = 127  # -128 is not used: the range is symmetric
-_SMALLEST = 1e-30  # channels that are smaller throughout become 0
+_LARGEST = 127  # -128 is not used, so that the range is symmetric
+_SMALLEST = 1e-30  # a channel whose weights are all smaller than this becomes 0
 
 
 @flax.struct.dataclass
 class Int8:
-    """A weight `values * scale`, in the place of an array in the tree of parameters.
+    """A quantised weight `values * scale`; takes the place of an array in the parameter tree.
 
-    Being a pytree, it is sliced, indexed and reshaped by `jax.tree.map`, like an array.
+    It is a pytree: `jax.tree.map` slices, indexes and reshapes it like an array.  In trees of
+    shapes, specs or shardings, the fields hold those of `values` and `scale`.
 
     Attributes:
-      values: int8, of the weight's shape, first of the two (Flax checks it against the model's); or
-        the same numbers in the dtype of the computation.
-      scale: float32, of size 1 along the axes that products sum over.
-
-    A tree of shapes, specs or shardings has those of the two in their places.
+      values: int8 with the shape of the weight, or the same numbers in the dtype of a computation.
+        It is the first field because Flax compares the shape of the first leaf with the model's.
+      scale: float32, of size 1 along the axes that matrix products sum over.
     """
 
     values: Any
@@ -49,13 +49,14 @@ Weight = jax.Array | Int8
 
 
 def quantize(weight: jax.Array, axes: tuple[int, ...]) -> Int8:
-    """The nearest int8 weight: off by at most half a scale in each element.
+    """Rounds a weight to int8; the error of an element is at most half its scale.
 
-    What is not finite makes its channel's scale, and so every answer, NaN or infinite.
+    If an element is not finite, the scale of its channel becomes NaN or infinite, and so do all
+    outputs that depend on it.
 
     Args:
-      weight: of a floating-point dtype.
-      axes: that products sum over.
+      weight: an array of a floating-point dtype.
+      axes: axes that matrix products sum over.
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=axes, keepdims=True)
@@ -65,21 +66,21 @@ def quantize(weight: jax.Array, axes: tuple[int, ...]) -> Int8:
 
 
 def widen(weight: Weight, dtype: jnp.dtype) -> jax.Array:
-    """A weight as a plain array of this dtype."""
+    """Converts a weight to a plain array of this dtype, with the scale multiplied in."""
     if not isinstance(weight, Int8):
         return weight.astype(dtype)
     return (weight.values.astype(jnp.float32) * weight.scale).astype(dtype)
 
 
 def cast(weight: Weight, dtype: jnp.dtype) -> Weight:
-    """A weight as products in this dtype take it: the integers of an int8 weight, unscaled."""
+    """Casts a weight to the dtype of a product; of an int8 weight only the values are cast."""
     if not isinstance(weight, Int8):
         return weight.astype(dtype)
-    return dataclasses.replace(weight, values=_numbers(weight.values, dtype))
+    return dataclasses.replace(weight, values=_cast_values(weight.values, dtype))
 
 
-def _numbers(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """int8 values in another dtype, exactly."""
+def _cast_values(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Converts int8 values to another dtype, exactly."""
     return values if values.dtype == dtype else _WIDEN(values, dtype)
 
 
@@ -88,8 +89,11 @@ def _convert(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _convert_on_cpu(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """bfloat16 from the upper half of float32: XLA's CPU compiler would convert one number after
-    the other, ten times slower."""
+    """Takes bfloat16 from the upper 16 bits of float32.
+
+    XLA's CPU compiler does not vectorize the conversion of int8 to bfloat16, which makes it ten
+    times slower.
+    """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32) >> 16
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), dtype)
 
@@ -105,11 +109,19 @@ _WIDEN = Operation(
 
 
 def scaled_product(product, equation: str, x: jax.Array, w: Int8) -> jax.Array:
-    """`product(equation, x, w)` with the scale on its result, or on x if it is that which has the
-    scale's axes (a weight that is used both ways).
+    """Computes `product(equation, x, w)` for an int8 weight.
+
+    The scale multiplies the result if the result has the scale's axes.  Otherwise x has them (a
+    weight that is used transposed), and the scale multiplies x.
 
     Args:
-      equation: of einsum; the axes of w stand in the result, or in x, in their order.
+      product: an einsum of two operands with a float32 result.
+      equation: an einsum equation; the result, or x, must have the scale's axes in the order of w.
+      x: activations.
+      w: the weight.
+
+    Returns:
+      float32, with the axes of the equation's result.
     """
     operands, result = equation.split("->")
     left, right = operands.split(",")
@@ -119,23 +131,25 @@ def scaled_product(product, equation: str, x: jax.Array, w: Int8) -> jax.Array:
     def scale(names: str) -> jax.Array:
         return w.scale.reshape([sizes.get(name, 1) for name in names])
 
-    values = _numbers(w.values, x.dtype)
+    values = _cast_values(w.values, x.dtype)
     if axes <= set(result):
         return product(equation, x, values) * scale(result)
     return product(equation, (x * scale(left)).astype(x.dtype), values)
 
 
 def split_like(weight: Weight, spec: PartitionSpec, axes: tuple[int, ...]):
-    """The spec of a weight; of an int8 one that of its values and of its scale.
+    """The partition spec of a weight; for an int8 weight, those of its values and its scale.
 
     Args:
-      axes: that products sum over, counted from either end.
+      weight: the weight.
+      spec: partition spec of an unquantised weight.
+      axes: axes that matrix products sum over; may be negative.
     """
     return Int8(spec, scale_spec(spec, axes)) if isinstance(weight, Int8) else spec
 
 
 def scale_spec(spec: PartitionSpec, axes: tuple[int, ...]) -> PartitionSpec:
-    """How the scale of a weight of this spec is split: not along the axes summed over."""
+    """The partition spec of a scale: that of its weight, not split along the summed `axes`."""
     names = list(spec)
     for axis in axes:
         names[axis] = None
@@ -143,7 +157,7 @@ def scale_spec(spec: PartitionSpec, axes: tuple[int, ...]) -> PartitionSpec:
 
 
 def int8_sharding(sharding: NamedSharding | None, axes: tuple[int, ...]) -> Int8 | None:
-    """Where values and scale of a weight lie that is read onto `sharding`."""
+    """The shardings of an int8 weight's values and scale, from that of the unquantised weight."""
     if sharding is None:
         return None
     return Int8(sharding, NamedSharding(sharding.mesh, scale_spec(sharding.spec, axes)))

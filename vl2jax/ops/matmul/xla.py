@@ -1,4 +1,4 @@
-"""Products as XLA compiles them, with gradients in the dtype of the forward pass."""
+"""Matrix products compiled by XLA; the backward pass uses operands in the same dtype."""
 
 import functools
 
@@ -9,21 +9,26 @@ from vl2jax.ops.matmul.int8 import Int8, Weight, scaled_product
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two operands with a float32 result, whatever their dtype."""
+    """`jnp.einsum` of two operands with a float32 result, for operands of any float dtype."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
-    """Activations times a weight: operands in the dtype of x, result float32, in every pass.
+    """Einsum of activations and a weight.
 
-    The weight may be a float32 master copy while x is bfloat16: it is cast here, and its gradient
-    is not rounded.  (The ordinary derivative multiplies with the float32 cotangent, which makes
-    all products of the backward pass float32.)  An int8 weight has no gradient.
+    In both passes operands have the dtype of x, and products accumulate in float32.  The weight may
+    be a float32 master copy while x is bfloat16: it is cast here, and its gradient stays float32.
+    JAX's own derivative would multiply by the float32 cotangent, so all products of the backward
+    pass would be float32.  An int8 weight has no gradient.
 
     Args:
-      equation: two operands; each of their axes occurs in the other or in the result.
+      equation: an einsum of two operands.  Each axis of an operand must occur in the other operand
+        or in the result.
       x: activations.
       w: the weight.
+
+    Returns:
+      float32, with the axes of the equation's result.
     """
     if isinstance(w, Int8):
         return scaled_product(product, equation, x, w)
@@ -31,7 +36,7 @@ def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
-    """[M, K] times [K, N] is float32[M, N]."""
+    """Computes `x w`: [M, K] times [K, N] is float32[M, N]."""
     return einsum("MK,KN->MN", x, w)
 
 
