@@ -88,7 +88,7 @@ class Source:
             offset += start * (info.nbytes // shape[0])
             shape = (stop - start, *shape[1:])
         array = np.empty(shape, NUMPY_DTYPES[info.dtype])
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         while view:
             count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:

@@ -23,13 +23,15 @@ def make_panels(count: int, columns: int):
       UserError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # half a second, which only those who draw pay
+        # Half a second, which only those who draw pay.
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise UserError(f'plots need matplotlib; pip install "vl2jax[plots]" ({error})') from error
     rows = math.ceil(count / columns)
     size = columns * PANEL[0], rows * PANEL[1]
-    figure = Figure(size, dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.02)
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.02, hspace=0.02)
+    figure = Figure(size, dpi=DPI, layout=layout)
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 

@@ -81,13 +81,15 @@ def plot(shown: Sequence[Panel], series: Mapping[str, Series]):
     """The figure of some panels, whose steps all have the same scale."""
     columns = min(3, len(shown)) if len(shown) != 4 else 2
     figure, places = plots.make_panels(len(shown), columns)
+    from matplotlib import ticker
+
     last = max(steps[-1] for steps, _ in series.values())
     for place, (panel, axes) in enumerate(zip(shown, places, strict=True)):
         lowest = place + columns >= len(shown)  # of its column
         plots.style_axes(axes, panel.title, "step" if lowest else "")
         _draw_panel(axes, panel, series)
         axes.set_xlim(0, 1.01 * max(last, 1))
-        axes.xaxis.get_major_locator().set_params(nbins=6, integer=True)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_major_formatter(lambda step, _: human_count(step, 6))
     return figure
 
@@ -103,15 +105,15 @@ def _draw_panel(axes, panel: Panel, series: Mapping[str, Series]) -> None:
         faint = [_smooth(layer) for layer in values.T] if layers > 1 else [mean]
     for place, line in enumerate(faint):
         axes.plot(*_thin(steps, line), color=_tint(place, layers), linewidth=0.8)
-    both = panel.over in series
-    _draw_line(axes, steps, clear[0], plots.BLUE, "training  " if both else "")
-    if both:
-        steps, values = series[panel.over]
+    over = series.get(panel.over or "")
+    _draw_line(axes, steps, clear[0], plots.BLUE, "training  " if over else "")
+    if over:
+        steps, values = over
         clear.append(_mean(values))
         _draw_line(axes, steps, clear[1], plots.ORANGE, "held out  ", marker="o")
     _set_scale(axes, clear if layers == 1 else [*clear, *faint], faint, panel.log)
     place = dict(loc="lower right", bbox_to_anchor=(1, 1.03), ncols=2)
-    plots.add_legend(axes, **place, labelcolor="linecolor", handlelength=1.2 * both)
+    plots.add_legend(axes, **place, labelcolor="linecolor", handlelength=1.2 * bool(over))
 
 
 def _draw_line(
@@ -130,9 +132,9 @@ def _set_scale(axes, clear: Sequence[np.ndarray], faint: Sequence[np.ndarray], l
     """The scale of the values: all of the clear lines; a few outliers of the faint do not count."""
     from matplotlib import ticker
 
-    clear, faint = np.concatenate(clear), np.concatenate([*clear, *faint])
-    low = min(np.nanmin(clear), np.nanquantile(faint, 0.01))
-    high = max(np.nanmax(clear), np.nanquantile(faint, 0.99))
+    shown, every = np.concatenate(clear), np.concatenate([*clear, *faint])
+    low = min(np.nanmin(shown), np.nanquantile(every, 0.01))
+    high = max(np.nanmax(shown), np.nanquantile(every, 0.99))
     if log and low > 0 and high > 20 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.15, high * 1.15)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -152,7 +152,7 @@ class MetricsLog:
         except (OSError, UserError) as error:
             self.note(f"{CURVES_FILE} was not drawn: {error}")
 
-    def _keep(self, step: int, plain: dict[str, Value]) -> None:
+    def _keep(self, step: int, plain: dict[str, Any]) -> None:
         """Writes to both files; complains once if that fails, until it works again."""
         line = {"step": step} | {name: _nullable(value) for name, value in plain.items()}
         try:
@@ -179,12 +179,12 @@ class NoLog(contextlib.AbstractContextManager):
         print(text, file=sys.stderr)
 
 
-def _plain(value: Value) -> Value:
+def _plain(value: Value) -> Any:
     """A float, or a list of floats, from what NumPy or JAX hold."""
     return np.asarray(value, np.float64).tolist()
 
 
-def _nullable(value: Value) -> Value | None:
+def _nullable(value: Any) -> Any:
     """What is not finite as None, which JSON can hold."""
     if isinstance(value, list):
         return [_nullable(part) for part in value]

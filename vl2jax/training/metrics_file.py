@@ -4,12 +4,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from vl2jax.common.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
-Metrics = dict[str, float | list[float | None] | None]
+Metrics = dict[str, Any]  # `step`, and by name a float, a list of floats or None
 
 
 def read_metrics(path: Path | str) -> list[Metrics]:
