@@ -2,7 +2,7 @@
 
     python benchmarks/bench_generate.py [--attention mla mha] [--dtype float32 bfloat16]
         [--repeats 5] [--quantize none int8]
-    python benchmarks/bench_generate.py --study context|batch|experts|layouts [--layers N]
+    python benchmarks/bench_generate.py --study context|batch|experts [--layers N]
 
 Prints one JSON line per case.  Of each figure the median and the best, the first call (compilation)
 not counted.
@@ -31,7 +31,6 @@ from vl2jax.inference.buckets import length_bucket
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import BURST, DecodeState, compiled_steps
 from vl2jax.model.quantization import KINDS, quantize_tree
-from vl2jax.model.unstacked_layers import should_unstack, unstack_layers
 from vl2jax.model.vl2 import VL2, init_variables
 from vl2jax.ops.compiler_options import compiler_options
 from vl2jax.ops.platform import platform_of
@@ -71,18 +70,13 @@ class Case:
         config: VL2Config,
         dtype: str,
         *,
-        unstacked: bool | None = None,
         quantize: str | None = None,
     ):
-        """`unstacked`: whether layers have arrays of their own; None: as `sample.py` has it."""
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.params = make_params(config, dtype)
         if quantize == "int8":
             self.params = jax.jit(quantize_tree)(self.params)
-        unstacked = should_unstack(config.decoder, self.params) if unstacked is None else unstacked
-        if unstacked:
-            self.params = unstack_layers(config.decoder, self.params)
-        self.steps = compiled_steps(config, self.dtype, platform_of(self.params), None, unstacked)
+        self.steps = compiled_steps(config, self.dtype, platform_of(self.params))
 
     def vision(self, tiles: int = 4) -> Callable[[], object]:
         """Tower and adaptor on some tiles."""
@@ -262,27 +256,10 @@ def expert_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]
         yield {"experts": experts} | ms
 
 
-def layouts(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
-    """Layers stacked and unstacked, bursts and one dispatch per token."""
-    for unstacked in (False, True):
-        case = Case(config, dtype, unstacked=unstacked)
-        for rows in (1, 8):
-            start = time.perf_counter()
-            case.compiled_burst(rows)
-            yield {
-                "layers": "unstacked" if unstacked else "stacked",
-                "rows": rows,
-                "compile_s": round(time.perf_counter() - start, 1),
-                "step_ms": step_ms(case, repeats, rows),
-                "step_ms_dispatched_alone": step_ms(case, repeats, rows, burst=1),
-            }
-
-
 STUDIES = {
     "context": context_growth,
     "batch": batch_growth,
     "experts": expert_growth,
-    "layouts": layouts,
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vl2jax import ops
-from vl2jax.ops.attention import Visibility, attention, cpu, reference, xla
+from vl2jax.ops.attention import Visibility, attention, reference, xla
 from vl2jax.ops.latent_attention import absorbed_attention
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -15,10 +15,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def _assert_close(got, want):
     """Within float32 rounding of the largest value."""
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-
-
-def _whole_heads(run, *arguments):
-    return run(*arguments)
 
 
 def test_query_chunks_change_nothing():
@@ -31,8 +27,7 @@ def test_query_chunks_change_nothing():
 
     def run(chunk):
         def total(q, k, v):
-            form = xla.Form(lambda q, k, ordered: chunk, _whole_heads)
-            y = xla.attention(q, k, v, 0.3, see, form)
+            y = xla.attention(q, k, v, 0.3, see, lambda q, k, ordered: chunk)
             return (jnp.sin(y) * (segments > 0)[..., None, None]).sum(), y
 
         return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -45,15 +40,11 @@ def test_query_chunks_change_nothing():
         _assert_close(a, b)
 
 
-@pytest.mark.parametrize("head_by_head", [False, True])
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("masked", [False, True, "ordered"])
-def test_every_form_equals_the_oracle(monkeypatch, masked, shared, chunk, head_by_head):
-    """Values and gradients, all heads at once and one by one; widths of keys and values differ."""
-    for least in ("HEAD_SCORES", "ORDERED_HEAD_SCORES", "ALL_SCORES"):
-        monkeypatch.setattr(cpu, least, 0 if head_by_head else 1 << 30)
-    form = xla.Form(lambda q, k, ordered: chunk, cpu._map_heads, cpu.KEYS_FIRST)
+def test_every_form_equals_the_oracle(masked, shared, chunk):
+    """Values and gradients; widths of keys and values differ."""
     keys = jax.random.split(jax.random.key(5), 3)
     heads = 1 if shared else 3
     q = jax.random.normal(keys[0], (2, 13, 3, 8))
@@ -71,7 +62,7 @@ def test_every_form_equals_the_oracle(monkeypatch, masked, shared, chunk, head_b
         return jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v)
 
     want, expected = run(reference.attention)
-    for got, gradients in (run(xla.attention, form), run(attention)):
+    for got, gradients in (run(xla.attention, lambda q, k, ordered: chunk), run(attention)):
         assert got == pytest.approx(float(want), rel=1e-5)
         for a, b in zip(gradients, expected, strict=True):
             _assert_close(a, b)
@@ -108,12 +99,11 @@ def test_absorbed_equals_expanded(rows):
     at = (jnp.arange(rows)[:, None] * 5 + 2) % 12
     see = Visibility(at, jnp.ones_like(at), slots, jnp.ones_like(slots))
     found = {}
-    for name in ("cpu", "xla", "reference"):
+    for name in ("xla", "reference"):
         with ops.use(latent_attention=name):
             found[name] = absorbed_attention(q_nope, q_rope, latent, w_kv_b, 0.2, see)
     assert found["xla"].shape == (rows, 1, 3, 5)
-    for name in ("cpu", "xla"):
-        _assert_close(found[name], found["reference"])
+    _assert_close(found["xla"], found["reference"])
 
 
 def test_scores_do_not_outlive_a_step():

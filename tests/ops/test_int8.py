@@ -28,7 +28,6 @@ from vl2jax.model.moe import expert_stacks
 from vl2jax.model.quantization import quantize_tree, summed_axes
 from vl2jax.model.vl2 import VL2, abstract_params
 from vl2jax.ops.experts import ExpertWeights
-from vl2jax.ops.experts.cpu import few
 from vl2jax.ops.experts.reference import dense
 from vl2jax.ops.experts.tpu import gmm
 from vl2jax.ops.experts.xla import blocked
@@ -130,7 +129,7 @@ def test_logits(model):
 
 
 def test_generation(model):
-    """Prefill and decoding, absorbed attention and gathered experts: the same tokens."""
+    """Prefill and decoding, absorbed attention and routed experts: the same tokens."""
     plain, quantized = model
     images = plain.images(plain.case("one_image")["samples"][0])
     asked = [{"role": "user", "content": "<image>\nhow many?"}]
@@ -183,7 +182,7 @@ def test_no_weight_is_widened_as_a_whole(model):
     assert memory.temp_size_in_bytes < 4 * sum(leaf.size for leaf in experts.values())
 
 
-@pytest.mark.parametrize("implementation", [blocked, gmm, few])
+@pytest.mark.parametrize("implementation", [blocked, gmm])
 def test_experts(implementation):
     """Of int8 weights of several layers, each implementation takes the layer's, and its scales."""
     rng = np.random.default_rng(1)

@@ -173,15 +173,6 @@ class DecoderConfig:
                 runs.append(LayerRun(f"{'moe' if moe else 'dense'}_{layer}", moe, layer, 1))
         return tuple(runs)
 
-    @property
-    def unstacked_runs(self) -> tuple[LayerRun, ...]:
-        """Each layer as a run of its own, named like `layer_runs`; see `unstacked_layers`."""
-        kinds = [self.is_moe(layer) for layer in range(self.num_hidden_layers)]
-        return tuple(
-            LayerRun(f"{'moe' if moe else 'dense'}_{layer}", moe, layer, 1)
-            for layer, moe in enumerate(kinds)
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VL2Config:

@@ -24,7 +24,6 @@ from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.sequence import Prompt, Sequence
 from vl2jax.inference.steps import BURST, NOTHING, DecodeState, compiled_steps
 from vl2jax.model.decoder import Caches
-from vl2jax.model.unstacked_layers import are_unstacked
 from vl2jax.model.vl2 import compute_dtype
 from vl2jax.ops.platform import platform_of
 from vl2jax.parallel.mesh import mesh_of
@@ -107,8 +106,7 @@ class Engine:
         self._compared = 0 if compare_prompts else None
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
-        unstacked = are_unstacked(config.decoder, params)
-        self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype, unstacked)
+        self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype)
         self.dtype = dtype
         self.image_cache = ImageCache(self.steps, params)
         self._prefix_cache = PrefixCache()

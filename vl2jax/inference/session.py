@@ -17,7 +17,6 @@ from vl2jax.inference.engine import Engine
 from vl2jax.inference.loading import Model, load
 from vl2jax.inference.request import Request
 from vl2jax.inference.sequence import Generation, Prompt, Sequence
-from vl2jax.model.unstacked_layers import should_unstack, unstack_layers
 from vl2jax.model.vl2 import abstract_params
 from vl2jax.parallel.sharding import mesh_to_text
 from vl2jax.processing.collate import Sample
@@ -101,8 +100,6 @@ class Session:
                     quantize=self._quantize,
                     on_leaf=lambda _, n: progress.update(n),
                 )
-            if should_unstack(self._model.config.decoder, self._model.params):
-                unstack_layers(self._model.config.decoder, self._model.params)
         return self._model
 
     def plan(self, rows: int) -> None:

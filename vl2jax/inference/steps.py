@@ -95,15 +95,13 @@ def compiled_steps(
     dtype: jnp.dtype,
     backend: str,
     cache_dtype: jnp.dtype | None = None,
-    unstacked_layers: bool = False,
 ) -> CompiledSteps:
     """Jitted steps for one architecture and dtype.
 
     Args:
       cache_dtype: None: that of the activations.
-      unstacked_layers: what `are_unstacked` says of the parameters.
     """
-    model: Any = VL2(config, dtype, unstacked_layers=unstacked_layers)
+    model: Any = VL2(config, dtype)
     cfg = config.decoder
     cache_dtype = cache_dtype or dtype
 
@@ -131,7 +129,7 @@ def compiled_steps(
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def caches(rows, slots):
-        return init_caches(cfg, rows, slots, cache_dtype, unstacked_layers)
+        return init_caches(cfg, rows, slots, cache_dtype)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def spread(caches, rows, slots):
@@ -170,7 +168,7 @@ def compiled_steps(
         seen, done = jnp.zeros((rows, cfg.vocab_size), bool), jnp.ones(rows, bool)
         keys = jax.vmap(jax.random.key)(numbers.astype(jnp.uint32))
         return DecodeState(
-            init_caches(cfg, rows, slots, cache_dtype, unstacked_layers),
+            init_caches(cfg, rows, slots, cache_dtype),
             *(numbers, numbers, seen, done, keys),
         )
 

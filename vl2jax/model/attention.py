@@ -99,7 +99,7 @@ class Context:
 
 def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) -> Cache:
     """Makes a cache of zeros for `layers` layers and `rows` rows of `slots` tokens each."""
-    dtype = cache_ops.stored_dtype(dtype, by_heads=not cfg.use_mla)
+    dtype = cache_ops.stored_dtype(dtype)
 
     def zeros(name: str, *shape: int) -> jax.Array:
         return constrain(jnp.zeros((layers, rows, *shape), dtype), *CACHE_RULES[name])

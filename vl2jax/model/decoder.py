@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vl2jax.config import DecoderConfig, LayerRun
+from vl2jax.config import DecoderConfig
 from vl2jax.model.attention import MHA, MLA, Cache, Context, init_cache
 from vl2jax.model.layers import GatedMLP, Kernel, RMSNorm, remat_layer
 from vl2jax.model.moe import EXPERT_STACKS, Balance, MoE
@@ -23,17 +23,9 @@ from vl2jax.parallel.mesh import BATCH_AXES, constrain
 Caches = dict[str, Cache]  # by name of the run
 
 
-def layer_runs_of(cfg: DecoderConfig, unstacked_layers: bool) -> tuple[LayerRun, ...]:
-    """The runs of layers: stacked, or one run per layer (see `unstacked_layers.py`)."""
-    return cfg.unstacked_runs if unstacked_layers else cfg.layer_runs
-
-
-def init_caches(
-    cfg: DecoderConfig, rows: int, slots: int, dtype, unstacked_layers: bool = False
-) -> Caches:
+def init_caches(cfg: DecoderConfig, rows: int, slots: int, dtype) -> Caches:
     """Makes empty caches of all runs, for `rows` rows of `slots` tokens each."""
-    runs = layer_runs_of(cfg, unstacked_layers)
-    return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in runs}
+    return {run.name: init_cache(cfg, run.count, rows, slots, dtype) for run in cfg.layer_runs}
 
 
 class DecoderLayer(nn.Module):
@@ -81,8 +73,6 @@ class Decoder(nn.Module):
     """Token embedding, layers, final norm and output head.
 
     Attributes:
-      unstacked_layers: whether each layer has its own parameter and cache arrays (see
-        `unstacked_layers.py`); False: the layers of a run are stacked.
     """
 
     cfg: DecoderConfig
@@ -91,7 +81,6 @@ class Decoder(nn.Module):
     moe_implementation: str = "blocked"
     max_segments: int = 1
     remat: str = "none"
-    unstacked_layers: bool = False
 
     def setup(self):
         cfg = self.cfg
@@ -116,7 +105,7 @@ class Decoder(nn.Module):
                 max_segments=self.max_segments,
                 name=run.name,
             )
-            for run in layer_runs_of(cfg, self.unstacked_layers)
+            for run in cfg.layer_runs
         ]
         self.norm = RMSNorm(cfg.rms_norm_eps, **dtypes)
         self.lm_head = Kernel((cfg.hidden_size, cfg.vocab_size), init, self.param_dtype)
@@ -157,7 +146,7 @@ class Decoder(nn.Module):
         if balance_ids is None and caches is None:
             balance_ids = segment_ids
         written, balances = {}, []
-        for run, layers in zip(layer_runs_of(cfg, self.unstacked_layers), self.runs, strict=True):
+        for run, layers in zip(cfg.layer_runs, self.runs, strict=True):
             cache = None if caches is None else caches[run.name]
             layer_indices = jnp.arange(run.count)
             (x, written[run.name]), balance = layers(

@@ -18,7 +18,6 @@ from vl2jax.model.decoder import Caches, Decoder
 from vl2jax.model.layers import REMAT
 from vl2jax.model.moe import Balance
 from vl2jax.model.parameter import parameter, shapes_alone
-from vl2jax.model.unstacked_layers import are_unstacked
 from vl2jax.model.vision import VisionTower
 from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
 from vl2jax.processing.batch import TEXT, Batch
@@ -58,8 +57,6 @@ class VL2(nn.Module):
       tile_pools: G, the number of tile pools in a batch.  Rows and tile slots are split into G
         equal parts; rows of part g use tiles of part g, and their `image_index` counts from its
         start.  With one pool per shard of the batch, no projected tile leaves its device.
-      unstacked_layers: whether each layer has its own parameter and cache arrays (see
-        `unstacked_layers.py`).
 
     Raises:
       UserError: `remat` is not a name in `layers.REMAT`.
@@ -72,7 +69,6 @@ class VL2(nn.Module):
     max_segments: int = 1
     remat: str = "none"
     tile_pools: int = 1
-    unstacked_layers: bool = False
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -90,7 +86,6 @@ class VL2(nn.Module):
             moe_implementation=self.moe_implementation,
             max_segments=self.max_segments,
             remat=self.remat,
-            unstacked_layers=self.unstacked_layers,
         )
         width = cfg.adaptor.n_embed
         init = nn.initializers.normal(width**-0.5)
@@ -217,15 +212,12 @@ def forward(
     """
     dtype = jnp.dtype(dtype or compute_dtype(params))
     with mesh_of(params):
-        unstacked = are_unstacked(config.decoder, params)
-        return _forward(config, dtype, moe_implementation, unstacked, params, batch)
+        return _forward(config, dtype, moe_implementation, params, batch)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _forward(config, dtype, moe_implementation, unstacked_layers, params, batch) -> jax.Array:
-    model = VL2(
-        config, dtype, moe_implementation=moe_implementation, unstacked_layers=unstacked_layers
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(config, dtype, moe_implementation, params, batch) -> jax.Array:
+    model = VL2(config, dtype, moe_implementation=moe_implementation)
     output: Any = model.apply(params, batch)
     return output.logits
 

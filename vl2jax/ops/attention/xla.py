@@ -28,29 +28,14 @@ QUERY_CHUNK, WHOLE = 256, 1024
 EXTENTS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How the work is split.
-
-    Attributes:
-      chunk: (q [B, H, T, K], k [B, H, S, K], ordered) -> queries per chunk.
-      map_heads: (run, q, k, v, visibility, ...) -> the result of `run(q, k, v, visibility, ...)`;
-        may call `run` for one head at a time.
-      keys_first: the numbers of queries for which scores are computed as `k q^T`, with keys as
-        rows, and transposed.
-    """
-
-    chunk: Callable[[jax.Array, jax.Array, bool], int]
-    map_heads: Callable[..., Any]
-    keys_first: range = range(0)
+# (q [B, H, T, K], k [B, H, S, K], ordered) -> queries per chunk.
+ChunkSize = Callable[[jax.Array, jax.Array, bool], int]
 
 
-def _default_chunk(q: jax.Array, k: jax.Array, ordered: bool) -> int:
+def default_chunk_size(q: jax.Array, k: jax.Array, ordered: bool) -> int:
+    """Large chunks, see `QUERY_CHUNK`."""
     del k, ordered
     return q.shape[2] if q.shape[2] <= WHOLE else QUERY_CHUNK
-
-
-DEFAULT = Form(_default_chunk, lambda run, *arguments: run(*arguments))
 
 
 def attention(
@@ -59,9 +44,9 @@ def attention(
     v: jax.Array,
     scale: float,
     visibility: Visibility | None,
-    form: Form = DEFAULT,
+    chunk_size: ChunkSize = default_chunk_size,
 ) -> jax.Array:
-    """Same arguments and result as `ops.attention.attention`; `form` says how to split the work.
+    """Same arguments and result as `ops.attention.attention`; `chunk_size` splits the queries.
 
     A query that sees no key gets the mean of the values of all keys that are read for it.
     """
@@ -71,91 +56,82 @@ def attention(
         if visibility is not None:
             visibility = visibility.repeat_queries(heads)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    y: Any = by_heads(q, k, v, visibility, scale, form)
+    y: Any = _by_heads(q, k, v, visibility, scale, chunk_size)
     return y.swapaxes(1, 2).reshape(rows, length, heads, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def by_heads(q, k, v, visibility, scale, form) -> Any:
+def _by_heads(q, k, v, visibility, scale, chunk_size) -> Any:
     """Attention with heads before tokens: q [B, H, T, K], k, v [B, H, S, .] -> [B, H, T, V]."""
-    return _forward(q, k, v, visibility, scale, form)[0]
+    return _forward(q, k, v, visibility, scale, chunk_size)[0]
 
 
-def _forward(q, k, v, visibility, scale, form):
-    def run(q, k, v, visibility):
-        chunk = form.chunk(q, k, is_ordered(visibility))
+def _forward(q, k, v, visibility, scale, chunk_size):
+    chunk = chunk_size(q, k, _is_ordered(visibility))
 
-        def part(rows, k, v, visibility):
-            def step(rows):
-                q, query_ids = rows
-                scores = _scores(q, k, scale, visibility, query_ids, form)
-                highest = jnp.max(scores, axis=-1, keepdims=True)
-                weights = jnp.exp(scores - highest)
-                norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
-                y = product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
-                return y.astype(v.dtype), highest, norm
+    def part(rows, k, v, visibility):
+        def step(rows):
+            q, query_ids = rows
+            scores = _scores(q, k, scale, visibility, query_ids)
+            highest = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - highest)
+            norm = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+            y = product("BHTS,BHSV->BHTV", weights.astype(v.dtype), v) * norm
+            return y.astype(v.dtype), highest, norm
 
-            return _chunked(step, rows, chunk)
+        return _chunked(step, rows, chunk)
 
-        rows, out = (q, _queries(visibility)), []
-        for queries, keys in _extents(q.shape[2], chunk, visibility):
-            some_k, some_v = _cut((k, v), keys)
-            out.append(part(_cut(rows, queries), some_k, some_v, _first(visibility, keys)))
-        return jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *out)
-
-    out = form.map_heads(run, q, k, v, visibility)
+    rows, out = (q, _queries(visibility)), []
+    for queries, keys in _extents(q.shape[2], chunk, visibility):
+        some_k, some_v = _cut((k, v), keys)
+        out.append(part(_cut(rows, queries), some_k, some_v, _first(visibility, keys)))
+    out = jax.tree.map(lambda *a: jnp.concatenate(a, axis=2), *out)
     y, highest, norm = (checkpoint_name(a, PRODUCT) for a in out)
     return y, (q, k, v, visibility, y, highest, norm)
 
 
-def _backward(scale, form, residuals, g):
-    def run(q, k, v, visibility, *saved):
-        chunk = form.chunk(q, k, is_ordered(visibility))
-
-        def part(carry, rows, k, v, visibility):
-            def step(carry, rows):
-                q, query_ids, y, highest, norm, g = rows
-                scores = _scores(q, k, scale, visibility, query_ids, form)
-                weights = jnp.exp(scores - highest) * norm  # 0 for padding queries: norm is 0
-                d_weights = product("BHTV,BHSV->BHTS", g, v)
-                shift = jnp.sum(
-                    g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True
-                )
-                d_scores = (weights * (d_weights - shift) * scale).astype(q.dtype)
-                d_q = product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
-                d_k = carry[0] + product("BHTS,BHTK->BHSK", d_scores, q)
-                d_v = carry[1] + product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
-                return (d_k, d_v), d_q
-
-            return _chunked_scan(step, carry, rows, chunk)
-
-        sums = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
-        rows, d_q = (q, _queries(visibility), *saved), []
-        for queries, keys in _extents(q.shape[2], chunk, visibility):
-            some_k, some_v = _cut((k, v), keys)
-            some_rows, some_visibility = _cut(rows, queries), _first(visibility, keys)
-            some, of_part = part(_cut(sums, keys), some_rows, some_k, some_v, some_visibility)
-            sums = tuple(a.at[:, :, keys].set(b) for a, b in zip(sums, some, strict=True))
-            d_q.append(of_part)
-        d_k, d_v = sums
-        return jnp.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
-
+def _backward(scale, chunk_size, residuals, g):
     q, k, v, visibility, *saved = residuals
-    gradients = form.map_heads(run, q, k, v, visibility, *saved, g.astype(v.dtype))
-    return *gradients, None
+    chunk = chunk_size(q, k, _is_ordered(visibility))
+
+    def part(carry, rows, k, v, visibility):
+        def step(carry, rows):
+            q, query_ids, y, highest, norm, g = rows
+            scores = _scores(q, k, scale, visibility, query_ids)
+            weights = jnp.exp(scores - highest) * norm  # 0 for padding queries: norm is 0
+            d_weights = product("BHTV,BHSV->BHTS", g, v)
+            shift = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+            d_scores = (weights * (d_weights - shift) * scale).astype(q.dtype)
+            d_q = product("BHTS,BHSK->BHTK", d_scores, k).astype(q.dtype)
+            d_k = carry[0] + product("BHTS,BHTK->BHSK", d_scores, q)
+            d_v = carry[1] + product("BHTS,BHTV->BHSV", weights.astype(v.dtype), g)
+            return (d_k, d_v), d_q
+
+        return _chunked_scan(step, carry, rows, chunk)
+
+    sums = tuple(jnp.zeros(a.shape, jnp.float32) for a in (k, v))
+    rows, d_q = (q, _queries(visibility), *saved, g.astype(v.dtype)), []
+    for queries, keys in _extents(q.shape[2], chunk, visibility):
+        some_k, some_v = _cut((k, v), keys)
+        some_rows, some_visibility = _cut(rows, queries), _first(visibility, keys)
+        some, of_part = part(_cut(sums, keys), some_rows, some_k, some_v, some_visibility)
+        sums = tuple(a.at[:, :, keys].set(b) for a, b in zip(sums, some, strict=True))
+        d_q.append(of_part)
+    d_k, d_v = sums
+    return jnp.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-by_heads.defvjp(_forward, _backward)
+_by_heads.defvjp(_forward, _backward)
 
 
-def is_ordered(visibility: Visibility | None) -> bool:
+def _is_ordered(visibility: Visibility | None) -> bool:
     """Whether keys above the diagonal may be skipped, see `Visibility.ordered`."""
     return visibility is not None and visibility.ordered
 
 
 def _extents(length: int, chunk: int, visibility: Visibility | None) -> list[tuple[slice, slice]]:
     """Splits the queries into parts of whole chunks, each with the keys that it may see."""
-    if not is_ordered(visibility) or chunk >= length:
+    if not _is_ordered(visibility) or chunk >= length:
         return [(slice(0, length), slice(None))]
     chunks = -(-length // chunk)
     step = chunk * -(-chunks // EXTENTS)
@@ -186,12 +162,9 @@ def _queries(visibility: Visibility | None):
     return tuple(a[:, None, :, None] for a in (visibility.q_positions, visibility.q_segments))
 
 
-def _scores(q, k, scale, visibility, query_ids, form) -> jax.Array:
-    """Masked scores of a chunk: float32[B, H, T, S]."""
-    if q.shape[2] in form.keys_first:
-        scores = product("BHSK,BHTK->BHST", k, q).swapaxes(2, 3) * scale
-    else:
-        scores = product("BHTK,BHSK->BHTS", q, k) * scale
+def _scores(q, k, scale, visibility, query_ids) -> jax.Array:
+    """float32[B, H, T, S], masked."""
+    scores = product("BHTK,BHSK->BHTS", q, k) * scale
     if visibility is None:
         return scores
     positions, segments = (a[:, 0, :, 0] for a in query_ids)

@@ -1,8 +1,8 @@
 """KV cache: the dtype it is stored in, and how new tokens are written to it and read from it.
 
 A cache is a stack [n, B, ..., S, K] of n layers with S slots per row.  `reference.py` compares
-every slot with the position.  `xla.py` is one scatter.  `cpu.py` updates the cache in place, row by
-row, and stores bfloat16 values as their bits.
+every slot with the position.  `xla.py` is one scatter.  `cpu.py` stores bfloat16 values as their
+bits.
 """
 
 import jax
@@ -15,37 +15,35 @@ __all__ = ["read", "stored_dtype", "write"]
 
 _DTYPE = Operation(
     "cache_dtype",
-    Implementation("cpu", cpu.stored_dtype, ("cpu",)),
+    Implementation("cpu", cpu.stored_dtype, ("cpu",), cpu.refuses),
     Implementation("xla", xla.stored_dtype),
 )
 _WRITE = Operation(
     "cache_write",
-    Implementation("cpu", cpu.write, ("cpu",), cpu.refuses),
     Implementation("xla", xla.write),
     Implementation("reference", reference.write),
 )
 # Dtype of the values in a cache that stores their bits as integers.
-_VALUE_DTYPES = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint32): jnp.float32}
+_VALUE_DTYPES = {jnp.dtype(jnp.uint16): jnp.bfloat16}
 
 
-def stored_dtype(dtype: jnp.dtype, *, by_heads: bool) -> jnp.dtype:
+def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which a cache stores its values.
 
     Args:
       dtype: dtype of the values.
-      by_heads: whether the cache has an axis of heads (MHA), or is a latent (MLA).
 
     Returns:
       `dtype`, or an unsigned integer dtype of the same width for a cache that stores bits.
     """
-    return _DTYPE(jnp.dtype(dtype), by_heads)
+    return _DTYPE(jnp.dtype(dtype))
 
 
 def write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Writes the values of new tokens to the slots of their positions, in one layer.
 
-    If T > 1 (a prefill chunk), all rows must start at the same position.  A finished sequence may
-    write beyond the last slot: that write is dropped, or on CPU overwrites the last slot.
+    If T > 1 (a prefill chunk), all rows must start at the same position.  What a
+    finished sequence writes beyond the last slot is dropped.
 
     Args:
       stack: [n, B, ..., S, K], the cache.

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 
 
-def stored_dtype(dtype: jnp.dtype, by_heads: bool) -> jnp.dtype:
+def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Values are stored in their own dtype."""
-    del by_heads
     return dtype
 
 

@@ -1,9 +1,8 @@
 """Absorbed attention: MLA attention directly over the cached latents (DeepSeek-V2, section 2.1.2).
 
 `W_UK` is absorbed into the query and `W_UV` into the output, so no cached latent is expanded to
-keys and values.  `xla.py` absorbs with one matrix product per head.  `cpu.py` absorbs few queries
-with products over all heads at once.  `reference.py` expands keys and values, as in the paper's
-equations.
+keys and values.  `xla.py` absorbs with one matrix product per head.  `reference.py` expands keys
+and values, as in the paper's equations.
 
 Axis legend: B rows, T queries, S cache slots, H heads, N qk_nope_head_dim, R qk_rope_head_dim,
 V v_head_dim, C kv_lora_rank.
@@ -12,7 +11,7 @@ V v_head_dim, C kv_lora_rank.
 import jax
 
 from vl2jax.ops.attention import Visibility
-from vl2jax.ops.latent_attention import cpu, reference, xla
+from vl2jax.ops.latent_attention import reference, xla
 from vl2jax.ops.matmul import Weight
 from vl2jax.ops.registry import Implementation, Operation
 
@@ -20,7 +19,6 @@ __all__ = ["absorbed_attention"]
 
 _ABSORBED = Operation(
     "latent_attention",
-    Implementation("cpu", cpu.attention, ("cpu",), cpu.refuses),
     Implementation("xla", xla.attention),
     Implementation("reference", reference.attention),
 )
