@@ -1,4 +1,4 @@
-"""Text as it grows: stop strings, end tokens, half characters."""
+"""Streamed text: stop strings, end tokens and incomplete characters."""
 
 from vl2jax.inference.completion import Completion
 
@@ -38,7 +38,7 @@ def test_a_stop_string_is_never_shown():
 def test_what_only_looked_like_a_stop_string_is_shown():
     answer, shown = _run("a EN b EN", 1, stop=["END"], limit=9)
     assert "".join(shown) == "a EN b EN"
-    assert shown[2] == shown[3] == ""  # held back until it was clear
+    assert shown[2] == shown[3] == ""  # held back while it could be a stop string
     assert answer.finish_reason == "length"
 
 

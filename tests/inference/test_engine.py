@@ -1,4 +1,4 @@
-"""The queue behind `generate`: whatever is asked together, each row gives the original's tokens."""
+"""Continuous batching: in any mix of requests, each gives the tokens of the original."""
 
 import os
 import random
@@ -19,7 +19,7 @@ CASES = ("text_only", "one_image", "two_images", "three_images", "batch_leftpad"
 
 @pytest.fixture(scope="module")
 def asked(mini):
-    """Model, prompts of all golden cases, and the greedy tokens of the original for each."""
+    """The model, the prompts of all golden cases, and the original's greedy tokens for each."""
     model, prompts, golden = mini("mini-small"), [], []
     size = model.config.tokens_per_tile
     for case in CASES:
@@ -34,7 +34,7 @@ def asked(mini):
 
 
 def answers(engine, prompts, news=None):
-    """Rows of `engine.run`, and the text that each was streamed."""
+    """Runs prompts; returns their sequences, and the text that was streamed for each."""
     news = news or [NEW] * len(prompts)
     rows = [engine.row(prompt, new) for prompt, new in zip(prompts, news, strict=True)]
     texts = dict.fromkeys(map(id, rows), "")
@@ -45,7 +45,7 @@ def answers(engine, prompts, news=None):
 
 
 def test_random_mixes(asked):
-    """Lengths, pictures, row counts, budgets, end tokens, stop strings, chunks, shared prompts."""
+    """Random lengths, images, batch sizes, limits, end tokens, stop strings and chunk sizes."""
     model, prompts, golden = asked
     tokenizer = model.processor.tokenizer
     for number in range(int(os.environ.get("VL2JAX_MIXES", "4"))):
@@ -74,8 +74,10 @@ def test_random_mixes(asked):
 
 
 def test_a_long_prompt_drawn_forward(asked):
-    """It stands behind as many short ones as there are places, but is prefilled with the first:
-    one of these equals another, whose beginning it waits for."""
+    """A long prompt behind as many short ones as there are batch rows is prefilled with the first.
+
+    One of the short prompts equals another and waits until it can reuse its prefix.
+    """
     model, prompts, golden = asked
     long = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     a, b, c = [i for i, prompt in enumerate(prompts) if 32 < len(prompt) <= 62][:3]
@@ -87,7 +89,7 @@ def test_a_long_prompt_drawn_forward(asked):
 
 
 def test_pictures_and_shared_beginnings_pass_once(asked):
-    """Questions about one picture: its tiles are encoded once, its tokens prefilled once."""
+    """For several questions about one image, its tiles are encoded and prefilled only once."""
     model, prompts, _ = asked
     longest = max(prompts, key=lambda prompt: len(prompt) * bool(len(prompt.tiles)))
     assert len(longest) >= 48 and len(longest.tiles)
@@ -122,12 +124,12 @@ def test_a_next_turn_prefills_only_what_is_new(asked):
 
 
 def test_few_programs_compile(asked):
-    """Prompts of many lengths and pictures need as many programs as there are buckets."""
+    """Prompts with many lengths and images need only one program per bucket."""
     model, prompts, _ = asked
-    compiled_steps.cache_clear()  # counts begin at zero
+    compiled_steps.cache_clear()  # so that the counts start at zero
     engine = Engine(model.config, model.params, rows=1)
     text = next(prompt for prompt in prompts if not len(prompt.tiles))
-    for length in range(3, 41, 6):  # text alone: one bucket of lengths
+    for length in range(3, 41, 6):  # text only, all in one length bucket
         short = Prompt(text.tokens[:length], text.image_index[:length], text.tiles, 1)
         answers(engine, [short], [2])
     steps = engine.steps
@@ -144,7 +146,7 @@ def test_few_programs_compile(asked):
 
 
 def test_a_row_that_is_done_gives_its_place(asked):
-    """Seven rows in two places take hardly more steps than the tokens need."""
+    """Seven sequences with different limits go through two batch rows."""
     model, prompts, golden = asked
     engine = Engine(model.config, model.params, rows=2)
     news = [2, 17, 3, 4, 5, 6, 7]
@@ -158,7 +160,7 @@ def test_a_row_that_is_done_gives_its_place(asked):
 
 
 def test_the_batch_shrinks_when_nobody_waits(asked):
-    """One long answer beside three short ones ends in a batch of its own."""
+    """After three short answers have finished, a long one continues in a batch of one row."""
     model, prompts, golden = asked
     engine = Engine(model.config, model.params, rows=4)
     sizes, news = [], [2, NEW, 2, 2]

@@ -1,4 +1,4 @@
-"""Greedy runs of the original, token by token; and what generation promises besides."""
+"""Generation: greedy tokens equal those of the original; streaming, sampling and limits."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ NEW = 24
 
 @dataclasses.dataclass
 class Rows:
-    """Every generation case of a mini as rows of one batch."""
+    """All generation cases of a mini checkpoint as rows of one batch."""
 
     model: Mini
     samples: list
@@ -42,7 +42,7 @@ class Rows:
 
 @pytest.fixture(scope="module")
 def rows(mini):
-    """`rows(name)`: prompts of all cases, through the processor."""
+    """`rows(name)` returns the prompts of all cases of a mini checkpoint."""
     found: dict[str, Rows] = {}
 
     def get(name: str) -> Rows:
@@ -64,7 +64,7 @@ def rows(mini):
 
 @pytest.mark.parametrize("name", minis())
 def test_greedy_tokens_of_the_original(rows, name):
-    """All cases as rows of one batch: each gives the tokens that the original gives it."""
+    """In one batch, each case gives the tokens of the original."""
     these = rows(name)
     assert len(these.samples) >= 2
     assert these.generate() == these.golden("vl")
@@ -97,7 +97,7 @@ def test_rows_alone_equal_rows_together(rows):
 
 @pytest.mark.parametrize("name", ["mini-small", "mini-extra"])
 def test_logits_of_the_answer(rows, name):
-    """One pass over prompt and answer gives the scores of every step of the original."""
+    """A forward pass over prompt and answer gives the logits of each step of the original."""
     these = rows(name)
     at = these.owners.index(("one_image", 0))
     sample, tokens = these.samples[at], these.golden("vl")[at]
@@ -135,7 +135,7 @@ def test_streaming_gives_the_same_text(rows):
 
 
 def test_stop_string_across_tokens(rows):
-    """The text ends before the stop string, the tokens with the one that completes it."""
+    """The text ends before the stop string; the tokens end with the one that completes it."""
     these = rows("mini-small")
     tokenizer = these.model.processor.tokenizer
     at = these.owners.index(("text_only", 0))
@@ -185,7 +185,7 @@ def test_answers_end_at_the_last_position(rows):
 
 
 def test_bfloat16_answers(rows):
-    """The weights in bfloat16: other numbers, but an answer of the right form."""
+    """With bfloat16 weights the first token is the same, and the answer has the same length."""
     these = rows("mini-small")
     params = jax.tree.map(lambda x: x.astype("bfloat16"), these.model.params)
     batch = these.model.processor.collate(these.samples[:1])
@@ -221,7 +221,7 @@ def test_left_padding_is_refused(rows):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_expert_stacks_change_nothing(rows):
-    """Inference takes the experts of all layers whole; a pass over sliced layers agrees."""
+    """Expert weights as one stack for all layers give the same as weights sliced per layer."""
     these = rows("mini-extra")  # experts in two runs of layers
     config = these.model.config
     cfg, model = config.decoder, VL2(config)

@@ -1,4 +1,4 @@
-"""Loading a model, and what the package promises."""
+"""Loading a model, and the public interface of the package."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_dtype(converted, dtype):
 
 
 def test_router_state_stays_float32(tmp_path):
-    """A sigmoid router's correction bias keeps every bit where all else becomes bfloat16."""
+    """A sigmoid router's correction bias stays float32 when the other parameters are bfloat16."""
     (tmp_path / "hf").mkdir()
     random_hf.write_checkpoint(tmp_path / "hf")
     write_weights(tmp_path / "hf", random_hf.demo_config(), dtype="F32")  # more bits than bfloat16
@@ -65,7 +65,7 @@ def test_other_dtypes_are_refused(converted):
 
 
 def test_no_torch_and_no_transformers():
-    """Nor what only training or conversion needs: the import stays light."""
+    """`import vl2jax` imports neither these nor packages for training and conversion only."""
     code = (
         "import sys, vl2jax; heavy = {'torch', 'transformers', 'orbax', 'grain', 'tensorflow',"
         " 'tensorstore'} & set(sys.modules); assert not heavy, heavy"

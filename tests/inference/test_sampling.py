@@ -1,4 +1,4 @@
-"""Choosing the next token, against NumPy definitions."""
+"""Sampling against definitions in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from vl2jax.inference.sampling import SamplingParams, next_token, process_logits
 
 
 def _oracle(logits, seen, temperature, top_k, top_p, penalty):
-    """Probabilities by the definitions of HF generate, in float64."""
+    """Probabilities by the definitions of Hugging Face `generate`, in float64."""
     x = np.array(logits, np.float64)
     x[seen] = np.where(x[seen] > 0, x[seen] / penalty, x[seen] * penalty)
     x /= temperature

@@ -1,4 +1,4 @@
-"""Attention: absorbed = expanded, cached = whole, and who sees whom."""
+"""Attention: absorbed equals expanded, cached equals uncached, and masks hold."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def _context(cfg, positions, segments=None):
 
 
 def _module(cfg, x, **options):
-    """The compiled module and parameters that are large enough to tell things apart."""
+    """The compiled module, and parameters large enough that errors exceed the tolerance."""
     module = (MLA if cfg.use_mla else MHA)(cfg, **options)
     context = _context(cfg, jnp.zeros(x.shape[:2], jnp.int32))
     params = jax.jit(module.init)(jax.random.key(0), x, context, None, 0)
@@ -47,7 +47,7 @@ def _assert_close(got, want):
 
 @pytest.mark.parametrize("cfg", [MLA_CFG, MHA_CFG], ids=["mla", "mha"])
 def test_cache_gives_what_the_whole_sequence_gives(cfg):
-    """Prefill of 5, then a chunk of 3, then single tokens, against all at once."""
+    """Prefills 5 tokens, then a chunk of 3, then decodes single tokens."""
     length = 11
     x = jax.random.normal(jax.random.key(1), (2, length, cfg.hidden_size))
     apply, params = _module(cfg, x)
@@ -58,7 +58,9 @@ def test_cache_gives_what_the_whole_sequence_gives(cfg):
         context = _context(cfg, positions[:, part])
         y, cache = apply(params, x[:, part], context, cache, 1)
         _assert_close(y, whole[:, part])
-    assert not any(np.any(leaf[0]) for leaf in jax.tree.leaves(cache))  # the other layer
+    assert not any(
+        np.any(leaf[0]) for leaf in jax.tree.leaves(cache)
+    )  # the other layer is untouched
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -79,14 +81,14 @@ def test_absorbed_equals_expanded(tokens):
 
 
 def test_latent_cache_is_small():
-    """C + R values per token and layer (576 in the released models)."""
+    """The cache has C + R values per token and layer: 576 in the released models."""
     cache = init_cache(DecoderConfig(), 2, 1, 8, jnp.bfloat16)
     assert cache.latent.shape == (2, 1, 8, 576)
 
 
 @pytest.mark.parametrize("cfg", [MLA_CFG, MHA_CFG], ids=["mla", "mha"])
 def test_causal_and_segments(cfg):
-    """A token's output depends on earlier tokens of its own sequence, and on nothing else."""
+    """A token's output depends only on itself and on earlier tokens of its sequence."""
     x = jax.random.normal(jax.random.key(2), (1, 7, cfg.hidden_size))
     apply, params = _module(cfg, x)
     positions, segments = [[0, 1, 2, 0, 1, 2, 3]], [[1, 1, 1, 2, 2, 2, 0]]

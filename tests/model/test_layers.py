@@ -1,4 +1,4 @@
-"""Products with weights in both precisions, and what the remat policies change: nothing."""
+"""Matrix products with weights in both precisions, and remat policies, which change no result."""
 
 import dataclasses
 import functools
@@ -49,7 +49,7 @@ SMALL = VL2Config(
 
 
 def _batch() -> Batch:
-    """Two rows of 16 tokens, 9 of them of one tile each."""
+    """Two rows of 16 tokens; 9 tokens of each row are visual, from one tile."""
     random = np.random.default_rng(0)
     image_index = np.full((2, 16), TEXT, np.int32)
     image_index[0, 1:10] = 2 + np.arange(9)
@@ -79,7 +79,7 @@ def _loss(params, dtype=jnp.float32, config=SMALL, **options):
 
 @functools.cache
 def _program(remat):
-    """Loss and gradients of the model under one policy, compiled once for all tests."""
+    """Loss and gradients of the model under one remat policy, compiled once for all tests."""
     return (
         jax.jit(jax.value_and_grad(functools.partial(_loss, remat=remat)))
         .lower(_params())
@@ -101,7 +101,7 @@ def test_remat_changes_no_gradient(remat):
 
 
 def test_remat_saves_memory():
-    """Of each layer the policies keep less and less, so the program needs less."""
+    """A policy that saves less of each layer needs less memory."""
     used = {name: _program(name).memory_analysis().temp_size_in_bytes for name in REMAT}
     assert used["full"] < used["dots"] < used["none"]
 
@@ -126,7 +126,7 @@ def test_einsum_has_the_ordinary_gradients():
 
 
 def _products(jaxpr):
-    """Dtypes (left, right, result) of all products in a jaxpr, those of inner ones included."""
+    """Dtypes (left, right, result) of all matrix products in a jaxpr and its inner jaxprs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield tuple(v.aval.dtype.name for v in (*equation.invars, *equation.outvars))
@@ -135,7 +135,7 @@ def _products(jaxpr):
 
 
 def test_bfloat16_products_in_both_passes():
-    """Operands bfloat16, results float32; the weight's gradient is float32 and not rounded."""
+    """Operands are bfloat16, results float32; the weight's gradient is not rounded to bfloat16."""
     x = jax.random.normal(jax.random.key(1), (6, 12), jnp.bfloat16)
     module = GatedMLP(8, jax.nn.initializers.normal(0.3), jnp.bfloat16)
     params = nn.Module.init(module, jax.random.key(0), x)  # `init` is also an attribute
@@ -150,8 +150,8 @@ def test_bfloat16_products_in_both_passes():
 
 
 def test_a_model_trains_in_bfloat16_from_float32_weights():
-    """Gradients are float32 and near those of float32; no product mixes the two."""
-    # All experts are used, so that rounding sends no token to another one.
+    """Gradients are float32 and near those of a float32 model; no product has mixed operands."""
+    # Every token uses all experts, so rounding cannot change the routing.
     decoder = dataclasses.replace(SMALL.decoder, num_experts_per_tok=4)
     loss = functools.partial(_loss, config=dataclasses.replace(SMALL, decoder=decoder))
     params = _params()

@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one: values, gradients, memory, and what it leaves out."""
+"""The chunked loss against the plain loss: values, gradients, memory and flops."""
 
 import functools
 
@@ -17,7 +17,7 @@ B, T, D, VOCAB = 3, 21, 10, 33
 
 
 def _batch(rows=B, tokens=T, vocab=VOCAB, share=0.4, seed=0) -> Batch:
-    """Random tokens, two sequences per row and padding; the last row supervises nothing."""
+    """Random tokens, two sequences per row and padding; the last row has no supervised token."""
     random = np.random.default_rng(seed)
     segments = np.where(np.arange(tokens) < tokens // 2, 1, 2)[None].repeat(rows, 0)
     segments[:, -2:] = 0
@@ -39,7 +39,7 @@ def _inputs(dtype=jnp.float32):
 
 
 def _plain(hidden, kernel, batch, weight=3.0):
-    """Value and gradients of `weight` times the sum, through the whole logits."""
+    """Value and gradients of `weight` times the summed loss, from the logits of all tokens."""
 
     def loss(hidden, kernel):
         return weight * next_token_loss(hidden @ kernel, batch)[0]
@@ -79,7 +79,7 @@ def test_sums_without_gradients():
     targets, mask = shift_targets(batch)
     logits = hidden @ kernel
     right = (jnp.argmax(logits, axis=-1) == targets) & mask
-    # One token is made right for certain.
+    # Change the hidden state of one wrong token so that its prediction is correct.
     row, column = np.argwhere(np.asarray(mask & ~right))[0]
     direction = kernel[:, targets[row, column]]
     hidden = hidden.at[row, column].set(100 * direction / jnp.linalg.norm(direction))
@@ -93,7 +93,7 @@ def test_sums_without_gradients():
 
 
 def test_equal_logits_are_not_correct():
-    """A head of zeros knows nothing."""
+    """If all logits are equal, no token counts as correct."""
     hidden, kernel = _inputs()
     sums = chunked_next_token_loss(hidden, kernel * 0, _batch(), dtype=jnp.float32)
     assert sums.count > 0
@@ -125,7 +125,7 @@ def test_bfloat16_products_keep_a_float32_kernel_gradient():
 
 @functools.cache
 def _compiled(argnums, tokens=2048, vocab=129280, width=64):
-    """The compiled program for shapes of the released vocabulary; nothing is allocated."""
+    """Compiles for the size of the released vocabulary, without allocating arrays."""
     shape = jax.ShapeDtypeStruct
     batch = jax.tree.map(lambda a: shape(a.shape, a.dtype), _batch(2, tokens, vocab))
 
@@ -139,22 +139,22 @@ def _compiled(argnums, tokens=2048, vocab=129280, width=64):
 
 
 def test_never_holds_the_logits_of_all_tokens():
-    """4096 tokens times 129280 are 2.1 GB; 256 tokens at a time are 0.13."""
+    """The logits of 4096 tokens take 2.1 GB; those of a chunk of 256 tokens take 0.13 GB."""
     logits = 4 * 4096 * 129280
     for argnums in ((), (0, 1)):
         assert _compiled(argnums).memory_analysis().temp_size_in_bytes < logits / 4
 
 
 def test_a_frozen_kernel_costs_no_gradient():
-    """Three products with the kernel's gradient, two without, one without any gradient."""
+    """Three matrix products with the kernel's gradient, two without it, one with no gradient."""
     flops = [_compiled(argnums).cost_analysis()["flops"] for argnums in ((), (0,), (0, 1))]
-    product = 2 * 256 * 64 * 129280  # the loop's body is counted once
+    product = 2 * 256 * 64 * 129280  # `cost_analysis` counts a loop's body once
     assert flops[1] - flops[0] > 0.9 * product
     assert flops[2] - flops[1] == pytest.approx(product, rel=0.1)
 
 
 def test_accumulates_in_a_scan():
-    """Gradients taken inside a scan over microbatches add up to those of the whole."""
+    """Gradients summed in a scan over microbatches equal those of the whole batch."""
     hidden, kernel = _inputs()
     batch = _batch()
     _, (want_hidden, want_kernel) = _chunked(batch, 8)(hidden, kernel)

@@ -1,4 +1,4 @@
-"""Rotary tables and rotations against the original's."""
+"""RoPE tables and rotations against those of the original."""
 
 import dataclasses
 import json
@@ -60,14 +60,16 @@ def test_golden_tables(data_dir):
             _check(arrays, f"{name}/{length}", cfg, length)
             want = arrays[f"{name}/{length}/inv_freq"]
             if fields["class"] == "DeepseekV2LinearScalingRotaryEmbedding":
-                want = want / fields["scaling_factor"]  # the original divides positions instead
+                want = (
+                    want / fields["scaling_factor"]
+                )  # the original divides positions instead of frequencies
             np.testing.assert_allclose(inverse_frequencies(cfg, length), want, rtol=3e-7)
             checked += 1
     assert checked >= 12
 
 
 def test_dynamic_depends_on_this_length_alone(data_dir):
-    """The original remembers the longest length that it was asked for; a function does not."""
+    """The original keeps the base of the longest sequence so far; `rope_table` has no state."""
     fields = json.loads((data_dir / "rope.json").read_text())["dynamic_16_f2"]
     cfg, arrays = _config(fields), np.load(data_dir / "rope.npz")
     _check(arrays, "dynamic_16_f2_sequence/0_40", cfg, 40)
@@ -98,7 +100,7 @@ def test_half_split_rotation_turns_pairs():
 
 
 def test_angles_are_float32_in_bfloat16_models():
-    """All of 4096 positions differ; in bfloat16 only 769 would."""
+    """4096 positions have different angles; in bfloat16 only 769 would differ."""
     cfg = DecoderConfig(qk_rope_head_dim=64)
     cos, sin = rope_table(cfg, jnp.arange(4096)[None], 0)
     assert cos.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""The router against the original's own, and where it deliberately differs."""
+"""The router against the original router, and where it deliberately differs from it."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_golden_cases(data_dir):
 
 
 def test_padding_does_not_count():
-    """Scores of padding change neither loss; each packed sequence counts by itself."""
+    """Padding changes neither loss nor load; each packed sequence has a loss of its own."""
     key = jax.random.key(0)
     scores = jax.nn.softmax(jax.random.normal(key, (1, 9, 4)))
     experts = jax.lax.top_k(scores, 2)[1]
@@ -98,7 +98,10 @@ def test_correction_bias_chooses_but_does_not_weigh():
 
 
 def test_rejected_groups_never_win():
-    """All biased scores of the kept group are negative; the original would pick masked zeros."""
+    """All biased scores of the chosen group are negative.
+
+    The original masks rejected groups with 0 and would choose experts from them.
+    """
     cfg = DecoderConfig(
         n_routed_experts=6,
         num_experts_per_tok=2,

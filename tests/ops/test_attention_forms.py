@@ -1,4 +1,4 @@
-"""Attention against its oracle: every form and way of cutting, values and gradients."""
+"""Attention against its reference implementation: values and gradients of all variants."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def _assert_close(got, want):
 
 
 def test_query_chunks_change_nothing():
-    """Values and gradients, with padding and a length that the chunk does not divide."""
+    """Values and gradients, with padding and a length that the chunk size does not divide."""
     keys = jax.random.split(jax.random.key(4), 3)
     q, k, v = (jax.random.normal(key, (2, 50, 3, 8)) for key in keys)
     positions = jnp.tile(jnp.arange(50), (2, 1))
@@ -44,7 +44,7 @@ def test_query_chunks_change_nothing():
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("masked", [False, True, "ordered"])
 def test_every_form_equals_the_oracle(masked, shared, chunk):
-    """Values and gradients; widths of keys and values differ."""
+    """Values and gradients, with keys wider than values."""
     keys = jax.random.split(jax.random.key(5), 3)
     heads = 1 if shared else 3
     q = jax.random.normal(keys[0], (2, 13, 3, 8))
@@ -71,7 +71,7 @@ def test_every_form_equals_the_oracle(masked, shared, chunk):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_one_query_per_row(heads, dtype):
-    """As in decoding: rows at positions of their own."""
+    """A decoding step, with each row at a different position."""
     keys = jax.random.split(jax.random.key(6), 3)
     q = jax.random.normal(keys[0], (4, 1, 3, 8), dtype)
     k = jax.random.normal(keys[1], (4, 9, heads, 8), dtype)
@@ -89,7 +89,7 @@ def test_one_query_per_row(heads, dtype):
 
 @pytest.mark.parametrize("rows", [1, 9])
 def test_absorbed_equals_expanded(rows):
-    """Every implementation of latent attention, with few queries and with many."""
+    """Every implementation of latent attention, with few and with many queries."""
     keys = jax.random.split(jax.random.key(7), 4)
     q_nope = jax.random.normal(keys[0], (rows, 1, 3, 6))
     q_rope = jax.random.normal(keys[1], (rows, 1, 3, 4))
@@ -107,7 +107,7 @@ def test_absorbed_equals_expanded(rows):
 
 
 def test_scores_do_not_outlive_a_step():
-    """Training on 2048 tokens keeps less than one float32 [T, S] per head."""
+    """A gradient with 2048 tokens needs less than half of the memory of all scores in float32."""
     shape = jax.ShapeDtypeStruct((1, 2048, 8, 16), jnp.float32)
     total = jax.grad(lambda q, k, v: attention(q, k, v, 0.3).sum(), argnums=(0, 1, 2))
     memory = jax.jit(total).lower(shape, shape, shape).compile().memory_analysis()

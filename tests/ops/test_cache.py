@@ -1,4 +1,4 @@
-"""Caches: written alike by every implementation, kept as bits without a change, never copied."""
+"""KV cache: all implementations write the same, bits keep their values, nothing is copied."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ def by_heads():
 
 
 def test_a_bfloat16_cache_is_kept_as_bits(by_heads):
-    """It gives what a float32 cache of rounded values gives."""
+    """A cache of bits gives the results of a float32 cache, up to rounding."""
     config, params = by_heads
     cfg = config.decoder
     assert {a.dtype.name for a in jax.tree.leaves(init_cache(cfg, 1, 1, 4, jnp.bfloat16))} == {
@@ -52,7 +52,7 @@ def test_a_bfloat16_cache_is_kept_as_bits(by_heads):
 
 @pytest.mark.parametrize("heads", [(), (2,)])
 def test_a_token_is_written_alike_everywhere(heads):
-    """One per row, each at its own place, as the oracle; what lies beyond the last slot is lost."""
+    """Writes one token per row at different positions; writes beyond the last slot are dropped."""
     stack, shape = jnp.zeros((2, 3, *heads, 4, 5)), (3, *heads, 1, 5)
     new = jnp.arange(1.0, math.prod(shape) + 1).reshape(shape)
     positions = jnp.array([[0], [2], [3]])

@@ -1,4 +1,4 @@
-"""The exchanges of expert parallelism against every expert on every token, on one device."""
+"""Expert parallelism on a mesh against the reference implementation on one device."""
 
 import functools
 
@@ -30,7 +30,7 @@ def case():
     scores = jax.random.normal(keys[3], (B, T, E))
     routing = {
         "random": jax.lax.top_k(scores, K)[1],
-        "idle": jax.lax.top_k(scores[..., :4], K)[1] + 2,  # experts 2 to 5 alone
+        "idle": jax.lax.top_k(scores[..., :4], K)[1] + 2,  # only experts 2 to 5
         "one": jnp.full((B, T, K), 5),  # all tokens to one expert, K times
     }
     x, weights = jax.random.normal(keys[4], (B, T, D)), jax.random.uniform(keys[5], (B, T, K))
@@ -38,7 +38,7 @@ def case():
 
 
 def placed(mesh, w):
-    """Weights where the table of parameters puts them."""
+    """Shards weights by `PARAM_RULES`."""
     stacks = {PATH.format(n): leaf[None] for n, leaf in w._asdict().items()}
     tree = {"decoder": {"moe_1": stacks}}
     found = param_shardings(mesh, tree)["decoder"]["moe_1"]
@@ -62,7 +62,7 @@ def oracle(x, weights, chosen, w):
 
 
 def emulated(operand, output, *sizes, axis_name):
-    """What `ragged_all_to_all` is documented to do; the CPU backend has no such operation."""
+    """Implements the documentation of `ragged_all_to_all`, which the CPU backend lacks."""
     operands, *sizes = (jax.lax.all_gather(a, axis_name) for a in (operand, *sizes))
     offsets, counts, targets, _ = sizes
     me, slots = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
@@ -80,13 +80,13 @@ def emulated(operand, output, *sizes, axis_name):
         ((1, 2, 2, 2), "gather", B),
         ((1, 2, 2, 2), "all_to_all", B),
         ((2, 1, 4, 1), "ragged", B),
-        ((1, 1, 4, 2), "gather", 2),  # rows that the mesh does not divide: split by token
-        ((1, 2, 2, 2), "gather", 1),  # few tokens: computed everywhere
+        ((1, 1, 4, 2), "gather", 2),  # the mesh does not divide the rows: tokens are sharded
+        ((1, 2, 2, 2), "gather", 1),  # few tokens: replicated
         ((1, 4, 1, 2), None, B),
     ],
 )
 def test_equals_one_device(case, monkeypatch, shape, exchange, rows):
-    """Values and gradients, with all tokens on one expert and idle experts too."""
+    """Values and gradients; also with all tokens on one expert, and with idle experts."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
     x, weights, routing, w = case
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)))
@@ -103,7 +103,7 @@ def test_equals_one_device(case, monkeypatch, shape, exchange, rows):
 
 
 def test_rows_of_other_places_do_no_harm(case):
-    """Experts that are not here: number E, weight 0; both implementations leave them out."""
+    """Both implementations skip experts of other shards, which have id E and gate value 0."""
     x, weights, routing, w = case
     chosen = jnp.where(routing["random"] < 4, routing["random"], E).reshape(-1, K)
     kept = jnp.where(chosen < E, weights.reshape(-1, K), 0)
@@ -126,10 +126,14 @@ def test_the_form_suits_platform_and_width():
 
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_compiled_programs_send_what_the_choice_counts_on(case, width):
-    """Bytes of their collectives, out and back, are as `rows_sent` has them."""
+    """The bytes of a program's collectives, both ways, agree with `rows_sent`."""
     x, weights, routing, w = case
     mesh = make_mesh({"data": 1, "fsdp": 1, "expert": width, "tensor": 1}, jax.devices()[:width])
-    n, out, back = B * T // width, D * 4 + K * 8, D * 4  # rows with their choices; sums
+    n, out, back = (
+        B * T // width,
+        D * 4 + K * 8,
+        D * 4,
+    )  # bytes of a row with its choices, and of a sum
     found = {}
     with jax.set_mesh(mesh):
         here = jax.sharding.get_abstract_mesh()
@@ -145,8 +149,11 @@ def test_compiled_programs_send_what_the_choice_counts_on(case, width):
 
 @pytest.mark.parametrize("width", [2, 4, 8, 16])
 def test_a_ragged_exchange_sends_what_the_choice_counts_on(width):
-    """The CPU has no such operation; counted is where tokens must go, six of 64 experts each."""
+    """The CPU lacks the operation, so this counts the destinations of random routings.
+
+    Each token chooses six of 64 experts.
+    """
     scores = np.random.default_rng(0).random((4096, 64))
     places = np.argsort(scores, axis=1)[:, :6] // (64 // width)
-    others = [len(set(row) - {0}) for row in places.tolist()]  # of tokens at place 0
+    others = [len(set(row) - {0}) for row in places.tolist()]  # of tokens on shard 0
     assert np.mean(others) == pytest.approx(rows_sent("ragged", width, 6), rel=0.05)

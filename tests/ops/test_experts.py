@@ -1,4 +1,4 @@
-"""Routed experts against the dense oracle: values and gradients."""
+"""Routed experts against the reference implementation: values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_blocked_equals_dense(routing, block):
 
 
 def test_unused_experts_are_not_read():
-    """NaN in the weights of experts without tokens stays out of values and gradients."""
+    """NaN in the weights of experts without tokens does not reach values or gradients."""
     x, weights, chosen, w = case("empty")
     used = sorted(set(np.ravel(chosen)))
     poisoned = jax.tree.map(
@@ -78,7 +78,7 @@ def test_block_rows(pairs, n, rows):
 
 
 def test_experts_within_a_larger_stack():
-    """Weights of several layers in one stack: the others are neither read nor given gradients."""
+    """Weights of other layers in the stack are not read and get no gradient."""
     x, weights, chosen, w = case("random")
     stack = jax.tree.map(lambda a: jnp.concatenate([a * jnp.nan, a, a * jnp.nan]), w)
 

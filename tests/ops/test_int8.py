@@ -1,4 +1,4 @@
-"""int8 weights: storage changes, numbers do not, and what the rounding costs is bounded."""
+"""int8 weights: rounding errors are bounded; results equal those of the dequantised weights."""
 
 import gc
 import json
@@ -45,12 +45,12 @@ def is_int8(leaf) -> bool:
 
 
 def dequantized(params):
-    """The same numbers, as plain arrays."""
+    """Converts int8 weights to plain arrays."""
     return jax.tree.map(lambda w: widen(w, jnp.float32), params, is_leaf=is_int8)
 
 
 class Loaded(NamedTuple):
-    """An int8 model and where it is from."""
+    """An int8 model and the directory it was loaded from."""
 
     path: pathlib.Path
     model: vl2jax.Model
@@ -58,7 +58,7 @@ class Loaded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(mini, tmp_path_factory):
-    """A mini with MLA and experts: the reference's case, its model as it is and as int8."""
+    """A mini checkpoint with MLA and experts: unquantised with its golden cases, and as int8."""
     plain = mini("mini-small")
     target = tmp_path_factory.mktemp("quantize") / "model"
     to_jax.convert(plain.source, target)
@@ -100,7 +100,7 @@ def test_all_integers_in_the_dtype_of_products(platform, dtype):
 
 @pytest.mark.parametrize("preset", ["tiny", "base"])
 def test_which_weights_are_quantized(preset):
-    """Every weight is, or is named here; scales have no axis that products sum over."""
+    """All weights except those named here; scales are not sharded along summed axes."""
     kept = ("norm", "bias", "gate/kernel", "adaptor", "embed", "newline", "seperator")
     small, whole = 0, flatten(abstract_params(PRESETS[preset]()))
     for path, leaf in whole.items():
@@ -114,7 +114,7 @@ def test_which_weights_are_quantized(preset):
 
 
 def test_logits(model):
-    """Those of the dequantised weights, but for the order of rounding; near those of the model."""
+    """Logits equal those of the dequantised weights, and are near those of the original weights."""
     plain, quantized = model
     batch = padded_batch(plain.config, plain.arrays("one_image"))
     exact, got, same = (
@@ -123,13 +123,14 @@ def test_logits(model):
     )
     size = np.abs(exact).max()
     assert np.abs(got - same).max() <= 1e-5 * size
-    # Weights are off by 0.3% of their channel's largest; these models are only a few numbers wide.
+    # Weights are off by up to 0.4% of the largest in their channel.  The errors of the logits are
+    # large because this model is narrow: few errors average out in a sum.
     error = np.sqrt(np.mean((got - exact) ** 2)) / exact.std()
     assert 0.005 < error < 0.1
 
 
 def test_generation(model):
-    """Prefill and decoding, absorbed attention and routed experts: the same tokens."""
+    """Prefill and decoding, with absorbed attention and routed experts, give the same tokens."""
     plain, quantized = model
     images = plain.images(plain.case("one_image")["samples"][0])
     asked = [{"role": "user", "content": "<image>\nhow many?"}]
@@ -142,7 +143,7 @@ def test_generation(model):
 
 
 def test_loading_holds_one_layer_beside_the_int8_model(model, monkeypatch):
-    """What is in memory whenever a weight, or a layer of one, has been read."""
+    """Measures memory each time a weight, or a layer of one, has been read."""
     read, held, sizes = checkpoint.read_leaf, [], []
 
     def read_leaf(*arguments, **options):
@@ -155,13 +156,13 @@ def test_loading_holds_one_layer_beside_the_int8_model(model, monkeypatch):
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
     loaded = vl2jax.load(model[1].path, quantize="int8")
-    # The token embedding is the largest that is read at once: 608 rows of 64 in float32.
+    # The token embedding is the largest array that is read at once: float32[608, 64].
     assert max(sizes) == 4 * 64 * 608
     assert max(held) <= loaded.nbytes + max(sizes)
 
 
 def test_what_is_on_the_device(model):
-    """int8 and scales, as many bytes as were foretold; loading gives what quantising gives."""
+    """Loading gives the same as quantising in memory, and takes the predicted number of bytes."""
     plain, quantized = model
     assert quantized.model.size == sum(leaf.size for leaf in jax.tree.leaves(plain.params))
     assert quantized.model.nbytes == parameter_bytes(plain.config, jnp.float32, "int8")
@@ -173,7 +174,7 @@ def test_what_is_on_the_device(model):
 
 
 def test_no_weight_is_widened_as_a_whole(model):
-    """A burst's temporaries have no room for the experts of all layers."""
+    """The temporary memory of a burst is smaller than the experts of all layers in float32."""
     plain, quantized = model
     steps = compiled_steps(plain.config, jnp.dtype("float32"), "cpu")
     arguments = (SamplingParams.create(), steps.idle(1, 32), np.int32([1]), 4, False)
@@ -184,7 +185,7 @@ def test_no_weight_is_widened_as_a_whole(model):
 
 @pytest.mark.parametrize("implementation", [blocked, gmm])
 def test_experts(implementation):
-    """Of int8 weights of several layers, each implementation takes the layer's, and its scales."""
+    """Each implementation uses one layer's values and scales from a stack of layers."""
     rng = np.random.default_rng(1)
     tokens, top, experts, width, hidden = 12, 2, 4, 16, 8
     x = rng.normal(0, 1, (tokens, width)).astype(np.float32)
@@ -205,7 +206,7 @@ def test_experts(implementation):
 
 
 def test_loading_on_a_mesh(model):
-    """A stack that is stored layer by layer: each device has its part of values and scales."""
+    """Loading on a mesh gives the same weights; values and scales are sharded."""
     _, alone = model
     mesh = make_mesh(dict(zip(AXES, (2, 2, 2, 1), strict=True)))
     spread = vl2jax.load(alone.path, mesh=mesh, quantize="int8")
@@ -220,7 +221,7 @@ def test_loading_on_a_mesh(model):
 
 
 def test_answering_on_a_mesh():
-    """Logits are those of one device, with experts, their width and `fsdp` split."""
+    """Logits equal those of one device, on a mesh with axes `fsdp`, `expert` and `tensor`."""
     config = mesh_case.architecture("mla")
     state = mesh_case.start(mesh_case.recipe(config))
     params = {"params": state.params, "router": state.router}
@@ -242,7 +243,7 @@ def test_answering_on_a_mesh():
 
     @jax.jit
     def run(params):
-        """Logits of eight prompts, whose rows are exchanged; a step of one row, whose are not."""
+        """Logits of eight prompts, whose tokens are exchanged, and one decoding step of one row."""
         caches = init_caches(config.decoder, 1, 8, jnp.float32)
         stacks = expert_stacks(params)
         hidden, _ = model.apply(stacks, x, positions, caches, method=VL2.decode)
@@ -266,8 +267,10 @@ def test_unknown_kinds(model, capsys):
 
 
 def test_the_command_line(model, capsys, tmp_path):
-    """A plan says what is loaded; a batch answers as `generate` does, and is not taken up by a run
-    of the model as it is."""
+    """`--plan` reports sizes; `--batch` gives the same answers as `generate`.
+
+    A run with the unquantised model refuses to continue the output file.
+    """
     plain, quantized = model
     flags = ["--ckpt", str(quantized.path), "--max_new_tokens", "12", "--quantize", "int8"]
     assert sample.main([*flags, "--plan"]) == 0
@@ -295,7 +298,10 @@ def test_the_command_line(model, capsys, tmp_path):
 
 
 def test_eval_has_both_columns(tmp_path, capsys, monkeypatch):
-    """The model as it is knows every second colour and all boxes, the quantised one less."""
+    """The unquantised model answers half of the colour questions and all of the grounding ones.
+
+    The quantised model answers half of the colour questions and only one grounding question.
+    """
     (tmp_path / "hf").mkdir()
     random_hf.write_checkpoint(tmp_path / "hf")
     to_jax.convert(tmp_path / "hf", tmp_path / "ckpt")

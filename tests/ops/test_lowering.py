@@ -1,4 +1,4 @@
-"""Programs for GPUs, lowered on a machine without one."""
+"""Programs lower for CUDA on a machine without a GPU."""
 
 import functools
 
@@ -75,7 +75,7 @@ def test_prefill_and_decode_lower_for_cuda(architecture):
 
 
 def _all_plain(text: str) -> None:
-    """No custom calls but those that every platform has: the rest is XLA's to compile."""
+    """Asserts that the only custom calls are ones that XLA has for every platform."""
     called = {
         line.split("@", 1)[1].split("(")[0] for line in text.split("\n") if "custom_call @" in line
     }

@@ -1,4 +1,4 @@
-"""Choosing among implementations: by platform, by arguments, as asked, and saying so."""
+"""The registry chooses implementations by platform, arguments and request, and reports them."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from vl2jax.ops.registry import Implementation, Operation
 
 @pytest.fixture
 def halve(monkeypatch):
-    """An operation of three implementations, of which one is for TPU and one for even numbers."""
+    """An operation with three implementations: for TPU, for even numbers, and for all numbers."""
     monkeypatch.setattr(registry, "_operations", dict(registry._operations))
 
     def odd(x) -> str:
@@ -39,7 +39,7 @@ def test_what_is_asked_for_comes_first(halve, monkeypatch):
         assert halve(4) == ("any", 2)
         with ops.use(halve="even"):
             assert halve(4)[0] == "even"
-            assert halve(3)[0] == "any"  # where it does not serve, the rest follows
+            assert halve(3)[0] == "any"  # not supported, so the others are tried
     monkeypatch.setenv(registry.ENVIRONMENT, " halve=any, attention=xla")
     assert halve(4)[0] == "any"
     with ops.use(halve="even"):
@@ -47,7 +47,7 @@ def test_what_is_asked_for_comes_first(halve, monkeypatch):
 
 
 def test_jit_traces_anew_for_another_implementation():
-    """What is asked for is part of jit's cache keys."""
+    """Requested implementations are part of jit's cache key."""
     operation = Operation(
         "test_only", Implementation("one", lambda x: x + 1), Implementation("two", lambda x: x + 2)
     )
@@ -63,7 +63,7 @@ def test_jit_traces_anew_for_another_implementation():
 
 def test_a_preference_gives_way_to_what_is_asked_for(halve):
     assert halve(4, prefer="any")[0] == "any"
-    assert halve(3, prefer="even")[0] == "any"  # it does not serve
+    assert halve(3, prefer="even")[0] == "any"  # not supported
     with ops.use(halve="even"):
         assert halve(4, prefer="any")[0] == "even"
 

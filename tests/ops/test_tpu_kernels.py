@@ -1,4 +1,4 @@
-"""The TPU kernels, interpreted on CPU, against the plain forms: values and gradients."""
+"""The TPU kernels, interpreted on CPU, against the other implementations: values and gradients."""
 
 import functools
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
     ("routing", "chunk"), [("random", None), ("empty", None), ("one", 48), ("random", 32)]
 )
 def test_gmm_equals_dense(routing, chunk):
-    """Whole, and in chunks of pairs of which the last is partly empty."""
+    """All pairs at once, and in chunks of which the last is partly empty."""
     x, weights, chosen, w = case(routing)
 
     def loss(implementation):
@@ -40,7 +40,7 @@ def test_gmm_equals_dense(routing, chunk):
 
 
 def test_rows_behind_the_last_group_are_zero():
-    """As an exchange of tokens leaves them: not computed, and without gradients."""
+    """Rows that belong to no expert, as in the receive buffer of an exchange, are not computed."""
     _, _, _, w = case("random")
     x = jax.random.normal(jax.random.key(0), (40, w.gate.shape[1]))
     sizes = jnp.array([3, 0, 20, 5, 0, 1], jnp.int32)
@@ -55,7 +55,7 @@ def test_rows_behind_the_last_group_are_zero():
 
 
 def test_chunks_leave_out_what_belongs_to_no_expert():
-    """As where most of a buffer is empty: such pairs add nothing and get no gradient."""
+    """Pairs with id E, as in a mostly empty buffer, add nothing and get no gradient."""
     x, weights, chosen, w = case("random")
     chosen = jnp.where(jnp.arange(len(x))[:, None] % 3 == 0, chosen, E)
 
@@ -79,7 +79,7 @@ def test_gmm_within_a_larger_stack():
 
 @pytest.mark.parametrize(("width", "value_width", "causal"), [(24, 16, True), (9, 9, False)])
 def test_splash_equals_the_plain_form(width, value_width, causal):
-    """Packed rows with padding (MLA has wider keys than values), and tiles that see all."""
+    """Packed rows with padding, keys wider than values (MLA), and tiles without a mask."""
     length, padding, first = 150, 20, 90
     keys = jax.random.split(jax.random.key(0), 3)
     widths = (width, width, value_width)
@@ -95,9 +95,7 @@ def test_splash_equals_the_plain_form(width, value_width, causal):
 
     def loss(implementation):
         def value(q, k, v):
-            y = (
-                implementation(q, k, v, width**-0.5) * real
-            )  # what padding sees is nobody's business
+            y = implementation(q, k, v, width**-0.5) * real  # outputs at padding are unspecified
             return jnp.sum(jnp.sin(y)), y
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))

@@ -1,4 +1,4 @@
-"""An answer as it grows on the host: end tokens, stop strings, and text that is safe to show."""
+"""An answer while it is generated: end tokens, stop strings, and text that is safe to stream."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,13 @@ from vl2jax.processing.tokenizer import StreamDecoder, Tokenizer
 
 
 class Completion:
-    """Collects the tokens of one row until an end token, a stop string or the limit.
+    """Collects the tokens of one sequence until an end token, a stop string or the length limit.
 
     Attributes:
-      tokens: ids so far; the end token, or the token that completes a stop string, is the last.
-      finish_reason: None while running, then "stop" or "length".
+      tokens: token ids so far.  The end token, or the token that completes a stop string, is the
+        last one.
+      finish_reason: None while the answer is generated, then "stop" or "length".
+      max_new_tokens: maximum number of tokens.
     """
 
     def __init__(
@@ -32,15 +34,15 @@ class Completion:
 
     @property
     def text(self) -> str | None:
-        """The answer as text, without end token and stop string; None without a tokenizer."""
+        """The answer's text, without end token and stop string; None without a tokenizer."""
         return None if self._decoder is None else self._text
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Takes new tokens, ignoring any after the end.
+        """Adds new tokens; ignores those after the end of the answer.
 
         Returns:
-          Text that can be shown now: never half a character, and nothing that may yet turn out
-          to be the beginning of a stop string.
+          New text that can be shown now.  Incomplete characters are held back, and so is text that
+          may be the beginning of a stop string.
         """
         for token in tokens:
             if self.finish_reason is not None:
@@ -54,7 +56,7 @@ class Completion:
                 self.finish_reason = "length"
         if self.finish_reason is not None and self._decoder is not None and not self._cut:
             self._append(self._decoder.finish())
-        end = len(self._text) - (self._held() if self.finish_reason is None else 0)
+        end = len(self._text) - (self._held_back() if self.finish_reason is None else 0)
         fresh = self._text[self._shown : end]
         self._shown = max(self._shown, end)
         return fresh
@@ -64,15 +66,15 @@ class Completion:
             self._append(self._decoder.push(tokens))
 
     def _append(self, fresh: str) -> None:
-        """Adds text; a stop string in it ends the answer and is cut off with all that follows."""
+        """Adds text.  A stop string ends the answer; it is cut off, with all text after it."""
         self._text += fresh
         found = [at for at in map(self._text.find, self._stop) if at >= 0]
         if found:
             self._text = self._text[: min(found)]
             self._cut, self.finish_reason = True, "stop"
 
-    def _held(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+    def _held_back(self) -> int:
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for size in range(min(longest, len(self._text)), 0, -1):
             if any(stop.startswith(self._text[-size:]) for stop in self._stop):

@@ -1,6 +1,10 @@
-"""Answers prompts from a queue, several at a time: a row that is done gives its place to the next.
+"""Continuous batching: answers requests from a queue, several at a time.
 
-Axis legend: B rows, T prompt tokens (padded), S cache slots.
+The engine decodes a batch of sequences in bursts of several tokens.  A finished sequence frees its
+batch row for the next request: between bursts, the engine prefills waiting requests and inserts
+them into free rows.  If none is waiting, it shrinks the batch instead.
+
+Axis legend: B batch rows, T prompt tokens (padded), S cache slots.
 """
 
 import dataclasses
@@ -30,21 +34,23 @@ from vl2jax.parallel.mesh import mesh_of
 from vl2jax.parallel.processes import assert_equal_across_processes
 from vl2jax.processing.batch import TEXT
 
-Events = list[tuple[Sequence, str]]  # rows that went on, each with its new text
+Events = list[tuple[Sequence, str]]  # sequences that got tokens, each with its new text
 
-_AHEAD = 4  # prompts looked at ahead of the rows, as a multiple of these
-_PREFILL = 8192  # tokens, padding included, that rows prefilled together have at most
-_SMALL = 2048  # as `_PREFILL`, where it is more than half padding
+_LOOKAHEAD = 4  # length of the look-ahead queue, in multiples of the maximum number of batch rows
+_MAX_PREFILL_TOKENS = 8192  # maximum number of tokens in one prefill, including padding
+_MAX_PADDED_TOKENS = 2048  # the same for a prefill that is more than half padding
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows that are prefilled together.
+    """Sequences that are prefilled together.
 
     Attributes:
-      rows: all begin with the same `common` tokens, those of `prefix`.
-      prefix: None if `common` is 0.
-      keep: whether the only row's prompt will serve others.
+      rows: the sequences.  Their prompts start with the same `common` tokens as `prefix`.
+      prefix: cached prefix that they share; None if `common` is 0.
+      common: number of tokens that are taken from the cached prefix.
+      keep: whether to add the prompt to the prefix cache, because waiting prompts share its prefix;
+        then it is the only one in the group.
     """
 
     rows: list[Sequence]
@@ -54,13 +60,16 @@ class Group:
 
 
 class Engine:
-    """A model that answers; what it compiled, encoded and prefilled serves the next call as well.
+    """Answers requests with continuous batching.
+
+    Compiled programs, encoded images and cached prefixes are kept between calls of `run`.
 
     Attributes:
       steps: the compiled programs.
-      dtype: of the computation.
-      pictures: encoded.
-      prefilled: prompt tokens that went through the decoder so far, padding not counted.
+      dtype: dtype of the computation.
+      image_cache: encoded image tiles.
+      prefilled: number of prompt tokens that were prefilled so far, without padding and without
+        tokens taken from cached prefixes.
     """
 
     def __init__(
@@ -82,15 +91,20 @@ class Engine:
         dtype: jnp.dtype | None = None,
         cache_dtype: jnp.dtype | None = None,
     ):
-        """
+        """Prepares an engine; programs are compiled when they are first used.
+
         Args:
-          rows: answered together, at most.
-          keep_turns: keep the cache of a finished answer, for a prompt that continues it.
-          compare_prompts: where a mesh spans processes, make sure that all answer the same prompt.
-          others: see `generate.stream`.
+          config: architecture.
+          params: variables of the model, as `vl2jax.load` returns them.
+          rows: maximum number of sequences in the batch.
+          keep_turns: whether to keep the cache of a finished sequence that was alone in the batch,
+            for a prompt that continues the conversation.
+          compare_prompts: whether to check that all processes of a run answer the same prompts.
+          tokenizer, temperature, top_p, top_k, repetition_penalty, stop, eos_token_id, chunk_size,
+            dtype, cache_dtype: see `generate.stream`.
 
         Raises:
-          UserError: options out of range.
+          UserError: an option is out of range, or `stop` is given without a tokenizer.
         """
         if chunk_size < 0:
             raise UserError(f"chunk_size must be 0 (off) or more, got {chunk_size}")
@@ -102,8 +116,8 @@ class Engine:
         self._sampling = SamplingParams.create(temperature, top_k, top_p, repetition_penalty)
         self._tokenizer, self._stop, self._eos = tokenizer, stop, _as_list(eos_token_id)
         self._eos_array = np.asarray(self._eos or [-1], np.int32)
-        self._most, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
-        self._compared = 0 if compare_prompts else None
+        self._max_rows, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
+        self._n_compared = 0 if compare_prompts else None
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype)
@@ -115,10 +129,17 @@ class Engine:
         self.prefilled = 0
 
     def row(self, prompt: Prompt, max_new_tokens: int = 512, seed: int = 0) -> Sequence:
-        """An answer to be, for `run`; its clock starts now.
+        """Makes a sequence for `run`; its latency is measured from now.
+
+        Args:
+          prompt: the prompt.
+          max_new_tokens: maximum number of tokens to generate; reduced so that prompt and answer
+            fit into `max_position_embeddings`.
+          seed: seed of the sequence's random draws.
 
         Raises:
-          UserError: no room for an answer.
+          UserError: `max_new_tokens` is below 1, or the prompt is empty or leaves no room for an
+            answer.
         """
         limit = self._config.decoder.max_position_embeddings
         if max_new_tokens < 1:
@@ -133,22 +154,25 @@ class Engine:
         return Sequence(answer, prompt, seed, time.perf_counter())
 
     def run(self, rows: Iterable[Sequence]) -> Iterator[Events]:
-        """Answers rows in about their order, taking them in as places become free.
+        """Generates answers; sequences enter the batch roughly in their order.
 
-        A row's answer does not depend on those beside it.
+        The answer of a sequence does not depend on the others in the batch.
+
+        Args:
+          rows: sequences made by `row`; read lazily, a little ahead of the batch.
 
         Yields:
-          After each step the rows that went on.
+          After each prefill and each burst: the sequences that got tokens, with their new text.
         """
         self._state, self._rows = None, []
         source, waiting = iter(rows), deque()
         while True:
-            _fill(waiting, source, self._most * _AHEAD)
-            while waiting and self._free(waiting):
+            _refill(waiting, source, self._max_rows * _LOOKAHEAD)
+            while waiting and self._free_indices(waiting):
                 with mesh_of(self._params):
                     events = self._admit(waiting)
                 yield events
-                _fill(waiting, source, self._most * _AHEAD)
+                _refill(waiting, source, self._max_rows * _LOOKAHEAD)
             if not self._active:
                 return
             with mesh_of(self._params):
@@ -159,24 +183,24 @@ class Engine:
     def _active(self) -> list[tuple[int, Sequence]]:
         return [(i, row) for i, row in enumerate(self._rows) if row is not None]
 
-    def _free(self, waiting: deque) -> list[int]:
-        """Places for rows; without a state, those that it will have."""
-        if not self._active:  # the next state fits what waits
+    def _free_indices(self, waiting: deque) -> list[int]:
+        """Indices of free batch rows; if no sequence is active, starts a batch of a new size."""
+        if not self._active:  # size the batch for the waiting sequences
             self._state, self._rows = (
                 None,
-                [None] * row_bucket(min(len(waiting), self._most), self._most),
+                [None] * row_bucket(min(len(waiting), self._max_rows), self._max_rows),
             )
-        return [place for place, row in enumerate(self._rows) if row is None]
+        return [index for index, row in enumerate(self._rows) if row is None]
 
     def _admit(self, waiting: deque) -> Events:
-        """Prefills the next group and puts it into free places."""
-        free = self._free(waiting)
+        """Prefills the next group of sequences and inserts them into free batch rows."""
+        free = self._free_indices(waiting)
         group = self._choose_group(waiting, len(free))
         for row in group.rows:
             waiting.remove(row)
-            self._compare(row.prompt)
-        soon = [*group.rows, *itertools.islice(waiting, self._most)]
-        slots = length_bucket(max(row.total for row in soon))
+            self._check_same_prompt(row.prompt)
+        upcoming = [*group.rows, *itertools.islice(waiting, self._max_rows)]
+        slots = length_bucket(max(row.total for row in upcoming))
         count = row_bucket(len(group.rows), len(self._rows))
         last, caches = self._prefill(group, count)
         if group.keep:
@@ -184,7 +208,8 @@ class Engine:
         positions = np.ones(count, np.int32)
         seeds = np.zeros(count, np.uint32)
         seen = np.zeros((count, self._config.decoder.vocab_size), bool)
-        # Padding comes first, so that a row takes the place back that its padding took.
+        # Padding rows come first: `_insert` writes them at the index of the first sequence, which
+        # then overwrites them.
         offset = count - len(group.rows)
         for i, row in enumerate(group.rows, offset):
             positions[i], seeds[i] = len(row.prompt), row.seed
@@ -194,26 +219,26 @@ class Engine:
         state = self.steps.begin(
             *(self._params, self._sampling, last, caches, seen, positions, seeds, slots)
         )
-        places = free[: len(group.rows)]
-        self._place(state, offset, places, slots)
+        indices = free[: len(group.rows)]
+        self._insert(state, offset, indices, slots)
         tokens = np.asarray(state.tokens).tolist()
         events = []
-        for i, place, row in zip(itertools.count(offset), places, group.rows, strict=False):
-            self._rows[place] = row
+        for i, index, row in zip(itertools.count(offset), indices, group.rows, strict=False):
+            self._rows[index] = row
             events.append((row, row.push([tokens[i]])))
         self._retire()
         return events
 
-    def _compare(self, prompt: Prompt) -> None:
-        """Raises UserError where processes of one run are asked different things."""
-        if self._compared is not None:
-            self._compared += 1
-            name = "prompt" if self._compared == 1 else f"prompt {self._compared}"
+    def _check_same_prompt(self, prompt: Prompt) -> None:
+        """Raises UserError if the processes of a run have different prompts."""
+        if self._n_compared is not None:
+            self._n_compared += 1
+            name = "prompt" if self._n_compared == 1 else f"prompt {self._n_compared}"
             assert_equal_across_processes({"digest": prompt.digest}, name)
 
-    def _place(self, state: DecodeState, offset: int, places: list[int], slots: int) -> None:
-        """Makes the rows of `state` rows of the engine's state, at these places."""
-        if self._state is None and len(places) == len(self._rows):
+    def _insert(self, state: DecodeState, offset: int, indices: list[int], slots: int) -> None:
+        """Inserts the rows of `state` into the batch at these indices; grows caches if needed."""
+        if self._state is None and len(indices) == len(self._rows):
             self._state = state
             return
         if self._state is None:
@@ -221,11 +246,11 @@ class Engine:
         elif _slots(self._state.caches) < slots:
             grown = self.steps.spread(self._state.caches, len(self._rows), slots)
             self._state = dataclasses.replace(self._state, caches=grown)
-        rows = np.array([places[0]] * offset + places, np.int32)
+        rows = np.array([indices[0]] * offset + indices, np.int32)
         self._state = self.steps.insert(self._state, state, rows)
 
     def _choose_group(self, waiting: deque, room: int) -> Group:
-        """The head of the queue, and others that go well with it."""
+        """Chooses the first waiting sequence and others that can be prefilled with it."""
         head, *others = waiting
         prefix, common = self._prefix_cache.find(head.prompt)
         if prefix is None and others_begin_alike(head.prompt, [row.prompt for row in others]):
@@ -234,22 +259,26 @@ class Engine:
         for row in others:
             if len(rows) == room:
                 break
-            theirs = 0 if prefix is None else prefix.common_length(row.prompt)
-            if theirs == common and self._go_together([*rows, row], common):
+            other_common = 0 if prefix is None else prefix.common_length(row.prompt)
+            if other_common == common and self._can_join([*rows, row], common):
                 rows.append(row)
         return Group(rows, prefix, common)
 
-    def _go_together(self, rows: list[Sequence], common: int) -> bool:
-        """Whether prefilling these rows together wastes little, and shares all that it can."""
+    def _can_join(self, rows: list[Sequence], common: int) -> bool:
+        """Whether the last of these sequences should be prefilled together with the others.
+
+        It should not if it shares a prefix with one of them, because it can reuse that prefix
+        later, or if the padding would be too much.
+        """
         *before, new = rows
         if not common and any(common_length(row.prompt.keys, new.prompt.keys) for row in before):
             return False
         lengths = [len(row.prompt) - common for row in rows]
         padded = len(rows) * length_bucket(max(lengths))
-        return padded <= (_PREFILL if padded <= 2 * sum(lengths) else _SMALL)
+        return padded <= (_MAX_PREFILL_TOKENS if padded <= 2 * sum(lengths) else _MAX_PADDED_TOKENS)
 
     def _prefill(self, group: Group, count: int) -> tuple[Any, Caches]:
-        """Last hidden state [B, D] of every prompt, and caches; padding rows come first."""
+        """Last hidden state [B, D] of each prompt, and the caches; padding rows come first."""
         common, steps = group.common, self.steps
         prompts = [row.prompt for row in group.rows]
         lengths = np.ones(count, np.int32)
@@ -280,8 +309,11 @@ class Engine:
         return last, caches
 
     def _burst(self, waiting: deque) -> Events:
-        """Decodes some tokens of all active rows, fewer where rows end that others can replace or
-        that fewer rows could go on without."""
+        """Decodes up to `BURST` tokens of all active sequences.
+
+        If sequences are waiting, the burst ends when a sequence is finished.  Otherwise it ends
+        when at most half of the batch rows are active, so that the batch can shrink.
+        """
         if not waiting:
             self._shrink()
         active = self._active
@@ -296,40 +328,42 @@ class Engine:
         )
         tokens = np.asarray(tokens)
         taken = int((tokens[0] != NOTHING).sum())
-        events = [(row, row.push(tokens[place, :taken].tolist())) for place, row in active]
+        events = [(row, row.push(tokens[index, :taken].tolist())) for index, row in active]
         self._retire()
         return events
 
     def _shrink(self) -> None:
-        """Leaves places out that nobody will take, once half of them are free."""
-        places = [place for place, _ in self._active]
-        count = row_bucket(len(places), self._most)
+        """Removes free batch rows from the state once at least half of the rows are free."""
+        indices = [index for index, _ in self._active]
+        count = row_bucket(len(indices), self._max_rows)
         if 2 * count > len(self._rows):
             return
-        rows = [self._rows[place] for place in places]
-        padding = count - len(places)
+        rows = [self._rows[index] for index in indices]
+        padding = count - len(indices)
         self._rows = [*rows, *[None] * padding]
         self._state = self.steps.take(
-            self._state, np.array([*places, *places[:1] * padding], np.int32)
+            self._state, np.array([*indices, *indices[:1] * padding], np.int32)
         )
 
     def _retire(self) -> None:
-        """Frees the places of rows that are done."""
-        for place, row in self._active:
+        """Frees the batch rows of finished sequences; with `keep_turns`, keeps the cache."""
+        for index, row in self._active:
             if row.done:
-                self._rows[place] = None
+                self._rows[index] = None
                 if self._keep_turns and len(self._rows) == 1:
-                    fed = np.array(row.answer.tokens[:-1], np.uint64)
-                    keys = np.concatenate([row.prompt.keys, fed])
+                    cached_tokens = np.array(row.answer.tokens[:-1], np.uint64)
+                    keys = np.concatenate([row.prompt.keys, cached_tokens])
                     self._prefix_cache.add(Prefix(keys, self._state.caches))
                     self._state = None
 
 
-def _fill(waiting: deque, source: Iterator[Sequence], most: int) -> None:
+def _refill(waiting: deque, source: Iterator[Sequence], most: int) -> None:
+    """Takes sequences from `source` until `most` are waiting."""
     waiting.extend(itertools.islice(source, max(0, most - len(waiting))))
 
 
 def _slots(caches: Caches) -> int:
+    """Number of slots, S."""
     return jax.tree.leaves(caches)[0].shape[-2]
 
 

@@ -1,4 +1,4 @@
-"""Answers to prompts, whole or as they come; the work is done in `engine.py`.
+"""Generates answers for a batch of prompts, whole or streamed, with the engine of `engine.py`.
 
 Axis legend: B rows.
 """
@@ -17,12 +17,13 @@ from vl2jax.processing.batch import Batch
 
 
 def generate(config: VL2Config, params, batch: Batch, **options) -> list[Generation]:
-    """Answers every row of a batch; a row's answer does not depend on the others.
+    """Generates an answer for each row of a batch; it does not depend on the other rows.
 
     Args:
       config: architecture.
-      params: variables of the model, as `vl2jax.load` gives; the mesh that they lie on is used.
-      batch: prompts, one sequence per row, padded on the right (`processor(..., inference=True)`).
+      params: variables of the model, as `vl2jax.load` returns them.  The computation runs on their
+        mesh.
+      batch: prompts, one per row, padded on the right, as a `Processor` returns them.
       **options: see `stream`.
 
     Returns:
@@ -50,28 +51,30 @@ def stream(
     dtype: jnp.dtype | None = None,
     cache_dtype: jnp.dtype | None = None,
 ) -> Iterator[tuple[list[Sequence], list[str]]]:
-    """Like `generate`, as an iterator over steps: the first tokens of some rows, or a burst.
+    """Generates like `generate`, and yields after each prefill and each burst of tokens.
 
     Args:
       config, params, batch: see `generate`.
-      max_new_tokens: at most so many tokens; never beyond `max_position_embeddings`.
-      temperature, top_p, top_k, repetition_penalty: see `SamplingParams`. The penalty counts the
-        ids of prompt and answer, `<image>` among them, but no padding.
-      stop: strings that end an answer; needs a tokenizer.
-      seed: of the random draws, one for all rows or one per row. A row's draws depend on its own
-        seed alone.
-      eos_token_id: ids that end an answer; None: that of the tokenizer, else the configuration.
-      tokenizer: turns tokens to text; None: no text, no stop strings.
-      chunk_size: prefill so many tokens at a time, to save memory; 0: all at once.
-      dtype: of the computation; None: that of the parameters.
-      cache_dtype: of the cache; None: `dtype`.
+      max_new_tokens: maximum number of tokens per answer.  Prompt and answer together are limited
+        to `max_position_embeddings`.
+      temperature, top_p, top_k, repetition_penalty: see `SamplingParams`.  The penalty applies to
+        all ids of prompt and answer, including `<image>`, but not to padding.
+      stop: strings that end an answer; they need a tokenizer.
+      seed: seed of the random draws, one for all rows or one per row.  The draws of a row depend
+        only on its seed.
+      eos_token_id: ids that end an answer; None: the id of the tokenizer, without a tokenizer that
+        of the configuration.
+      tokenizer: decodes tokens to text; None: no text and no stop strings.
+      chunk_size: number of tokens that are prefilled at a time, to save memory; 0: all at once.
+      dtype: dtype of the computation; None: that of the parameters.
+      cache_dtype: dtype of the cache; None: `dtype`.
 
     Yields:
-      The rows so far, and for each row the text that the step added (empty without a tokenizer).
+      The sequences so far, and for each the text that was added (empty without a tokenizer).
 
     Raises:
-      UserError: options out of range, a batch that is not one right-padded prompt per row, or a
-        prompt that leaves no room for an answer.
+      UserError: an option is out of range, the batch does not have one right-padded prompt per row,
+        or a prompt leaves no room for an answer.
     """
     lengths = _prompt_lengths(batch)
     engine = Engine(
@@ -102,7 +105,7 @@ def stream(
 
 
 def _prompt_lengths(batch: Batch) -> np.ndarray:
-    """int[B] lengths of the prompts, after checking how they are padded."""
+    """Lengths of the prompts, int[B]; checks that rows are padded on the right."""
     segments, positions = np.asarray(batch.segment_ids), np.asarray(batch.positions)
     lengths = (segments > 0).sum(axis=1)
     expected = np.arange(segments.shape[1])[None] < lengths[:, None]
@@ -117,7 +120,7 @@ def _prompt_lengths(batch: Batch) -> np.ndarray:
 
 
 def _seeds(seed: int | abc.Sequence[int], rows: int) -> list[int]:
-    """One seed per row, from one for all rows or one each."""
+    """Expands `seed` to one seed per row."""
     seeds = [seed] * rows if isinstance(seed, int) else list(seed)
     if len(seeds) != rows:
         raise UserError(f"seed must be one number or one per row ({rows}), got {len(seeds)}")

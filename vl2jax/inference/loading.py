@@ -1,4 +1,4 @@
-"""Loading a model directory for use."""
+"""Loads a model directory for inference."""
 
 import dataclasses
 import os
@@ -20,12 +20,12 @@ from vl2jax.processing.processor import Processor
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model ready for use.
+    """A loaded model.
 
     Attributes:
       config: architecture.
       params: variables, `{"params": ..., "router": ...}`, for `forward` and `generate`.
-      processor: conversations and pictures to `Batch`.
+      processor: converts conversations and images to a `Batch`.
     """
 
     config: VL2Config
@@ -34,12 +34,12 @@ class Model:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parameters."""
+        """Bytes of all parameters in memory."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     @property
     def size(self) -> int:
-        """Number of parameters; scales of int8 weights do not count."""
+        """Number of parameters, without the scales of int8 weights."""
         leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Int8))
         return sum(leaf.size for leaf in leaves)
 
@@ -52,24 +52,27 @@ def load(
     quantize: str | None = None,
     on_leaf: Callable[[str, int], None] | None = None,
 ) -> Model:
-    """Loads a model parameter by parameter.
+    """Loads a model, one parameter at a time.
 
     Args:
-      path: a directory that `convert.to_jax` made, or a training workdir (its newest checkpoint),
-        or one of its checkpoints (WORKDIR/checkpoints/500).
-      dtype: "bfloat16", "float32" or a NumPy dtype of these; None: as stored. The router's
-        correction bias stays float32.
-      mesh: splits the parameters over its axes by `sharding.PARAM_RULES`, each device reading its
-        own part; None: everything on the default device.
-      quantize: "int8": most weights are kept as int8 with a scale per output channel, see
-        `vl2jax.model.quantization`; the model is never whole in its stored dtype. For `forward` and
-        `generate`, not for training. None: off.
-      on_leaf: called with path and bytes of each parameter once it is there.
+      path: a directory written by `convert.to_jax`, a training workdir (its newest checkpoint), or
+        one of its checkpoints (WORKDIR/checkpoints/500).
+      dtype: "bfloat16", "float32" or a NumPy dtype of these; None: as stored.  The router's
+        correction bias is always float32.
+      mesh: mesh over which the parameters are sharded by `parallel.sharding.PARAM_RULES`; each
+        device reads its shard.  None: everything is on the default device.
+      quantize: "int8": most weights become int8 with a scale per output channel, see
+        `vl2jax.model.quantization`; the whole model is never in memory in its stored dtype.  Such a
+        model is for `forward` and `generate`, not for training.  None: no quantisation.
+      on_leaf: called with the path and the bytes of each parameter once it is loaded.
+
+    Returns:
+      The model, with its parameters on their devices.
 
     Raises:
-      UserError: not such a directory, parameters that do not fit its configuration, a tokenizer
-        that does not fit the vocabulary, a mesh that does not divide the sizes, or an unknown
-        `quantize`.
+      UserError: the path is not a model directory, the parameters do not match its configuration,
+        the tokenizer does not match the vocabulary, the mesh does not divide the sizes, or `dtype`
+        or `quantize` is unknown.
     """
     check_kind(quantize)
     directory = read_model_dir(path)

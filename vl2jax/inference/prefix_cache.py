@@ -1,4 +1,4 @@
-"""Caches of prompts whose beginning others share: it is prefilled once."""
+"""Prefix caching: a prefix that several prompts share is prefilled once."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,62 +8,73 @@ import numpy as np
 from vl2jax.inference.sequence import Prompt
 from vl2jax.model.decoder import Caches
 
-LEAST = 32  # tokens that are worth sharing
-_STEP = 16  # shared lengths are multiples, so that rows with one prefix go together
-_KEPT = 4  # prefixes kept
+LEAST = 32  # minimum length of a shared prefix
+_GRANULARITY = 16  # shared lengths are multiples of it, so that more prompts share the same length
+_MAX_PREFIXES = 4  # maximum number of cached prefixes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix:
-    """Tokens and their cache.
+    """A prefix and its KV cache.
 
     Attributes:
-      keys: uint64[T], see `Prompt.keys`.
-      caches: of one row, with at least T slots.
+      keys: uint64[T], keys of the tokens, see `Prompt.keys`.
+      caches: caches with one batch row and at least T slots.
     """
 
     keys: np.ndarray
     caches: Caches
 
     def common_length(self, prompt: Prompt) -> int:
-        """How many of its tokens serve the prompt, 0 if too few to be worth it."""
+        """Number of tokens that the prompt can reuse, see `common_length`."""
         return common_length(self.keys, prompt.keys)
 
 
 def common_length(keys: np.ndarray, others: np.ndarray) -> int:
-    """Length of the common beginning, leaving the second at least one token of its own."""
+    """Length of the common prefix of two key arrays, rounded down to a multiple of `_GRANULARITY`.
+
+    Args:
+      keys: uint64[T], keys of the cached tokens.
+      others: uint64[T], keys of a prompt.  At least one token of it is left to prefill.
+
+    Returns:
+      The length; 0 if it is below `LEAST`.
+    """
     size = min(len(keys), len(others) - 1)
     differ = keys[:size] != others[:size]
     common = int(differ.argmax()) if differ.any() else size
-    return common // _STEP * _STEP if common >= LEAST else 0
+    return common // _GRANULARITY * _GRANULARITY if common >= LEAST else 0
 
 
 class PrefixCache:
-    """The prefixes lately used; the oldest give way."""
+    """The most recently used prefixes; the least recently used is evicted first."""
 
     def __init__(self):
-        self._kept: list[Prefix] = []
+        self._prefixes: list[Prefix] = []
 
     def find(self, prompt: Prompt) -> tuple[Prefix | None, int]:
-        """The prefix that serves most tokens of the prompt, and how many."""
-        found = max(self._kept, key=lambda prefix: prefix.common_length(prompt), default=None)
+        """Returns the prefix that shares most tokens with the prompt, and their number.
+
+        Returns (None, 0) if no prefix shares enough tokens.
+        """
+        found = max(self._prefixes, key=lambda prefix: prefix.common_length(prompt), default=None)
         if found is None or not (common := found.common_length(prompt)):
             return None, 0
-        self._kept.remove(found)
-        self._kept.append(found)
+        self._prefixes.remove(found)
+        self._prefixes.append(found)
         return found, common
 
     def add(self, prefix: Prefix) -> None:
-        """Keeps a prefix, instead of one that it continues or of the oldest."""
+        """Adds a prefix; evicts those that it extends and, if the cache is full, the oldest."""
         size = len(prefix.keys)
-        self._kept = [
+        self._prefixes = [
             old
-            for old in self._kept
+            for old in self._prefixes
             if len(old.keys) > size or not np.array_equal(old.keys, prefix.keys[: len(old.keys)])
-        ][1 - _KEPT :]
-        self._kept.append(prefix)
+        ][1 - _MAX_PREFIXES :]
+        self._prefixes.append(prefix)
 
 
 def others_begin_alike(prompt: Prompt, waiting: Sequence[Prompt]) -> bool:
-    """Whether another prompt that waits begins like this one."""
+    """Whether a waiting prompt shares a prefix with this one."""
     return any(common_length(prompt.keys, other.keys) for other in waiting)

@@ -1,4 +1,4 @@
-"""What a user asks for, from flags or JSON: a conversation and its images."""
+"""Requests: a conversation and its images, from command-line flags or JSON."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from vl2jax.data.formats import TURN_KEYS, read_question
 from vl2jax.processing.image import URL_SCHEMES
 
 CONVERSATION_KEYS = ("messages", "conversation", "conversations", "prompt")
-_ANSWERS = ("assistant", "<|Assistant|>")  # roles
+_ANSWERS = ("assistant", "<|Assistant|>")  # roles of answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,10 @@ class Request:
     """One conversation to answer.
 
     Attributes:
-      conversation: messages as `prompt.read_conversation` takes them.
-      images: sources of its images; None where the messages name them.
-      add_placeholders: whether a last message without a placeholder is about all the images.
+      conversation: messages, in a form that `processing.prompt.read_conversation` reads.
+      images: sources of its images; None: the messages name them.
+      add_placeholders: whether to add placeholders for all images to the last message if it has
+        none.
     """
 
     conversation: Any
@@ -30,10 +31,15 @@ class Request:
 
 
 def from_prompt(prompt: str, images: Sequence[Any] = (), *, system: str | None = None) -> Request:
-    """A single question; placeholders for the images are put in front if it has none.
+    """Makes a request of one question, preceded by placeholders for the images if it has none.
+
+    Args:
+      prompt: the question.
+      images: sources of its images.
+      system: system message.
 
     Raises:
-      UserError: there is neither text nor image.
+      UserError: there is neither text nor an image.
     """
     if not prompt.strip() and not images:
         raise UserError("the prompt is empty; expected a question, an image or both")
@@ -46,7 +52,7 @@ def read_request(path: Path) -> Request:
     """Reads a conversation from a JSON file.
 
     Raises:
-      UserError: not JSON, or not a conversation.
+      UserError: the file is not JSON, or has no conversation.
       OSError: the file cannot be read.
     """
     try:
@@ -60,28 +66,33 @@ def parse_request(text: bytes, folder: Path) -> Request:
     `CONVERSATION_KEYS` and optionally `images` (or `image`).
 
     Args:
-      folder: where image paths lead that lead nowhere from the current directory.
+      text: the JSON.
+      folder: folder of image paths that do not exist relative to the current directory.
 
     Raises:
-      UserError: not JSON, or not a conversation.
+      UserError: the text is not JSON, or has no conversation.
     """
-    return _conversation(_parsed(text), folder)
+    return _parse_conversation(_parse_json(text), folder)
 
 
 def parse_question(text: bytes, folder: Path) -> Request:
-    """Reads a row that is to be answered: what `parse_request` reads, or a row of training data in
-    LLaVA's or ms-swift's form.  An answer that it ends with is left out.
+    """Reads a question from JSON, for answering a file of requests or training data.
 
-    Args as of `parse_request`; images of training data lie in `folder`.
+    Besides the forms of `parse_request`, it reads rows of training data in the formats of LLaVA and
+    ms-swift.  If the conversation ends with an answer, that answer is removed.
+
+    Args:
+      text: the JSON.
+      folder: see `parse_request`; image paths of training data are relative to it.
 
     Raises:
-      UserError: not JSON, not a conversation, or nothing is asked.
+      UserError: the text is not JSON, or has no conversation or no question.
     """
-    value = _parsed(text)
+    value = _parse_json(text)
     if _is_training_row(value):
         row = read_question(value, root=folder)
         return Request(list(row.messages), list(row.images))
-    request = _conversation(value, folder)
+    request = _parse_conversation(value, folder)
     turns = request.conversation
     if isinstance(turns, list) and len(turns) > 1 and _role(turns[-1]) in _ANSWERS:
         return dataclasses.replace(request, conversation=turns[:-1])
@@ -89,7 +100,7 @@ def parse_question(text: bytes, folder: Path) -> Request:
 
 
 def _is_training_row(value: Any) -> bool:
-    """Whether a row is in a form that only training data has."""
+    """Whether a row has a format that only training data has."""
     if not isinstance(value, Mapping):
         return False
     turns = next((value[key] for key in TURN_KEYS if isinstance(value.get(key), list)), [])
@@ -101,16 +112,16 @@ def _role(turn: Any) -> Any:
     return turn.get("role") if isinstance(turn, Mapping) else None
 
 
-def _parsed(text: bytes) -> Any:
+def _parse_json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error})") from error
 
 
-def _conversation(value: Any, folder: Path) -> Request:
+def _parse_conversation(value: Any, folder: Path) -> Request:
     if isinstance(value, list):
-        return Request(_with_folder(value, folder))
+        return Request(_resolve_paths(value, folder))
     if not isinstance(value, Mapping):
         raise UserError(
             "expected a list of messages or an object with 'messages' or 'prompt',"
@@ -127,11 +138,11 @@ def _conversation(value: Any, folder: Path) -> Request:
         if not isinstance(value["prompt"], str):
             raise UserError(f"'prompt' must be a text, got {type(value['prompt']).__name__}")
         return from_prompt(value["prompt"], images or ())
-    return Request(_with_folder(value[keys[0]], folder), images)
+    return Request(_resolve_paths(value[keys[0]], folder), images)
 
 
 def _images(value: Mapping[str, Any], folder: Path) -> list[Any] | None:
-    """The images that stand beside a conversation, if any are given there."""
+    """Images given next to a conversation, not in its messages; None if there are none."""
     if "images" in value and "image" in value:
         raise UserError("'image' and 'images' are both given; give one of them")
     images = value.get("images", value.get("image"))
@@ -145,44 +156,49 @@ def _images(value: Mapping[str, Any], folder: Path) -> list[Any] | None:
 
 
 def locate(source: Any, folder: Path) -> Any:
-    """A path as it is if it leads somewhere from here, else from `folder`; URLs as they are."""
+    """Resolves an image path against `folder` if it does not exist in the current directory.
+
+    Args:
+      source: a path; URLs and other sources are returned unchanged.
+      folder: the folder.
+    """
     if not isinstance(source, str) or source.lower().startswith(URL_SCHEMES):
         return source
     try:
         if not Path(source).exists() and (folder / source).exists():
             return str(folder / source)
-    except (OSError, ValueError):  # no path at all; opening it gives the reason
+    except (OSError, ValueError):  # not a valid path; the error is reported when it is opened
         pass
     return source
 
 
-def _with_folder(conversation: Any, folder: Path) -> Any:
-    """The conversation with the image paths of its messages located; odd things stay."""
+def _resolve_paths(conversation: Any, folder: Path) -> Any:
+    """Resolves the image paths in messages against `folder`; keeps malformed parts unchanged."""
     if not isinstance(conversation, list):
         return conversation
-    return [_message(message, folder) for message in conversation]
+    return [_resolve_message(message, folder) for message in conversation]
 
 
-def _message(message: Any, folder: Path) -> Any:
+def _resolve_message(message: Any, folder: Path) -> Any:
     if not isinstance(message, Mapping):
         return message
     message = dict(message)
     if isinstance(message.get("images"), list):
         message["images"] = [locate(image, folder) for image in message["images"]]
     if isinstance(message.get("content"), list):
-        message["content"] = [_part(part, folder) for part in message["content"]]
+        message["content"] = [_resolve_part(part, folder) for part in message["content"]]
     return message
 
 
-def _part(part: Any, folder: Path) -> Any:
+def _resolve_part(part: Any, folder: Path) -> Any:
     if not isinstance(part, Mapping):
         return part
-    part = _located(part, ("image", "path", "url", "image_url"), folder)
+    part = _resolve_keys(part, ("image", "path", "url", "image_url"), folder)
     for key in ("image", "image_url"):
         if isinstance(part.get(key), Mapping):
-            part[key] = _located(part[key], ("url",), folder)
+            part[key] = _resolve_keys(part[key], ("url",), folder)
     return part
 
 
-def _located(value: Mapping, keys: Iterable[str], folder: Path) -> dict:
+def _resolve_keys(value: Mapping, keys: Iterable[str], folder: Path) -> dict:
     return {k: locate(v, folder) if k in keys else v for k, v in value.items()}

@@ -1,6 +1,8 @@
-"""From logits to the next token, in the order and with the definitions of HF `generate`.
+"""Sampling of the next token: repetition penalty, temperature, top-k, top-p, then one draw.
 
-Axis legend: B rows. Repetition penalty, then temperature, top-k, top-p, then one draw.
+The order and the definitions are those of Hugging Face `generate`.
+
+Axis legend: B rows.
 """
 
 import flax.struct
@@ -12,14 +14,16 @@ from vl2jax.common.errors import UserError
 
 @flax.struct.dataclass
 class SamplingParams:
-    """How the next token is chosen; numbers may change without a new compilation.
+    """Parameters of sampling; the numbers can change without a recompilation.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy.
-      top_k: keep the k highest logits (and ties); 0 keeps all.
-      top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-      repetition_penalty: divides positive and multiplies negative logits of seen tokens.
-      greedy: whether the highest logit is taken (static).
+      temperature: divides the logits; 0 means greedy decoding.
+      top_k: keeps the k highest logits and ties with the k-th; 0 keeps all.
+      top_p: keeps the smallest set of tokens whose probabilities add up to at least this; 1 keeps
+        all.
+      repetition_penalty: divides positive and multiplies negative logits of tokens that occur in
+        prompt or answer.
+      greedy: whether to take the token with the highest logit; static, so it selects a program.
     """
 
     temperature: float | jax.Array
@@ -36,10 +40,10 @@ class SamplingParams:
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
     ) -> "SamplingParams":
-        """Checks the ranges.
+        """Makes parameters after checking their ranges.
 
         Raises:
-          UserError: a number out of range.
+          UserError: a parameter is out of range.
         """
         ranges = [
             ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
@@ -62,12 +66,21 @@ class SamplingParams:
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: float | jax.Array) -> jax.Array:
-    """Lowers the logits of tokens already seen (bool[B, vocab])."""
+    """Applies the repetition penalty to the logits of tokens in `seen`.
+
+    Args:
+      logits: float32[B, vocab].
+      seen: bool[B, vocab], tokens that occur in prompt or answer.
+      penalty: divides positive logits and multiplies negative ones.
+
+    Returns:
+      float32[B, vocab].
+    """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits: jax.Array, top_k: int | jax.Array) -> jax.Array:
-    """Sets all but the k highest logits to -inf; 0 keeps all, ties with the k-th stay."""
+    """Sets all but the k highest logits [B, vocab] to -inf; keeps ties.  0 keeps all logits."""
     ascending = jnp.sort(logits, axis=-1)
     kth = jnp.clip(logits.shape[-1] - top_k, 0, logits.shape[-1] - 1)
     lowest = jnp.take(ascending, kth, axis=-1)[..., None]
@@ -75,7 +88,10 @@ def keep_top_k(logits: jax.Array, top_k: int | jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
-    """Sets to -inf the least likely tokens whose probabilities add up to at most 1 - p."""
+    """Sets logits [B, vocab] outside the nucleus to -inf.
+
+    The least likely tokens are removed as long as their probabilities add up to at most 1 - p.
+    """
     order = jnp.argsort(logits, axis=-1, stable=True)
     ascending = jnp.take_along_axis(logits, order, axis=-1)
     tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1) <= 1 - top_p
@@ -85,7 +101,16 @@ def keep_top_p(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
 
 
 def process_logits(params: SamplingParams, logits: jax.Array, seen: jax.Array) -> jax.Array:
-    """float32[B, vocab] logits after penalty, temperature, top-k and top-p."""
+    """Applies penalty, temperature, top-k and top-p; with `greedy` only the penalty.
+
+    Args:
+      params: see `SamplingParams`.
+      logits: float32[B, vocab].
+      seen: bool[B, vocab], tokens that occur in prompt or answer.
+
+    Returns:
+      float32[B, vocab].
+    """
     logits = penalize(logits, seen, params.repetition_penalty)
     if params.greedy:
         return logits
@@ -96,13 +121,16 @@ def process_logits(params: SamplingParams, logits: jax.Array, seen: jax.Array) -
 def next_token(
     params: SamplingParams, logits: jax.Array, seen: jax.Array, keys: jax.Array
 ) -> jax.Array:
-    """int32[B]: the chosen token of each row.
+    """Chooses the next token of each row.
 
     Args:
       params: see `SamplingParams`.
       logits: float32[B, vocab].
-      seen: bool[B, vocab], the tokens of prompt and answer so far.
-      keys: PRNG keys [B], one per row, so that a row does not depend on the others.
+      seen: bool[B, vocab], tokens that occur in prompt or answer.
+      keys: PRNG keys [B], one per row, so that the draw of a row does not depend on the others.
+
+    Returns:
+      int32[B].
     """
     logits = process_logits(params, logits, seen)
     if params.greedy:

@@ -1,4 +1,4 @@
-"""One prompt and its answer under way, on the host.
+"""A prompt, and a sequence: a prompt with the answer that is being generated.  All on the host.
 
 Axis legend: T prompt tokens, n tiles of the prompt, S pixels per tile side, Q tokens per tile.
 """
@@ -14,16 +14,19 @@ import numpy as np
 from vl2jax.inference.completion import Completion
 from vl2jax.processing.batch import FIRST_TILE_ROW, TEXT, Batch
 
-_OF_A_PICTURE = np.uint64(1 << 63)
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: rows of one tile get keys of their own
+_IMAGE_BIT = np.uint64(1 << 63)  # set in the keys of visual positions
+_ROW_MULTIPLIER = np.uint64(
+    0x9E3779B97F4A7C15
+)  # odd, so that the rows of a tile get different keys
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """Integers and tiles of one prompt.
+    """Tokens and image tiles of one prompt.
 
     Attributes:
-      tokens, image_index: int32[T], see `Sample`; the index is into the prompt's own tiles.
+      tokens: int32[T], see `Sample`.
+      image_index: int32[T], see `Sample`; tiles are numbered within the prompt.
       tiles: uint8[n, S, S, 3].
       tokens_per_tile: Q.
     """
@@ -38,30 +41,34 @@ class Prompt:
 
     @functools.cached_property
     def digests(self) -> list[int]:
-        """What each tile is known by: 63 bits of a hash of its pixels."""
+        """A 63-bit hash of the pixels of each tile."""
         digest = functools.partial(hashlib.blake2b, digest_size=8)
         return [int.from_bytes(digest(tile.tobytes()).digest()) >> 1 for tile in self.tiles]
 
     @functools.cached_property
     def keys(self) -> np.ndarray:
-        """uint64[T]: equal where two prompts have the same input, be it text or picture."""
+        """uint64[T]: a key per position, equal if two prompts have the same input there.
+
+        The key of a text token is its id.  The key of a visual position has the top bit set: it is
+        made from the hash of its tile and the row in the tile, or is the index of a learned row.
+        """
         keys, index = self.tokens.astype(np.uint64), self.image_index
         learned = (index != TEXT) & (index < FIRST_TILE_ROW)
-        keys[learned] = _OF_A_PICTURE | index[learned].astype(np.uint64)
+        keys[learned] = _IMAGE_BIT | index[learned].astype(np.uint64)
         tile, row = np.divmod(index - FIRST_TILE_ROW, self.tokens_per_tile)
         visual = index >= FIRST_TILE_ROW
         digests = np.array(self.digests, np.uint64)
-        at = row[visual].astype(np.uint64) * _SPREAD
-        keys[visual] = _OF_A_PICTURE | (digests[tile[visual]] ^ at)
+        at = row[visual].astype(np.uint64) * _ROW_MULTIPLIER
+        keys[visual] = _IMAGE_BIT | (digests[tile[visual]] ^ at)
         return keys
 
     @property
     def digest(self) -> str:
-        """Short, and equal where two prompts have the same input."""
+        """A hash of the whole prompt, as 16 hexadecimal digits."""
         return hashlib.blake2b(self.keys.tobytes(), digest_size=8).hexdigest()
 
     def placed(self, slots: abc.Sequence[int]) -> np.ndarray:
-        """The image index if tile i lies in slot `slots[i]` of a pool: int32[T]."""
+        """Image index into a table that has tile i in tile slot `slots[i]`: int32[T]."""
         index = self.image_index.copy()
         visual = index >= FIRST_TILE_ROW
         tile, row = np.divmod(index[visual] - FIRST_TILE_ROW, self.tokens_per_tile)
@@ -71,16 +78,22 @@ class Prompt:
 
 
 def prompts_of(batch: Batch, lengths: np.ndarray, tokens_per_tile: int) -> list[Prompt]:
-    """The rows of a batch, each with its own tiles."""
+    """Splits a batch into prompts, each with its own tiles.
+
+    Args:
+      batch: one sequence per row, padded on the right.
+      lengths: int[B], number of tokens of each row.
+      tokens_per_tile: Q.
+    """
     tiles, prompts = np.asarray(batch.tiles), []
     for row, length in enumerate(lengths):
         index = np.asarray(batch.image_index)[row, :length].astype(np.int32)
         visual = index >= FIRST_TILE_ROW
-        used, own = np.unique(
+        used, tile_of_position = np.unique(
             (index[visual] - FIRST_TILE_ROW) // tokens_per_tile, return_inverse=True
         )
         rows = (index[visual] - FIRST_TILE_ROW) % tokens_per_tile
-        index[visual] = FIRST_TILE_ROW + own.astype(np.int32) * tokens_per_tile + rows
+        index[visual] = FIRST_TILE_ROW + tile_of_position.astype(np.int32) * tokens_per_tile + rows
         tokens = np.asarray(batch.tokens)[row, :length].astype(np.int32)
         prompts.append(Prompt(tokens, index, tiles[used], tokens_per_tile))
     return prompts
@@ -88,17 +101,18 @@ def prompts_of(batch: Batch, lengths: np.ndarray, tokens_per_tile: int) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One row's answer.
+    """A finished answer.
 
     Attributes:
-      tokens: ids after the prompt, the end token included if it came.
+      tokens: generated token ids, including the end token if it was generated.
       finish_reason: "stop" (end token or stop string) or "length".
-      text: the tokens as text without the end token, cut before a stop string; None without a
+      text: the tokens as text, without the end token and cut before a stop string; None without a
         tokenizer.
-      prompt_tokens: length of the prompt.
-      seconds_to_first_token: from the call to the first token, compilation included; of a row that
-        waited in a queue, from when it was taken in.
-      tokens_per_second: of this row after its first token; 0 if there was only one.
+      prompt_tokens: number of tokens of the prompt.
+      seconds_to_first_token: seconds from `Engine.row` to the first token, including compilation
+        and the time in the engine's queue.
+      tokens_per_second: decoding speed of this sequence after its first token; 0 if it has only
+        one.
     """
 
     tokens: list[int]
@@ -111,7 +125,15 @@ class Generation:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """An answer under way, with its clock."""
+    """A prompt and the answer that is being generated.
+
+    Attributes:
+      answer: tokens and text so far.
+      prompt: the prompt.
+      seed: seed of the random draws.
+      started, first, last: times of the start, the first and the last token, in seconds of
+        `time.perf_counter`; 0 for a token that has not been generated.
+    """
 
     answer: Completion
     prompt: Prompt
@@ -122,19 +144,21 @@ class Sequence:
 
     @property
     def done(self) -> bool:
+        """Whether the answer is finished."""
         return self.answer.finish_reason is not None
 
     @property
     def room(self) -> int:
+        """Number of tokens that may still be generated."""
         return self.answer.max_new_tokens - len(self.answer.tokens)
 
     @property
     def total(self) -> int:
-        """Length of the prompt and the longest possible answer."""
+        """Length of the prompt plus the maximum length of the answer."""
         return len(self.prompt) + self.answer.max_new_tokens
 
     def push(self, tokens: abc.Sequence[int]) -> str:
-        """Takes the tokens of a burst, up to the end of the answer; gives the new text."""
+        """Adds tokens of a burst up to the end of the answer; returns text that can be shown."""
         if self.done:
             return ""
         self.last = time.perf_counter()
@@ -142,6 +166,7 @@ class Sequence:
         return self.answer.push(tokens)
 
     def result(self) -> Generation:
+        """The answer and its timing."""
         count, seconds = len(self.answer.tokens), self.last - self.first
         return Generation(
             tokens=list(self.answer.tokens),

@@ -1,4 +1,7 @@
-"""A checkpoint in use: checks requests before its parameters are read, then answers them."""
+"""A session with a checkpoint: prepares requests, loads the parameters, and answers.
+
+Requests are checked before the parameters are read, so mistakes are reported without delay.
+"""
 
 import math
 import os
@@ -22,14 +25,15 @@ from vl2jax.parallel.sharding import mesh_to_text
 from vl2jax.processing.collate import Sample
 from vl2jax.processing.processor import Processor
 
-_OF_A_ROW = ("max_new_tokens", "seed")  # options of a row; the others are the engine's
+_REQUEST_OPTIONS = ("max_new_tokens", "seed")  # options per request; the others are for the engine
 
 
 class Session:
-    """Prepares and answers requests.
+    """Prepares and answers requests with one checkpoint.
 
     Attributes:
-      processor: of the checkpoint.
+      processor: the processor of the checkpoint.
+      exif: whether images are rotated as their EXIF orientation says.
     """
 
     def __init__(
@@ -43,18 +47,19 @@ class Session:
         exif: bool = True,
         **options: Any,
     ):
-        """Reads all of a checkpoint but its parameters.
+        """Reads everything of a checkpoint except its parameters.
 
         Args:
-          path: what `read_model_dir` takes.
+          path: a model directory, see `read_model_dir`.
           dtype: "bfloat16" or "float32"; None: as stored.
-          mesh: that the parameters are split over; None: the default device has them all.
+          mesh: mesh over which the parameters are sharded; None: all on the default device.
           quantize: see `vl2jax.load`.
           crop, exif: see `Processor.sample`.
-          **options: see `vl2jax.stream`.
+          **options: options of generation, see `vl2jax.stream`.  `max_new_tokens` and `chunk_size`
+            are limited to `max_position_embeddings`.
 
         Raises:
-          UserError: not such a directory, or its parts do not fit each other.
+          UserError: the path is not a model directory, or its files do not match.
         """
         self._directory = read_model_dir(path)
         self._dtype = dtype or self._directory.dtype
@@ -64,15 +69,16 @@ class Session:
         self._engines: dict[int, Engine] = {}
         self.processor = Processor.from_dir(self._directory.path, self._directory.config)
         self._limit = self._directory.config.decoder.max_position_embeddings
-        # More than the model can hold means as much as it can hold.
+        # Larger values mean the same as the limit itself.
         most = {"max_new_tokens": self._limit, "chunk_size": self._limit}
         self._options = options | {k: min(options[k], most[k]) for k in most if k in options}
 
     def prepare(self, request: Request) -> Sample:
-        """Makes a request into integers and tiles; needs no parameters.
+        """Converts a request to tokens and image tiles, without the parameters.
 
         Raises:
-          UserError: anything wrong with the conversation or its images, or no room for an answer.
+          UserError: the conversation or an image is invalid, or the prompt leaves no room for an
+            answer.
         """
         sample = self.processor.sample(
             request.conversation,
@@ -89,7 +95,7 @@ class Session:
         return sample
 
     def load(self) -> Model:
-        """Reads the parameters, once, and says on standard error what they are and take."""
+        """Loads the parameters at the first call; reports their number and size on stderr."""
         if self._model is None:
             total = self._describe()
             with Progress("loading", total) as progress:
@@ -103,7 +109,7 @@ class Session:
         return self._model
 
     def plan(self, rows: int) -> None:
-        """Says on standard error what memory so many rows need at most; nothing is loaded."""
+        """Reports on stderr how much memory a batch of `rows` rows needs at most; loads nothing."""
         parameters, cache = self._describe(), rows * self._limit * self._cache_bytes()
         print(
             f"{rows} {'row' if rows == 1 else 'rows'} of {self._limit} tokens: cache"
@@ -113,12 +119,12 @@ class Session:
         )
 
     def _cache_bytes(self) -> float:
-        """Of one token."""
+        """Bytes of the cache per token."""
         config, dtype = self._directory.config, jnp.dtype(self._dtype)
         return cache_bytes(config, dtype, rows=1, slots=self._limit) / self._limit
 
     def _describe(self) -> int:
-        """Prints what is loaded; bytes of the parameters."""
+        """Describes the checkpoint on stderr; returns the bytes of its parameters."""
         config, dtype = self._directory.config, jnp.dtype(self._dtype)
         size = sum(math.prod(s) for s in flat_shapes(abstract_params(config)).values())
         nbytes = parameter_bytes(config, dtype, self._quantize)
@@ -136,7 +142,10 @@ class Session:
         return nbytes
 
     def engine(self, rows: int = 1) -> Engine:
-        """The engine for so many rows at a time, made once; one row keeps its turns."""
+        """Returns the engine with `rows` batch rows, made at the first call.
+
+        With one row it keeps the caches of conversations, and compares prompts across processes.
+        """
         if rows not in self._engines:
             model = self.load()
             self._engines[rows] = Engine(
@@ -145,30 +154,35 @@ class Session:
                 tokenizer=self.processor.tokenizer,
                 keep_turns=rows == 1,
                 compare_prompts=rows == 1,
-                **{k: v for k, v in self._options.items() if k not in _OF_A_ROW},
+                **{k: v for k, v in self._options.items() if k not in _REQUEST_OPTIONS},
             )
         return self._engines[rows]
 
     def row(self, engine: Engine, sample: Sample) -> Sequence:
-        """A prepared request as a row for `engine.run`."""
-        options = {k: v for k, v in self._options.items() if k in _OF_A_ROW}
+        """Makes a sequence for `engine.run` from a prepared request."""
+        options = {k: v for k, v in self._options.items() if k in _REQUEST_OPTIONS}
         return engine.row(self.prompt(sample), **options)
 
     def prompt(self, sample: Sample) -> Prompt:
-        """A prepared request as the engine takes it."""
+        """Converts a prepared request to a `Prompt`."""
         size = self._directory.config.tokens_per_tile
         return Prompt(sample.tokens, sample.image_index, sample.tiles, size)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that an answer depends on besides its request."""
+        """Everything that an answer depends on, except the request."""
         kind = {"ckpt": str(self._directory.address), "dtype": self._dtype}
         if self._quantize is not None:
             kind["quantize"] = self._quantize
         return kind | {"crop": self._crop, "exif": self.exif} | self._options
 
     def answer(self, sample: Sample, show: Callable[[str], None]) -> Generation:
-        """Answers one sample; `show` is called with each new piece of its text."""
+        """Answers one request.
+
+        Args:
+          sample: a prepared request.
+          show: called with each new piece of the answer's text.
+        """
         engine = self.engine()
         row = self.row(engine, sample)
         for events in engine.run([row]):

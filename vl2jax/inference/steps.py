@@ -1,9 +1,10 @@
-"""The compiled steps of generation: encode pictures, embed, prefill, decode in bursts.
+"""The compiled steps of generation: encode images, embed, prefill, and decode in bursts.
+
+Slot s of a row's cache holds the token at position s.  Prompts are padded on the right: padding is
+written after the prompt, and each slot is overwritten by a generated token before attention reads
+it.
 
 Axis legend: B rows, T prompt tokens (padded), S cache slots, D width, I tiles, Q tokens per tile.
-
-Slot s of a row's cache holds the token at position s. Rows are padded on the right, so what
-padding writes lies behind the prompt and is overwritten, token by token, before it can be seen.
 """
 
 import dataclasses
@@ -25,20 +26,20 @@ from vl2jax.parallel.mesh import constrain
 from vl2jax.parallel.processes import must_wait_for_steps
 from vl2jax.processing.batch import FIRST_TILE_ROW
 
-BURST = 16  # tokens decoded on the device between two looks of the host
-NOTHING = -1  # stands in the output of a burst for a token that was not computed
+BURST = 16  # maximum number of decoding steps on the device before the host reads the tokens
+NOTHING = -1  # marks tokens in the output of a burst that were not computed
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """What decoding carries from token to token.
+    """State of decoding, carried from step to step.
 
     Attributes:
-      caches: of the tokens before `tokens`.
-      tokens: int32[B], chosen but not yet fed.
-      positions: int32[B], of `tokens`.
-      seen: bool[B, vocab], ids of prompt and answer.
-      done: bool[B].
+      caches: caches of all tokens before `tokens`.
+      tokens: int32[B], the last sampled tokens, the input of the next step.
+      positions: int32[B], positions of `tokens`.
+      seen: bool[B, vocab], ids that occur in prompt or answer.
+      done: bool[B], whether the row is finished or free.
       keys: PRNG keys [B].
     """
 
@@ -52,27 +53,30 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledSteps:
-    """The compiled steps of generation; sizes in brackets are static.
+    """The compiled steps of generation.
+
+    In the signatures below, sizes alone in brackets are static arguments.
 
     Attributes:
-      table: (params, [I]) -> a table [2 + I * Q, D] for `image_index`, no tile encoded yet.
-      encode: (params, table (donated), tiles, slots [I]) -> the table with these tiles in these
-        slots; slots beyond the table are dropped.
-      embed: (params, table, tokens, image_index) -> x [B, T, D].
+      table: (params, [I]) -> a table [2 + I * Q, D] for `image_index`, with I empty tile slots.
+      encode: (params, table (donated), tiles uint8[I, S, S, 3] with S pixels per side, slots
+        int32[I]) -> the table with tile i encoded into tile slot `slots[i]`.  Slots beyond the
+        table are ignored.
+      embed: (params, table, tokens int32[B, T], image_index int32[B, T]) -> x [B, T, D].
       caches: ([B], [S]) -> empty caches.
-      spread: (caches of one row, [B], [S]) -> caches of B equal rows with S slots.
-      prefill: (params, x, positions, caches (donated)) -> hidden [B, T, D], caches.
-      pick: (last [B, D], hidden [B, T, D], at [B]) -> `hidden` at these places, `last` where they
-        are outside.
-      begin: (params, sampling, last [B, D], caches, seen, positions, seeds, [S]) -> a state with S
-        slots, whose tokens follow the prompts.
-      idle: ([B], [S]) -> a state without a row at work.
-      insert: (state (donated), other, rows) -> the state with row i of `other` as row `rows[i]`;
-        of equal numbers the last counts.
-      take: (state, rows) -> the state of these rows alone.
-      burst: (params, sampling, state (donated), eos, count, stop_at) -> state, tokens [B, BURST],
-        `NOTHING` behind the last step. Takes up to `count` steps, fewer if only `stop_at` rows, or
-        less, are not done.
+      spread: (caches, [B], [S]) -> caches with B rows and S slots; caches of one row are repeated.
+      prefill: (params, x, positions int32[B, T], caches (donated)) -> hidden [B, T, D], caches.
+      pick: (last [B, D], hidden [B, T, D], at int32[B]) -> [B, D]: row b of `hidden` at token
+        `at[b]`, or of `last` if `at[b]` is not in 0 to T - 1.
+      begin: (params, sampling, last [B, D], caches, seen, positions, seeds uint32[B], [S]) -> a
+        state with S slots and the first token of each answer, sampled from `last`.
+      idle: ([B], [S]) -> a state whose rows are all free.
+      insert: (state (donated), other, rows int32[n]) -> the state with row i of `other` at row
+        `rows[i]`.  If an index occurs several times, the last row is used.
+      take: (state, rows int32[n]) -> a state of only these rows.
+      burst: (params, sampling, state (donated), eos int32[n], count, stop_at) -> state, tokens
+        int32[B, BURST].  Decodes up to `count` tokens per row.  Stops early once at most `stop_at`
+        rows are not done; the remaining tokens are `NOTHING`.
     """
 
     table: Callable
@@ -96,10 +100,13 @@ def compiled_steps(
     backend: str,
     cache_dtype: jnp.dtype | None = None,
 ) -> CompiledSteps:
-    """Jitted steps for one architecture and dtype.
+    """Makes the jitted steps for one architecture, dtype and platform.
 
     Args:
-      cache_dtype: None: that of the activations.
+      config: architecture.
+      dtype: dtype of the computation.
+      backend: "cpu", "gpu" or "tpu", for the compiler options.
+      cache_dtype: dtype of cached values; None: `dtype`.
     """
     model: Any = VL2(config, dtype)
     cfg = config.decoder
@@ -136,7 +143,7 @@ def compiled_steps(
         def repeat(a):
             return jnp.broadcast_to(a, (a.shape[0], rows, *a.shape[2:]))
 
-        return _fit(jax.tree.map(repeat, caches), slots)
+        return _resize(jax.tree.map(repeat, caches), slots)
 
     @functools.partial(jit, donate_argnums=3)
     def prefill(params, x, positions, caches):
@@ -149,10 +156,12 @@ def compiled_steps(
         return jnp.where(((at >= 0) & (at < length))[:, None], found, last)
 
     def choose(params, sampling, hidden, seen, keys, positions):
-        """Tokens [B] at `positions`, and `seen` with them."""
+        """Samples tokens int32[B] for `positions`, and adds them to `seen`."""
         logits = model.apply(params, hidden, method=VL2.logits)
         draws = jax.vmap(jax.random.fold_in)(keys, positions)
-        token = constrain(next_token(sampling, logits, seen, draws))  # whole, for every host
+        token = constrain(
+            next_token(sampling, logits, seen, draws)
+        )  # replicated, so each host reads it
         return token, seen.at[jnp.arange(seen.shape[0]), token].set(True)
 
     @functools.partial(jax.jit, static_argnums=7)
@@ -160,7 +169,7 @@ def compiled_steps(
         keys = jax.vmap(jax.random.key)(seeds)
         tokens, seen = choose(params, sampling, last, seen, keys, positions)
         done = jnp.zeros(positions.shape, bool)
-        return DecodeState(_fit(caches, slots), tokens, positions, seen, done, keys)
+        return DecodeState(_resize(caches, slots), tokens, positions, seen, done, keys)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def idle(rows, slots):
@@ -216,21 +225,22 @@ def compiled_steps(
 
     steps = (table, encode, embed, caches, spread, prefill)
     steps += (pick, begin, idle, insert, take, burst)
-    return CompiledSteps(*map(_waited_for, steps) if must_wait_for_steps() else steps)
+    return CompiledSteps(*map(_blocking, steps) if must_wait_for_steps() else steps)
 
 
-def _waited_for(step: Callable) -> Callable:
-    """A step that has ended when its call returns."""
+def _blocking(step: Callable) -> Callable:
+    """Wraps a step so that its call returns only after the computation has finished."""
     return lambda *args: jax.block_until_ready(step(*args))
 
 
 def _no_tiles(config: VL2Config) -> jax.Array:
+    """Zero tiles: uint8[0, S, S, 3] with S pixels per side."""
     side = config.vision.image_size
     return jnp.zeros((0, side, side, 3), jnp.uint8)
 
 
-def _fit(caches: Caches, slots: int) -> Caches:
-    """Caches [n, B, ..., S, K] cut or padded to `slots` slots."""
+def _resize(caches: Caches, slots: int) -> Caches:
+    """Cuts or pads caches [n, B, ..., S, K] to `slots` slots."""
 
     def fit(a: jax.Array) -> jax.Array:
         a = a[..., :slots, :]

@@ -50,8 +50,8 @@ def routed_experts(
         weights of an expert are cast to the dtype of x when it is computed.
       first: index of this layer's expert 0 in w.
       n_experts: E; None: all experts in w.
-      implementation: a name in `IMPLEMENTATIONS`; "auto": chosen by platform and arguments.
-        An implementation requested with `ops.use` takes precedence over this argument.
+      implementation: a name in `IMPLEMENTATIONS`, tried first; "auto": chosen by platform and
+        arguments.  An implementation requested with `ops.use` takes precedence.
 
     Returns:
       [T, D] in the dtype of x.
