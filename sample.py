@@ -69,7 +69,7 @@ def run_here(args: argparse.Namespace, shard: Shard) -> int:
     set_compilation_cache(args.compilation_cache)
     if args.verbose:
         show_compilations()
-        ops.tell(lambda line: print(f"ops: {line}", file=sys.stderr))
+        ops.report_choices(lambda line: print(f"ops: {line}", file=sys.stderr))
     if args.plan:
         session.plan(args.batch_size if args.batch else 1)
         return 0

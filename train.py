@@ -29,7 +29,7 @@ from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
 from vl2jax.model.vl2 import DTYPES
-from vl2jax.ops.compiler_options import options_to_run_once
+from vl2jax.ops.compiler_options import run_once_options
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.processes import (
     assert_equal_across_processes,
@@ -137,7 +137,7 @@ def first_state(
             init_state,
             static_argnums=0,
             out_shardings=shardings,
-            compiler_options=options_to_run_once(),
+            compiler_options=run_once_options(),
         )
         return init(recipe, jax.random.key(config.seed)), None
     variables = init_params(

@@ -29,7 +29,7 @@ import numpy as np
 from vl2jax.config import VL2Config
 from vl2jax.inference.buckets import length_bucket
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import BURST, DecodeState, compiled_steps
+from vl2jax.inference.steps import MAX_BURST, DecodeState, compiled_steps
 from vl2jax.model.quantization import KINDS, quantize_tree
 from vl2jax.model.vl2 import VL2, init_variables
 from vl2jax.ops.compiler_options import compiler_options
@@ -98,7 +98,9 @@ class Case:
         batch = picture_batch(self.config)
         return lambda: self._start(batch, 0)
 
-    def decode(self, rows: int, prompt: int = PROMPT, burst: int = BURST) -> Callable[[], float]:
+    def decode(
+        self, rows: int, prompt: int = PROMPT, burst: int = MAX_BURST
+    ) -> Callable[[], float]:
         """Seconds of `NEW` steps, so many per dispatch; prefill not counted."""
         batch = text_batch(self.config, rows, prompt)
         nothing = jnp.asarray([-1], jnp.int32)
@@ -116,9 +118,9 @@ class Case:
 
     def compiled_burst(self, rows: int):
         """The program of `decode`, compiled anew."""
-        state = jax.eval_shape(lambda: self.steps.idle(rows, length_bucket(PROMPT + NEW)))
+        state = jax.eval_shape(lambda: self.steps.empty_state(rows, length_bucket(PROMPT + NEW)))
         nothing = jnp.asarray([-1], jnp.int32)
-        traced = self.steps.burst.trace(self.params, _GREEDY, state, nothing, BURST, 0)
+        traced = self.steps.burst.trace(self.params, _GREEDY, state, nothing, MAX_BURST, 0)
         return traced.lower().compile()
 
     def prefill_mb(self, chunk: int, slots: int) -> float:
@@ -149,7 +151,7 @@ class Case:
         rows, length = batch.tokens.shape
         hidden, caches = self._prefilled(batch, length)
         at, seeds = np.full(rows, length - 1, np.int32), np.zeros(rows, np.uint32)
-        last = self.steps.pick(np.zeros((rows, hidden.shape[-1]), self.dtype), hidden, at)
+        last = self.steps.gather_last(np.zeros((rows, hidden.shape[-1]), self.dtype), hidden, at)
         seen = np.zeros((rows, self.config.decoder.vocab_size), bool)
         return self.steps.begin(
             *(self.params, _GREEDY, last, caches, seen, at + 1, seeds, length_bucket(length + new))

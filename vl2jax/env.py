@@ -139,7 +139,7 @@ def answer() -> None:
 
     operations = [
         {"operation": operation, "implementation": implementation, "reason": reason}
-        for operation, implementation, reason in registry.describe()
+        for operation, implementation, reason in registry.describe_choices()
     ]
     print(json.dumps({"operations": operations}), flush=True)
 

@@ -35,7 +35,7 @@ def test_a_stop_string_is_never_shown():
         assert bytes(answer.tokens).decode() == "one two END"
 
 
-def test_what_only_looked_like_a_stop_string_is_shown():
+def test_partial_stop_string_is_shown():
     answer, shown = _run("a EN b EN", 1, stop=["END"], limit=9)
     assert "".join(shown) == "a EN b EN"
     assert shown[2] == shown[3] == ""  # held back while it could be a stop string

@@ -73,7 +73,7 @@ def test_random_mixes(asked):
             assert text == want.text == row.answer.text, (number, i)
 
 
-def test_a_long_prompt_drawn_forward(asked):
+def test_long_prompt_joins_first_prefill(asked):
     """A long prompt behind as many short ones as there are batch rows is prefilled with the first.
 
     One of the short prompts equals another and waits until it can reuse its prefix.
@@ -101,7 +101,7 @@ def test_pictures_and_shared_beginnings_pass_once(asked):
     engine = Engine(model.config, model.params, rows=4)
     together, _ = answers(engine, questions, [4] * 7)
     assert engine.image_cache.encoded == len(set(longest.digests))
-    assert engine.prefilled < len(longest) + 1 + 6 * (16 + 1)
+    assert engine.prefilled_tokens < len(longest) + 1 + 6 * (16 + 1)
     for question, row in zip(questions, together, strict=True):
         alone, _ = answers(Engine(model.config, model.params, rows=1), [question], [4])
         assert row.answer.tokens == alone[0].answer.tokens
@@ -116,9 +116,9 @@ def test_a_next_turn_prefills_only_what_is_new(asked):
     second = Prompt(tokens, index, first.tiles, first.tokens_per_tile)
     engine = Engine(model.config, model.params, rows=1, keep_turns=True)
     answers(engine, [first])
-    before = engine.prefilled
+    before = engine.prefilled_tokens
     again, _ = answers(engine, [second], [6])
-    assert engine.prefilled - before < 16 + 4
+    assert engine.prefilled_tokens - before < 16 + 4
     fresh, _ = answers(Engine(model.config, model.params, rows=1), [second], [6])
     assert again[0].answer.tokens == fresh[0].answer.tokens
 
@@ -145,7 +145,7 @@ def test_few_programs_compile(asked):
     assert steps.burst._cache_size() <= 4
 
 
-def test_a_row_that_is_done_gives_its_place(asked):
+def test_finished_sequence_frees_its_row(asked):
     """Seven sequences with different limits go through two batch rows."""
     model, prompts, golden = asked
     engine = Engine(model.config, model.params, rows=2)

@@ -43,7 +43,7 @@ def test_query_chunks_change_nothing():
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("masked", [False, True, "ordered"])
-def test_every_form_equals_the_oracle(masked, shared, chunk):
+def test_equals_reference(masked, shared, chunk):
     """Values and gradients, with keys wider than values."""
     keys = jax.random.split(jax.random.key(5), 3)
     heads = 1 if shared else 3

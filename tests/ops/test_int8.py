@@ -25,13 +25,13 @@ from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import compiled_steps
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.moe import expert_stacks
-from vl2jax.model.quantization import quantize_tree, summed_axes
+from vl2jax.model.quantization import contracted_axes, quantize_tree
 from vl2jax.model.vl2 import VL2, abstract_params
 from vl2jax.ops.experts import ExpertWeights
 from vl2jax.ops.experts.reference import dense
 from vl2jax.ops.experts.tpu import gmm
 from vl2jax.ops.experts.xla import blocked
-from vl2jax.ops.matmul import Int8, cast, quantize, widen
+from vl2jax.ops.matmul import Int8, cast, dequantize, quantize
 from vl2jax.ops.matmul.int8 import int8_sharding, scale_spec
 from vl2jax.ops.platform import compiling_for
 from vl2jax.parallel.mesh import AXES
@@ -46,7 +46,7 @@ def is_int8(leaf) -> bool:
 
 def dequantized(params):
     """Converts int8 weights to plain arrays."""
-    return jax.tree.map(lambda w: widen(w, jnp.float32), params, is_leaf=is_int8)
+    return jax.tree.map(lambda w: dequantize(w, jnp.float32), params, is_leaf=is_int8)
 
 
 class Loaded(NamedTuple):
@@ -75,7 +75,7 @@ def test_each_element_is_off_by_half_a_scale_at_most(shape, axes):
     found = quantize(jnp.asarray(weight), axes)
     assert found.values.dtype == jnp.int8 and found.shape == shape
     assert found.scale.shape == tuple(1 if i in axes else n for i, n in enumerate(shape))
-    error = np.abs(np.asarray(widen(found, jnp.float32)) - weight)
+    error = np.abs(np.asarray(dequantize(found, jnp.float32)) - weight)
     assert (error <= np.asarray(found.scale) / 2 * (1 + 1e-5)).all()
     largest = np.abs(np.asarray(found.values)).max(axis=axes)
     assert (largest[..., 1:] == 127).all() and (largest[..., 0] == 0).all()
@@ -83,7 +83,7 @@ def test_each_element_is_off_by_half_a_scale_at_most(shape, axes):
 
 def test_what_is_not_finite_stays_so():
     weight = jnp.ones((3, 3)).at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf)
-    wide = np.asarray(widen(quantize(weight, (0,)), jnp.float32))
+    wide = np.asarray(dequantize(quantize(weight, (0,)), jnp.float32))
     assert not np.isfinite(wide[:, :2]).any() and (wide[:, 2] == 1).all()
 
 
@@ -104,7 +104,7 @@ def test_which_weights_are_quantized(preset):
     kept = ("norm", "bias", "gate/kernel", "adaptor", "embed", "newline", "seperator")
     small, whole = 0, flatten(abstract_params(PRESETS[preset]()))
     for path, leaf in whole.items():
-        axes = summed_axes(path)
+        axes = contracted_axes(path)
         assert any(name in path for name in kept) == (axes is None), path
         if axes:
             small += leaf.size
@@ -177,7 +177,7 @@ def test_no_weight_is_widened_as_a_whole(model):
     """The temporary memory of a burst is smaller than the experts of all layers in float32."""
     plain, quantized = model
     steps = compiled_steps(plain.config, jnp.dtype("float32"), "cpu")
-    arguments = (SamplingParams.create(), steps.idle(1, 32), np.int32([1]), 4, False)
+    arguments = (SamplingParams.create(), steps.empty_state(1, 32), np.int32([1]), 4, False)
     memory = steps.burst.lower(quantized.model.params, *arguments).compile().memory_analysis()
     experts = quantized.model.params["params"]["decoder"]["moe_1"]["mlp"]["experts"]
     assert memory.temp_size_in_bytes < 4 * sum(leaf.size for leaf in experts.values())
@@ -196,7 +196,7 @@ def test_experts(implementation):
         *(quantize(jnp.asarray(rng.normal(0, 1, (2 * experts, *s))), (1,)) for s in shapes)
     )
     layer = jax.tree.map(lambda a: a[experts:], stacks)
-    want = dense(x, weights, chosen, ExpertWeights(*(widen(w, jnp.float32) for w in layer)))
+    want = dense(x, weights, chosen, ExpertWeights(*(dequantize(w, jnp.float32) for w in layer)))
     np.testing.assert_allclose(dense(x, weights, chosen, layer), want, rtol=1e-6)
     options = {"interpret": True} if implementation is gmm else {}
     got = implementation(
@@ -233,7 +233,7 @@ def test_answering_on_a_mesh():
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         sharding = where[name]
         if is_int8(leaf):
-            sharding = int8_sharding(sharding, summed_axes(name))
+            sharding = int8_sharding(sharding, contracted_axes(name))
         return jax.device_put(leaf, sharding)
 
     spread = jax.tree_util.tree_map_with_path(place, alone, is_leaf=is_int8)

@@ -8,7 +8,7 @@ import pytest
 import smallest
 
 from vl2jax.inference.sampling import SamplingParams
-from vl2jax.inference.steps import BURST, DecodeState, compiled_steps
+from vl2jax.inference.steps import MAX_BURST, DecodeState, compiled_steps
 from vl2jax.model.decoder import init_caches
 from vl2jax.model.vl2 import abstract_params
 from vl2jax.ops.platform import compiling_for
@@ -69,9 +69,9 @@ def test_prefill_and_decode_lower_for_cuda(architecture):
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS)),
     )
     sampling, eos = SamplingParams.create(), shape((1,), jnp.int32)
-    text = _lowered(steps.burst, params, sampling, state, eos, jnp.int32(BURST), jnp.int32(0))
+    text = _lowered(steps.burst, params, sampling, state, eos, jnp.int32(MAX_BURST), jnp.int32(0))
     _all_plain(text)
-    assert f"tensor<{ROWS}x{BURST}xi32>" in text
+    assert f"tensor<{ROWS}x{MAX_BURST}xi32>" in text
 
 
 def _all_plain(text: str) -> None:

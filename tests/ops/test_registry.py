@@ -22,19 +22,19 @@ def halve(monkeypatch):
     return Operation(
         "halve",
         Implementation("tpu", lambda x: ("tpu", x / 2), ("tpu",)),
-        Implementation("even", lambda x: ("even", x // 2), refuses=odd),
+        Implementation("even", lambda x: ("even", x // 2), unsupported=odd),
         Implementation("any", lambda x: ("any", x / 2)),
     )
 
 
-def test_the_first_that_serves_is_taken(halve):
+def test_first_supported_is_chosen(halve):
     assert halve(4) == ("even", 2)
     assert halve(3) == ("any", 1.5)
     with ops.compiling_for("tpu"):
         assert halve(4) == ("tpu", 2)
 
 
-def test_what_is_asked_for_comes_first(halve, monkeypatch):
+def test_request_comes_first(halve, monkeypatch):
     with ops.use(halve="any"):
         assert halve(4) == ("any", 2)
         with ops.use(halve="even"):
@@ -61,7 +61,7 @@ def test_jit_traces_anew_for_another_implementation():
         del registry._operations["test_only"]
 
 
-def test_a_preference_gives_way_to_what_is_asked_for(halve):
+def test_request_overrides_preference(halve):
     assert halve(4, prefer="any")[0] == "any"
     assert halve(3, prefer="even")[0] == "any"  # not supported
     with ops.use(halve="even"):
@@ -81,20 +81,20 @@ def test_unknown_names_are_one_line(text, message):
         ops.parse(text)
 
 
-def test_choices_are_told_once(halve):
+def test_choices_are_reported_once(halve):
     told = []
-    ops.tell(told.append)
+    ops.report_choices(told.append)
     try:
         halve(3)
         halve(3)
     finally:
-        ops.tell(None)
+        ops.report_choices(None)
     halve(5)
     assert told == ["halve of 3: any (not tpu: runs on tpu only; even: odd)"]
 
 
 def test_every_operation_describes_itself(halve):
-    found = {name: (chosen, remark) for name, chosen, remark in ops.describe()}
+    found = {name: (chosen, remark) for name, chosen, remark in ops.describe_choices()}
     assert found["halve"] == ("even", "else any; tpu on tpu only")
     assert {"attention", "latent_attention", "experts", "cache_write", "matmul"} <= set(found)
 
@@ -104,7 +104,7 @@ def test_every_operation_serves_every_platform():
         unconditional = [
             one
             for one in operation.implementations.values()
-            if not one.platforms and one.refuses is registry._serves_all
+            if not one.platforms and one.unsupported is registry._serves_all
         ]
         assert unconditional, operation.name
 

@@ -9,7 +9,7 @@ import pytest
 from expert_case import E, case
 
 from vl2jax.ops.attention import Visibility, attention
-from vl2jax.ops.attention.tpu import splash
+from vl2jax.ops.attention.tpu import splash_attention
 from vl2jax.ops.experts.reference import dense
 from vl2jax.ops.experts.tpu import gmm
 from vl2jax.ops.experts.tpu_gmm import grouped_ffn, tile_columns, tile_rows
@@ -100,7 +100,9 @@ def test_splash_equals_the_plain_form(width, value_width, causal):
 
         return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))
 
-    kernel = functools.partial(splash, segments=segments if causal else None, interpret=True)
+    kernel = functools.partial(
+        splash_attention, segments=segments if causal else None, interpret=True
+    )
     (_, y), gradients = loss(kernel)(q, k, v)
     (_, want), wanted = loss(functools.partial(attention, visibility=visibility))(q, k, v)
     np.testing.assert_allclose(y, want, atol=2e-6)

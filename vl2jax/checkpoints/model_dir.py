@@ -231,8 +231,8 @@ def load_params(
         collection stays float32.
       shardings: tree like the result with a `jax.sharding.Sharding` per leaf; each device's part
         is read from the disk by itself.  None puts everything on the default device.
-      quantize: "int8": the weights that `quantize.SUMMED_AXES` lists become `Int8`, from what is
-        stored, each as soon as it is read.
+      quantize: "int8": the weights in `quantization.CONTRACTED_AXES` become `Int8`, each as soon as
+        it is read.
       on_leaf: called with the path and the bytes of each leaf once it is on the device.
 
     Returns:
@@ -243,7 +243,7 @@ def load_params(
     """
     import jax
 
-    from vl2jax.model.quantization import summed_axes
+    from vl2jax.model.quantization import contracted_axes
 
     store = ParamStore(Path(path))
     if expected is not None:
@@ -255,7 +255,7 @@ def load_params(
         stored = store.open(name)
         is_float = stored.dtype.numpy_dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
         wanted = np.float32 if is_router else dtype if is_float else None
-        axes = summed_axes(name) if quantize == "int8" and is_float else None
+        axes = contracted_axes(name) if quantize == "int8" and is_float else None
         if axes is None:
             leaf = read_leaf(stored, wanted, by_path.get(name))
         else:

@@ -23,10 +23,10 @@ from vl2jax.config import VL2Config
 from vl2jax.inference.buckets import length_bucket, round_up, row_bucket
 from vl2jax.inference.completion import Completion
 from vl2jax.inference.image_cache import ImageCache
-from vl2jax.inference.prefix_cache import Prefix, PrefixCache, common_length, others_begin_alike
+from vl2jax.inference.prefix_cache import Prefix, PrefixCache, any_shares_prefix, common_length
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.sequence import Prompt, Sequence
-from vl2jax.inference.steps import BURST, NOTHING, DecodeState, compiled_steps
+from vl2jax.inference.steps import MAX_BURST, NO_TOKEN, DecodeState, compiled_steps
 from vl2jax.model.decoder import Caches
 from vl2jax.model.vl2 import compute_dtype
 from vl2jax.ops.platform import platform_of
@@ -87,7 +87,7 @@ class Engine:
         eos_token_id: int | abc.Sequence[int] | None = None,
         chunk_size: int = 0,
         keep_turns: bool = False,
-        compare_prompts: bool = False,
+        check_prompts_equal: bool = False,
         dtype: jnp.dtype | None = None,
         cache_dtype: jnp.dtype | None = None,
     ):
@@ -99,7 +99,7 @@ class Engine:
           rows: maximum number of sequences in the batch.
           keep_turns: whether to keep the cache of a finished sequence that was alone in the batch,
             for a prompt that continues the conversation.
-          compare_prompts: whether to check that all processes of a run answer the same prompts.
+          check_prompts_equal: whether to check that all processes of a run answer the same prompts.
           tokenizer, temperature, top_p, top_k, repetition_penalty, stop, eos_token_id, chunk_size,
             dtype, cache_dtype: see `generate.stream`.
 
@@ -117,7 +117,7 @@ class Engine:
         self._tokenizer, self._stop, self._eos = tokenizer, stop, _as_list(eos_token_id)
         self._eos_array = np.asarray(self._eos or [-1], np.int32)
         self._max_rows, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
-        self._n_compared = 0 if compare_prompts else None
+        self._n_compared = 0 if check_prompts_equal else None
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype)
@@ -126,7 +126,7 @@ class Engine:
         self._prefix_cache = PrefixCache()
         self._state: Any = None  # a `DecodeState` while rows are active
         self._rows: list[Sequence | None] = []
-        self.prefilled = 0
+        self.prefilled_tokens = 0
 
     def row(self, prompt: Prompt, max_new_tokens: int = 512, seed: int = 0) -> Sequence:
         """Makes a sequence for `run`; its latency is measured from now.
@@ -200,7 +200,7 @@ class Engine:
             waiting.remove(row)
             self._check_same_prompt(row.prompt)
         upcoming = [*group.rows, *itertools.islice(waiting, self._max_rows)]
-        slots = length_bucket(max(row.total for row in upcoming))
+        slots = length_bucket(max(row.max_length for row in upcoming))
         count = row_bucket(len(group.rows), len(self._rows))
         last, caches = self._prefill(group, count)
         if group.keep:
@@ -242,22 +242,22 @@ class Engine:
             self._state = state
             return
         if self._state is None:
-            self._state = self.steps.idle(len(self._rows), slots)
+            self._state = self.steps.empty_state(len(self._rows), slots)
         elif _slots(self._state.caches) < slots:
-            grown = self.steps.spread(self._state.caches, len(self._rows), slots)
+            grown = self.steps.repeat_caches(self._state.caches, len(self._rows), slots)
             self._state = dataclasses.replace(self._state, caches=grown)
         rows = np.array([indices[0]] * offset + indices, np.int32)
         self._state = self.steps.insert(self._state, state, rows)
 
-    def _choose_group(self, waiting: deque, room: int) -> Group:
+    def _choose_group(self, waiting: deque, remaining_tokens: int) -> Group:
         """Chooses the first waiting sequence and others that can be prefilled with it."""
         head, *others = waiting
         prefix, common = self._prefix_cache.find(head.prompt)
-        if prefix is None and others_begin_alike(head.prompt, [row.prompt for row in others]):
+        if prefix is None and any_shares_prefix(head.prompt, [row.prompt for row in others]):
             return Group([head], keep=True)
         rows = [head]
         for row in others:
-            if len(rows) == room:
+            if len(rows) == remaining_tokens:
                 break
             other_common = 0 if prefix is None else prefix.common_length(row.prompt)
             if other_common == common and self._can_join([*rows, row], common):
@@ -283,11 +283,11 @@ class Engine:
         prompts = [row.prompt for row in group.rows]
         lengths = np.ones(count, np.int32)
         lengths[count - len(prompts) :] = [len(prompt) - common for prompt in prompts]
-        self.prefilled += sum(len(prompt) - common for prompt in prompts)
+        self.prefilled_tokens += sum(len(prompt) - common for prompt in prompts)
         whole = length_bucket(int(lengths.max()))
         chunk = min(self._chunk, whole) or whole
         length = round_up(int(lengths.max()), chunk) if chunk < whole else whole
-        table, indices = self.image_cache.place(prompts)
+        table, indices = self.image_cache.lookup(prompts)
         tokens = np.zeros((count, length), np.int32)
         index = np.full((count, length), TEXT, np.int32)
         for i, prompt in enumerate(prompts, count - len(prompts)):
@@ -298,18 +298,18 @@ class Engine:
             caches = steps.caches(count, length)
         else:
             slots = length_bucket(common + length)
-            caches = steps.spread(group.prefix.caches, count, slots)
+            caches = steps.repeat_caches(group.prefix.caches, count, slots)
         last = np.zeros((count, x.shape[-1]), self.dtype)
         for start in range(0, length, chunk):
             positions = np.arange(start, start + chunk, dtype=np.int32) + common
             positions = np.broadcast_to(positions, (count, chunk))
             part = x if chunk == length else x[:, start : start + chunk]
             hidden, caches = steps.prefill(self._params, part, positions, caches)
-            last = steps.pick(last, hidden, lengths - 1 - start)
+            last = steps.gather_last(last, hidden, lengths - 1 - start)
         return last, caches
 
     def _burst(self, waiting: deque) -> Events:
-        """Decodes up to `BURST` tokens of all active sequences.
+        """Decodes up to `MAX_BURST` tokens of all active sequences.
 
         If sequences are waiting, the burst ends when a sequence is finished.  Otherwise it ends
         when at most half of the batch rows are active, so that the batch can shrink.
@@ -319,15 +319,15 @@ class Engine:
         active = self._active
         smaller = 0 if len(self._rows) == 1 else len(self._rows) // 2
         stop_at = len(active) - 1 if waiting else min(smaller, len(active) - 1)
-        rooms = sorted(row.room for _, row in active)
-        count = min(BURST, rooms[len(active) - stop_at - 1])
+        rooms = sorted(row.remaining_tokens for _, row in active)
+        count = min(MAX_BURST, rooms[len(active) - stop_at - 1])
         done = np.array([row is None for row in self._rows])
         state = dataclasses.replace(self._state, done=done)
         self._state, tokens = self.steps.burst(
             self._params, self._sampling, state, self._eos_array, count, stop_at
         )
         tokens = np.asarray(tokens)
-        taken = int((tokens[0] != NOTHING).sum())
+        taken = int((tokens[0] != NO_TOKEN).sum())
         events = [(row, row.push(tokens[index, :taken].tolist())) for index, row in active]
         self._retire()
         return events

@@ -12,7 +12,7 @@ import numpy as np
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.inference.engine import Engine
-from vl2jax.inference.sequence import Generation, Sequence, prompts_of
+from vl2jax.inference.sequence import Generation, Sequence, split_batch
 from vl2jax.processing.batch import Batch
 
 
@@ -91,7 +91,7 @@ def stream(
         dtype=dtype,
         cache_dtype=cache_dtype,
     )
-    prompts = prompts_of(batch, lengths, config.tokens_per_tile)
+    prompts = split_batch(batch, lengths, config.tokens_per_tile)
     seeds = _seeds(seed, len(prompts))
     rows = [
         engine.row(prompt, max_new_tokens, one) for prompt, one in zip(prompts, seeds, strict=True)

@@ -36,7 +36,7 @@ class ImageCache:
         self._table: Any = None  # an array after the first call of `place`
         self.encoded = 0
 
-    def place(self, prompts: Sequence[Prompt]) -> tuple[jax.Array, list[np.ndarray]]:
+    def lookup(self, prompts: Sequence[Prompt]) -> tuple[jax.Array, list[np.ndarray]]:
         """Encodes the tiles of prompts that are not cached.
 
         Returns:
@@ -54,7 +54,7 @@ class ImageCache:
         fresh = [digest for digest in tiles if digest not in self._slots]
         for start in range(0, len(fresh), _MAX_TILES):
             self._encode(fresh[start : start + _MAX_TILES], tiles)
-        return self._table, [p.placed([self._slots[d] for d in p.digests]) for p in prompts]
+        return self._table, [p.image_index_in([self._slots[d] for d in p.digests]) for p in prompts]
 
     def _encode(self, digests: Sequence[int], tiles: dict[int, np.ndarray]) -> None:
         """Encodes tiles into free slots of the table; evicts the least recently used ones."""

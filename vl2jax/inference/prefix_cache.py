@@ -75,6 +75,6 @@ class PrefixCache:
         self._prefixes.append(prefix)
 
 
-def others_begin_alike(prompt: Prompt, waiting: Sequence[Prompt]) -> bool:
+def any_shares_prefix(prompt: Prompt, waiting: Sequence[Prompt]) -> bool:
     """Whether a waiting prompt shares a prefix with this one."""
     return any(common_length(prompt.keys, other.keys) for other in waiting)

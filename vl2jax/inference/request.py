@@ -152,10 +152,10 @@ def _images(value: Mapping[str, Any], folder: Path) -> list[Any] | None:
         images = [images]
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UserError(f"'images' must be a list of paths, got {images!r:.80}")
-    return [locate(image, folder) for image in images]
+    return [resolve_path(image, folder) for image in images]
 
 
-def locate(source: Any, folder: Path) -> Any:
+def resolve_path(source: Any, folder: Path) -> Any:
     """Resolves an image path against `folder` if it does not exist in the current directory.
 
     Args:
@@ -184,7 +184,7 @@ def _resolve_message(message: Any, folder: Path) -> Any:
         return message
     message = dict(message)
     if isinstance(message.get("images"), list):
-        message["images"] = [locate(image, folder) for image in message["images"]]
+        message["images"] = [resolve_path(image, folder) for image in message["images"]]
     if isinstance(message.get("content"), list):
         message["content"] = [_resolve_part(part, folder) for part in message["content"]]
     return message
@@ -201,4 +201,4 @@ def _resolve_part(part: Any, folder: Path) -> Any:
 
 
 def _resolve_keys(value: Mapping, keys: Iterable[str], folder: Path) -> dict:
-    return {k: locate(v, folder) if k in keys else v for k, v in value.items()}
+    return {k: resolve_path(v, folder) if k in keys else v for k, v in value.items()}

@@ -67,7 +67,7 @@ class Prompt:
         """A hash of the whole prompt, as 16 hexadecimal digits."""
         return hashlib.blake2b(self.keys.tobytes(), digest_size=8).hexdigest()
 
-    def placed(self, slots: abc.Sequence[int]) -> np.ndarray:
+    def image_index_in(self, slots: abc.Sequence[int]) -> np.ndarray:
         """Image index into a table that has tile i in tile slot `slots[i]`: int32[T]."""
         index = self.image_index.copy()
         visual = index >= FIRST_TILE_ROW
@@ -77,7 +77,7 @@ class Prompt:
         return index
 
 
-def prompts_of(batch: Batch, lengths: np.ndarray, tokens_per_tile: int) -> list[Prompt]:
+def split_batch(batch: Batch, lengths: np.ndarray, tokens_per_tile: int) -> list[Prompt]:
     """Splits a batch into prompts, each with its own tiles.
 
     Args:
@@ -138,7 +138,7 @@ class Sequence:
     answer: Completion
     prompt: Prompt
     seed: int
-    started: float
+    start_time: float
     first: float = 0.0
     last: float = 0.0
 
@@ -148,12 +148,12 @@ class Sequence:
         return self.answer.finish_reason is not None
 
     @property
-    def room(self) -> int:
+    def remaining_tokens(self) -> int:
         """Number of tokens that may still be generated."""
         return self.answer.max_new_tokens - len(self.answer.tokens)
 
     @property
-    def total(self) -> int:
+    def max_length(self) -> int:
         """Length of the prompt plus the maximum length of the answer."""
         return len(self.prompt) + self.answer.max_new_tokens
 
@@ -173,6 +173,6 @@ class Sequence:
             finish_reason=self.answer.finish_reason or "length",
             text=self.answer.text,
             prompt_tokens=len(self.prompt),
-            seconds_to_first_token=self.first - self.started,
+            seconds_to_first_token=self.first - self.start_time,
             tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0,
         )

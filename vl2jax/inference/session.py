@@ -153,7 +153,7 @@ class Session:
                 rows=rows,
                 tokenizer=self.processor.tokenizer,
                 keep_turns=rows == 1,
-                compare_prompts=rows == 1,
+                check_prompts_equal=rows == 1,
                 **{k: v for k, v in self._options.items() if k not in _REQUEST_OPTIONS},
             )
         return self._engines[rows]

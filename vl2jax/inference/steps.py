@@ -26,8 +26,8 @@ from vl2jax.parallel.mesh import constrain
 from vl2jax.parallel.processes import must_wait_for_steps
 from vl2jax.processing.batch import FIRST_TILE_ROW
 
-BURST = 16  # maximum number of decoding steps on the device before the host reads the tokens
-NOTHING = -1  # marks tokens in the output of a burst that were not computed
+MAX_BURST = 16  # maximum number of decoding steps on the device before the host reads the tokens
+NO_TOKEN = -1  # marks tokens in the output of a burst that were not computed
 
 
 @flax.struct.dataclass
@@ -64,30 +64,31 @@ class CompiledSteps:
         table are ignored.
       embed: (params, table, tokens int32[B, T], image_index int32[B, T]) -> x [B, T, D].
       caches: ([B], [S]) -> empty caches.
-      spread: (caches, [B], [S]) -> caches with B rows and S slots; caches of one row are repeated.
+      repeat_caches: (caches, [B], [S]) -> caches with B rows and S slots; caches of one row are
+        repeated.
       prefill: (params, x, positions int32[B, T], caches (donated)) -> hidden [B, T, D], caches.
-      pick: (last [B, D], hidden [B, T, D], at int32[B]) -> [B, D]: row b of `hidden` at token
-        `at[b]`, or of `last` if `at[b]` is not in 0 to T - 1.
+      gather_last: (last [B, D], hidden [B, T, D], at int32[B]) -> [B, D]: row b of `hidden` at
+        token `at[b]`, or of `last` if `at[b]` is not in 0 to T - 1.
       begin: (params, sampling, last [B, D], caches, seen, positions, seeds uint32[B], [S]) -> a
         state with S slots and the first token of each answer, sampled from `last`.
-      idle: ([B], [S]) -> a state whose rows are all free.
+      empty_state: ([B], [S]) -> a state whose rows are all free.
       insert: (state (donated), other, rows int32[n]) -> the state with row i of `other` at row
         `rows[i]`.  If an index occurs several times, the last row is used.
       take: (state, rows int32[n]) -> a state of only these rows.
       burst: (params, sampling, state (donated), eos int32[n], count, stop_at) -> state, tokens
-        int32[B, BURST].  Decodes up to `count` tokens per row.  Stops early once at most `stop_at`
-        rows are not done; the remaining tokens are `NOTHING`.
+        int32[B, MAX_BURST].  Decodes up to `count` tokens per row.  Stops early once at most
+        `stop_at` rows are not done; the remaining tokens are `NO_TOKEN`.
     """
 
     table: Callable
     encode: Callable
     embed: Callable
     caches: Callable
-    spread: Callable
+    repeat_caches: Callable
     prefill: Callable
-    pick: Callable
+    gather_last: Callable
     begin: Callable
-    idle: Callable
+    empty_state: Callable
     insert: Callable
     take: Callable
     burst: Callable
@@ -139,7 +140,7 @@ def compiled_steps(
         return init_caches(cfg, rows, slots, cache_dtype)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
-    def spread(caches, rows, slots):
+    def repeat_caches(caches, rows, slots):
         def repeat(a):
             return jnp.broadcast_to(a, (a.shape[0], rows, *a.shape[2:]))
 
@@ -150,7 +151,7 @@ def compiled_steps(
         return decode(params, x, positions, caches)
 
     @jax.jit
-    def pick(last, hidden, at):
+    def gather_last(last, hidden, at):
         length = hidden.shape[1]
         found = hidden[jnp.arange(len(at)), jnp.clip(at, 0, length - 1)]
         return jnp.where(((at >= 0) & (at < length))[:, None], found, last)
@@ -172,7 +173,7 @@ def compiled_steps(
         return DecodeState(_resize(caches, slots), tokens, positions, seen, done, keys)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def idle(rows, slots):
+    def empty_state(rows, slots):
         numbers = jnp.zeros(rows, jnp.int32)
         seen, done = jnp.zeros((rows, cfg.vocab_size), bool), jnp.ones(rows, bool)
         keys = jax.vmap(jax.random.key)(numbers.astype(jnp.uint32))
@@ -219,12 +220,12 @@ def compiled_steps(
             i, state, _ = carry
             return (i < count) & (jnp.sum(~state.done) > stop_at)
 
-        out = jnp.full((state.tokens.shape[0], BURST), NOTHING, jnp.int32)
+        out = jnp.full((state.tokens.shape[0], MAX_BURST), NO_TOKEN, jnp.int32)
         _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
         return state, constrain(out)
 
-    steps = (table, encode, embed, caches, spread, prefill)
-    steps += (pick, begin, idle, insert, take, burst)
+    steps = (table, encode, embed, caches, repeat_caches, prefill)
+    steps += (gather_last, begin, empty_state, insert, take, burst)
     return CompiledSteps(*map(_blocking, steps) if must_wait_for_steps() else steps)
 
 

@@ -43,7 +43,7 @@ def fan_in_normal(fan_in: int) -> nn.initializers.Initializer:
     return nn.initializers.normal(1 / math.sqrt(fan_in))
 
 
-def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+def expand_leading(vector: jax.Array, like: jax.Array) -> jax.Array:
     """Adds leading axes of size 1 so that `vector` broadcasts over the trailing axes of `like`."""
     return jnp.expand_dims(vector, range(like.ndim - vector.ndim))
 
@@ -86,7 +86,7 @@ class Linear(nn.Module):
         y = matmul(x, kernel).reshape(*rows, *self.features)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, self.features, self.param_dtype)
-            y += along_last(bias.astype(jnp.float32), y)
+            y += expand_leading(bias.astype(jnp.float32), y)
         return y.astype(self.dtype)
 
 
@@ -107,7 +107,7 @@ class RMSNorm(nn.Module):
         scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
         x = x.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return along_last(scale.astype(self.dtype), x) * normed.astype(self.dtype)
+        return expand_leading(scale.astype(self.dtype), x) * normed.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -125,7 +125,7 @@ class LayerNorm(nn.Module):
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.eps)
-        scale, bias = (along_last(p.astype(jnp.float32), x) for p in (scale, bias))
+        scale, bias = (expand_leading(p.astype(jnp.float32), x) for p in (scale, bias))
         return (normed * scale + bias).astype(self.dtype)
 
 

@@ -7,20 +7,20 @@ from typing import Any
 
 import flax.linen as nn
 
-_shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
+_shapes_only = contextvars.ContextVar("shapes_only", default=False)
 
 
 @contextlib.contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_only() -> Iterator[None]:
     """Context manager in which `init` fills parameters with zeros, for callers that need shapes.
 
     Tracing the random initializers takes a large part of the time to trace `init`.
     """
-    token = _shapes_alone.set(True)
+    token = _shapes_only.set(True)
     try:
         yield
     finally:
-        _shapes_alone.reset(token)
+        _shapes_only.reset(token)
 
 
 def parameter(
@@ -39,7 +39,7 @@ def parameter(
       ValueError: the parameter is missing or has another shape.
     """
     if module.is_initializing():
-        init = nn.initializers.zeros if _shapes_alone.get() else init
+        init = nn.initializers.zeros if _shapes_only.get() else init
         return module.param(name, init, shape, dtype)
     value = module.get_variable("params", name)
     if value is None or value.shape != shape:

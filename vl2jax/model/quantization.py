@@ -30,7 +30,7 @@ _RUN = r"decoder/(dense|moe)_\d+/"
 
 # (regex of the path, axes that matrix products sum over).  The first match wins; parameters without
 # a match are not quantised.
-SUMMED_AXES: tuple[tuple[str, tuple[int, ...]], ...] = (
+CONTRACTED_AXES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"vision/blocks/attn/qkv/kernel", (1,)),  # L W 3 H K
     (r"vision/blocks/attn/proj/kernel", (1, 2)),  # L H K W
     (r"vision/blocks/mlp/fc[12]/kernel", (1,)),  # L W F, L F W
@@ -52,14 +52,14 @@ def check_kind(kind: str | None) -> None:
         raise UserError(f"quantize must be one of {', '.join(KINDS)}, or None; got {kind!r}")
 
 
-def summed_axes(path: str) -> tuple[int, ...] | None:
+def contracted_axes(path: str) -> tuple[int, ...] | None:
     """The axes of a parameter that matrix products sum over, or None if it is not quantised.
 
     Args:
       path: "params/decoder/...", or without the name of the collection.
     """
     inner = re.sub(r"^(params|router)/", "", path)
-    return next((axes for pattern, axes in SUMMED_AXES if re.fullmatch(pattern, inner)), None)
+    return next((axes for pattern, axes in CONTRACTED_AXES if re.fullmatch(pattern, inner)), None)
 
 
 def quantize_tree(params: dict) -> dict:
@@ -69,7 +69,7 @@ def quantize_tree(params: dict) -> dict:
     """
 
     def quantize_leaf(path, leaf):
-        axes = summed_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
+        axes = contracted_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
         return leaf if axes is None else quantize(leaf, axes)
 
     return jax.tree_util.tree_map_with_path(quantize_leaf, params)
@@ -86,7 +86,7 @@ def int8_shapes(params):
     """
 
     def quantize_leaf(path, leaf: jax.ShapeDtypeStruct):
-        axes = summed_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
+        axes = contracted_axes(jax.tree_util.keystr(path, simple=True, separator="/"))
         if axes is None:
             return leaf
         shardings, shapes = (

@@ -114,7 +114,7 @@ class VisionTower(nn.Module):
         shape = (cfg.grid**2, cfg.width)
         # Larger than the patch embeddings.  With the usual 1 / sqrt(width), positions would be
         # negligible beside them, and a model trained from scratch would first learn what an image
-        # shows and not where.
+        # shows and not where it is.
         init = nn.initializers.normal(4.0)
         position = parameter(self, "pos_embed", init, shape, self.param_dtype)
         x += position.astype(self.dtype)[None]

@@ -17,7 +17,7 @@ from vl2jax.model.adaptor import Adaptor
 from vl2jax.model.decoder import Caches, Decoder
 from vl2jax.model.layers import REMAT
 from vl2jax.model.moe import Balance
-from vl2jax.model.parameter import parameter, shapes_alone
+from vl2jax.model.parameter import parameter, shapes_only
 from vl2jax.model.vision import VisionTower
 from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
 from vl2jax.processing.batch import TEXT, Batch
@@ -261,5 +261,5 @@ def abstract_params(config: VL2Config, param_dtype=jnp.float32):
 
 @functools.cache
 def _abstract_params(config: VL2Config):
-    with shapes_alone():
+    with shapes_only():
         return jax.eval_shape(lambda: init_variables(VL2(config), jax.random.key(0)))

@@ -9,17 +9,17 @@ platform a program is compiled for.  Imports `common` and `parallel`.  Start wit
 
 from vl2jax.ops import attention, cache, experts, latent_attention, matmul
 from vl2jax.ops.platform import compiling_for
-from vl2jax.ops.registry import describe, parse, tell, use
+from vl2jax.ops.registry import describe_choices, parse, report_choices, use
 
 __all__ = [
     "attention",
     "cache",
     "compiling_for",
-    "describe",
+    "describe_choices",
     "experts",
     "latent_attention",
     "matmul",
     "parse",
-    "tell",
+    "report_choices",
     "use",
 ]

@@ -31,7 +31,7 @@ def compiler_options(dtype: jnp.dtype, backend: str | None = None) -> dict[str, 
     return None
 
 
-def options_to_run_once() -> dict[str, int] | None:
+def run_once_options() -> dict[str, int] | None:
     """XLA options for a program that runs only once: low optimization on CPU, else the defaults.
 
     The random initialization of a whole model takes three times as long to compile with the

@@ -51,13 +51,13 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     platforms: tuple[str, ...] = ()
-    refuses: Callable[..., str] = _serves_all
+    unsupported: Callable[..., str] = _serves_all
 
-    def reason_against(self, *args: Any, **options: Any) -> str:
+    def why_not(self, *args: Any, **options: Any) -> str:
         """Why it cannot run with these arguments on the current platform, or "" if it can."""
         if self.platforms and platform() not in self.platforms:
             return f"runs on {' and '.join(self.platforms)} only"
-        return self.refuses(*args, **options)
+        return self.unsupported(*args, **options)
 
 
 class Operation:
@@ -85,7 +85,7 @@ class Operation:
         """
         rejected = []
         for one in self._in_order(prefer):
-            reason = one.reason_against(*args, **options)
+            reason = one.why_not(*args, **options)
             if not reason:
                 self._report(one, rejected, args[0])
                 return one
@@ -134,7 +134,7 @@ def parse(text: str) -> dict[str, str]:
     return found
 
 
-def describe() -> list[tuple[str, str, str]]:
+def describe_choices() -> list[tuple[str, str, str]]:
     """Describes the choice for each operation on this platform, whatever the arguments.
 
     Returns:
@@ -156,7 +156,7 @@ def describe() -> list[tuple[str, str, str]]:
     return found
 
 
-def tell(listener: Callable[[str], None] | None) -> None:
+def report_choices(listener: Callable[[str], None] | None) -> None:
     """Reports choices: calls `listener` with one line per choice; None stops the reports."""
     global _listener
     # The cache suppresses repeated lines.

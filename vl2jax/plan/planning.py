@@ -22,7 +22,7 @@ from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags
 from vl2jax.common.chips import TPU
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
-from vl2jax.inference.steps import BURST
+from vl2jax.inference.steps import MAX_BURST
 from vl2jax.model.quantization import KINDS
 from vl2jax.ops.experts.tpu_chunked import CHUNKS, SCOPE
 from vl2jax.ops.experts.xla import ACTIVE, BLOCKS
@@ -78,7 +78,7 @@ def plan(
         built = build(config, architecture, mesh, request)
     tokens, flops = work(config, architecture, what, request)
     # A step has several microbatches, a burst several tokens of a row: what is on the way at once.
-    parts = {"train": config.batch.microbatches, "decode": BURST}.get(what, 1)
+    parts = {"train": config.batch.microbatches, "decode": MAX_BURST}.get(what, 1)
     decoder = architecture.decoder
     chosen, routed = decoder.num_experts_per_tok or 0, decoder.n_routed_experts or 0
     experts = -(-min(request.rows * chosen, routed) // mesh.shape["expert"])
@@ -120,7 +120,7 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Request
         batch = config.batch
         tokens = batch.rows * batch.length
         return tokens, per_token * tokens + per_tile * batch.tiles
-    tokens = request.rows * (request.prompt if what == "prefill" else BURST)
+    tokens = request.rows * (request.prompt if what == "prefill" else MAX_BURST)
     head = 2.0 * architecture.decoder.hidden_size * architecture.decoder.vocab_size
     return tokens, tokens * (per_token / 3 - (head if what == "prefill" else 0))
 
@@ -135,7 +135,7 @@ def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards:
     if ACTIVE in origin:
         return 1 if BLOCKS in origin else experts
     if what == "decode":
-        return BURST
+        return MAX_BURST
     if "jvp()" in origin:
         batch, chunk = config.batch, config.compute.loss_chunk
         rows = batch.rows // batch.microbatches // shards

@@ -89,7 +89,9 @@ def plot(shown: Sequence[Panel], series: Mapping[str, Series]):
         plots.style_axes(axes, panel.title, "step" if lowest else "")
         _draw_panel(axes, panel, series)
         axes.set_xlim(0, 1.01 * max(last, 1))
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(
+            ticker.MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 5, 10])
+        )
         axes.xaxis.set_major_formatter(lambda step, _: human_count(step, 6))
     return figure
 

@@ -15,7 +15,7 @@ __all__ = ["Visibility", "attention"]
 
 _ATTENTION = Operation(
     "attention",
-    Implementation("tpu", tpu.attention, ("tpu",), tpu.refuses),
+    Implementation("tpu", tpu.attention, ("tpu",), tpu.unsupported),
     Implementation("cpu", cpu.attention, ("cpu",)),
     Implementation("xla", xla.attention),
     Implementation("reference", reference.attention),

@@ -16,7 +16,7 @@ LANES = 128  # lengths and block sizes are multiples of it
 MAX_BLOCK = 512
 
 
-def refuses(q, k, v, scale, visibility) -> str:
+def unsupported(q, k, v, scale, visibility) -> str:
     """Supports self-attention of whole sequences: training, unchunked prefill, image tiles."""
     if q.shape[:3] != k.shape[:3]:
         return "queries and keys are not the same tokens"
@@ -27,10 +27,10 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, visibility: Visibility | None
 ) -> jax.Array:
     """Same arguments and result as `ops.attention.attention`."""
-    return splash(q, k, v, scale, None if visibility is None else visibility.q_segments)
+    return splash_attention(q, k, v, scale, None if visibility is None else visibility.q_segments)
 
 
-def splash(
+def splash_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

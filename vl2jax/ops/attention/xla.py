@@ -33,7 +33,7 @@ ChunkSize = Callable[[jax.Array, jax.Array, bool], int]
 
 
 def default_chunk_size(q: jax.Array, k: jax.Array, ordered: bool) -> int:
-    """Large chunks, see `QUERY_CHUNK`."""
+    """One chunk for up to `WHOLE` queries, else chunks of `QUERY_CHUNK`."""
     del k, ordered
     return q.shape[2] if q.shape[2] <= WHOLE else QUERY_CHUNK
 
@@ -163,7 +163,7 @@ def _queries(visibility: Visibility | None):
 
 
 def _scores(q, k, scale, visibility, query_ids) -> jax.Array:
-    """float32[B, H, T, S], masked."""
+    """Masked scores of a chunk: float32[B, H, T, S]."""
     scores = product("BHTK,BHSK->BHTS", q, k) * scale
     if visibility is None:
         return scores

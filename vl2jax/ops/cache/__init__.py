@@ -15,7 +15,7 @@ __all__ = ["read", "stored_dtype", "write"]
 
 _DTYPE = Operation(
     "cache_dtype",
-    Implementation("cpu", cpu.stored_dtype, ("cpu",), cpu.refuses),
+    Implementation("cpu", cpu.stored_dtype, ("cpu",), cpu.unsupported),
     Implementation("xla", xla.stored_dtype),
 )
 _WRITE = Operation(
@@ -42,8 +42,8 @@ def stored_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def write(stack: jax.Array, layer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Writes the values of new tokens to the slots of their positions, in one layer.
 
-    If T > 1 (a prefill chunk), all rows must start at the same position.  What a
-    finished sequence writes beyond the last slot is dropped.
+    If T > 1 (a prefill chunk), all rows must start at the same position.  If T = 1, a finished
+    sequence may write beyond the last slot; that write is dropped.
 
     Args:
       stack: [n, B, ..., S, K], the cache.

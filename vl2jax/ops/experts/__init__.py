@@ -18,7 +18,7 @@ __all__ = ["AUTO", "IMPLEMENTATIONS", "ExpertWeights", "routed_experts"]
 
 _EXPERTS = Operation(
     "experts",
-    Implementation("gmm", tpu.gmm, ("tpu",), tpu.refuses),
+    Implementation("gmm", tpu.gmm, ("tpu",), tpu.unsupported),
     Implementation("blocked", xla.blocked),
     Implementation("dense", reference.dense),
 )

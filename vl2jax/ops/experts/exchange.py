@@ -18,7 +18,7 @@ from vl2jax.parallel.mesh import axis_size
 # most this fraction of what an all-gather sends; above, the sorting and the scattered sums cost
 # more than they save.  With six experts per token it sends 82% with 4 shards, 55% with 8 and 32%
 # with 16.
-RAGGED_WORTH = 0.6
+MAX_RAGGED_FRACTION = 0.6
 RAGGED_PLATFORMS = ("tpu", "cuda", "rocm", "gpu")
 
 # Computes a shard's experts: x [R, D], weights float32[R, K], experts int32[R, K] -> sums [R, D].
@@ -34,7 +34,7 @@ def choose_exchange(mesh: AbstractMesh, top_k: int) -> str:
 
     Returns:
       "none" if the `expert` axis has one shard.  "ragged" if the platform supports it and it sends
-      much less than an all-gather (see `RAGGED_WORTH`).  Otherwise "gather".
+      much less than an all-gather (see `MAX_RAGGED_FRACTION`).  Otherwise "gather".
     """
     width, device = axis_size(mesh, "expert"), mesh.abstract_device
     if width == 1:
@@ -42,7 +42,7 @@ def choose_exchange(mesh: AbstractMesh, top_k: int) -> str:
     if device is None or device.platform not in RAGGED_PLATFORMS:
         return "gather"
     part = rows_sent("ragged", width, top_k) / rows_sent("gather", width, top_k)
-    return "ragged" if part <= RAGGED_WORTH else "gather"
+    return "ragged" if part <= MAX_RAGGED_FRACTION else "gather"
 
 
 def rows_sent(exchange: str, width: int, top_k: int) -> float:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def by_expert(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
+def sorted_by_expert(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
     """Sorts tokens by expert, applies `grouped`, and sums its results per token.
 
     Args:

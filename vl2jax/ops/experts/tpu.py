@@ -7,17 +7,17 @@ E experts, D width, F expert width.
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ops.experts.sorting import by_expert
+from vl2jax.ops.experts.sorting import sorted_by_expert
 from vl2jax.ops.experts.tpu_chunked import CHUNKS, chunked_sum
 from vl2jax.ops.experts.tpu_gmm import MAX_ROWS, grouped_ffn
 from vl2jax.ops.experts.weights import ExpertWeights, one_layer
 from vl2jax.ops.matmul import Int8
 from vl2jax.parallel.mesh import axis_size, current_mesh
 
-MIN_SPLIT = 4096  # minimum number of pairs per device to compute in chunks
+MIN_CHUNKED_PAIRS = 4096  # minimum number of pairs per device to compute in chunks
 
 
-def refuses(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
+def unsupported(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
     """Rejects few tokens with int8 weights, because all experts of the layer would be converted."""
     if isinstance(w.gate, Int8) and experts_TK.size < (n_experts or w.gate.shape[0]):
         return "few tokens, int8 weights"
@@ -60,14 +60,14 @@ def gmm(
         zeros = jnp.zeros(n_weights, group_sizes.dtype)
         return jax.lax.dynamic_update_slice(zeros, group_sizes, (first,))
 
-    if chunk is None and n_shards > 1 and experts_TK.size // n_shards >= MIN_SPLIT:
+    if chunk is None and n_shards > 1 and experts_TK.size // n_shards >= MIN_CHUNKED_PAIRS:
         chunk = -(-experts_TK.size // (n_shards * CHUNKS * MAX_ROWS)) * MAX_ROWS
     if chunk is not None:
         flat_P = experts_TK.reshape(-1)
         sizes = pad_sizes(jnp.bincount(flat_P, length=n_experts))
         order_P = jnp.argsort(flat_P, stable=True)
         return chunked_sum(x_TD, weights_TK, order_P, sizes, w, chunk, n_experts, interpret)
-    return by_expert(
+    return sorted_by_expert(
         lambda x_PD, group_sizes: grouped_ffn(
             x_PD, w, pad_sizes(group_sizes), n_experts, interpret
         ),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ops.experts.tpu_gmm import Products, hidden_rows
+from vl2jax.ops.experts.tpu_gmm import Products, silu_gate
 
 CHUNKS = 2  # number of chunks if the load is balanced
 SCOPE = "expert_chunks"  # name scope of the loops
@@ -42,7 +42,7 @@ def chunked_sum(x_TD, weights_TK, order_P, sizes_G, w, chunk: int, used: int, in
         part = loop.part(i)
         product = Products(x_TD.dtype, chunk, part.sizes, used, interpret)
         x_CD = x_TD[part.tokens]
-        hidden = hidden_rows(product.rows(x_CD, w.gate), product.rows(x_CD, w.up))
+        hidden = silu_gate(product.rows(x_CD, w.gate), product.rows(x_CD, w.up))
         y_CD = product.filled(product.rows(hidden, w.down)).astype(jnp.float32)
         return y_TD.at[part.tokens].add(y_CD * part.weights)
 
@@ -65,7 +65,7 @@ def _backward(chunk, used, interpret, residuals, g_TD):
         product = Products(x_TD.dtype, chunk, part.sizes, used, interpret)
         x_CD, g_CD = x_TD[part.tokens], g_TD[part.tokens]
         gate, up = product.rows(x_CD, w.gate), product.rows(x_CD, w.up)
-        hidden, hidden_vjp = jax.vjp(hidden_rows, gate, up)
+        hidden, hidden_vjp = jax.vjp(silu_gate, gate, up)
         d_hidden = product.rows(g_CD, w.down, transpose=True).astype(jnp.float32)
         d_weight = jnp.sum(d_hidden * hidden.astype(jnp.float32), axis=-1, keepdims=True)
         d_gate, d_up = hidden_vjp((d_hidden * part.weights).astype(hidden.dtype))

@@ -39,14 +39,14 @@ def grouped_ffn(
 def _forward(x_PD, w, group_sizes, used, interpret):
     product = Products(x_PD.dtype, len(x_PD), group_sizes, used, interpret)
     gate, up = (product.rows(x_PD, weight) for weight in (w.gate, w.up))
-    y_PD = product.rows(hidden_rows(gate, up), w.down)
+    y_PD = product.rows(silu_gate(gate, up), w.down)
     return product.filled(y_PD), (x_PD, w, group_sizes, gate, up)
 
 
 def _backward(used, interpret, residuals, g_PD):
     x_PD, w, group_sizes, gate, up = residuals
     product = Products(x_PD.dtype, len(x_PD), group_sizes, used, interpret)
-    hidden, hidden_vjp = jax.vjp(hidden_rows, gate, up)
+    hidden, hidden_vjp = jax.vjp(silu_gate, gate, up)
     d_gate, d_up = hidden_vjp(product.rows(g_PD, w.down, transpose=True))
     of_gate = product.rows(d_gate, w.gate, transpose=True).astype(jnp.float32)
     dx_PD = of_gate + product.rows(d_up, w.up, transpose=True).astype(jnp.float32)
@@ -61,7 +61,7 @@ def _backward(used, interpret, residuals, g_PD):
 grouped_ffn.defvjp(_forward, _backward)
 
 
-def hidden_rows(gate: jax.Array, up: jax.Array) -> jax.Array:
+def silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Computes `silu(gate) * up` in float32; the result has the dtype of `gate`."""
     hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return hidden.astype(gate.dtype)

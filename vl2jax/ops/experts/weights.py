@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ops.matmul import Weight, widen
+from vl2jax.ops.matmul import Weight, dequantize
 
 
 class ExpertWeights(NamedTuple):
@@ -36,4 +36,4 @@ def one_layer(
             jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=n_experts
         )
         w = ExpertWeights(*(jax.tree.map(cut, stack) for stack in w))
-    return ExpertWeights(*(widen(stack, dtype) for stack in w))
+    return ExpertWeights(*(dequantize(stack, dtype) for stack in w))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vl2jax.ops.experts.sorting import by_expert
+from vl2jax.ops.experts.sorting import sorted_by_expert
 from vl2jax.ops.experts.weights import ExpertWeights
 from vl2jax.ops.matmul import Weight, cast, matmul, product
 from vl2jax.ops.names import PRODUCT
@@ -43,7 +43,7 @@ def blocked(
     def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
 
-    return by_expert(run, x_TD, weights_TK, experts_TK, n_experts)
+    return sorted_by_expert(run, x_TD, weights_TK, experts_TK, n_experts)
 
 
 def _block_rows(pairs: int, n_experts: int) -> int:

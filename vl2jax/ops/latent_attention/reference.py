@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vl2jax.ops.attention import reference
 from vl2jax.ops.attention.visibility import Visibility
-from vl2jax.ops.matmul import Weight, widen
+from vl2jax.ops.matmul import Weight, dequantize
 
 
 def attention(
@@ -21,7 +21,7 @@ def attention(
 ) -> jax.Array:
     """Same arguments and result as `ops.latent_attention.absorbed_attention`; float32 inside."""
     rank, nope, dtype = w_kv_b.shape[0], q_nope.shape[-1], q_nope.dtype
-    w = widen(w_kv_b, dtype).astype(jnp.float32)
+    w = dequantize(w_kv_b, dtype).astype(jnp.float32)
     latent, k_rope = jnp.split(latent.astype(jnp.float32), [rank], axis=-1)
     kv = jnp.einsum("BSC,CHX->BSHX", latent, w, precision=jax.lax.Precision.HIGHEST)
     k_nope, v = jnp.split(kv, [nope], axis=-1)

@@ -7,15 +7,15 @@
 import jax
 
 from vl2jax.ops.matmul import cpu, reference, xla
-from vl2jax.ops.matmul.int8 import Int8, Weight, cast, quantize, widen
+from vl2jax.ops.matmul.int8 import Int8, Weight, cast, dequantize, quantize
 from vl2jax.ops.matmul.xla import einsum, product
 from vl2jax.ops.registry import Implementation, Operation
 
-__all__ = ["Int8", "Weight", "cast", "einsum", "matmul", "product", "quantize", "widen"]
+__all__ = ["Int8", "Weight", "cast", "dequantize", "einsum", "matmul", "product", "quantize"]
 
 _MATMUL = Operation(
     "matmul",
-    Implementation("cpu", cpu.matmul, ("cpu",), cpu.refuses),
+    Implementation("cpu", cpu.matmul, ("cpu",), cpu.unsupported),
     Implementation("xla", xla.matmul),
     Implementation("reference", reference.matmul),
 )

@@ -10,7 +10,7 @@ from vl2jax.ops.matmul import xla
 from vl2jax.ops.matmul.int8 import Weight
 
 
-def refuses(x: jax.Array, w: Weight) -> str:
+def unsupported(x: jax.Array, w: Weight) -> str:
     """Supports a single bfloat16 row."""
     return "" if x.shape[0] == 1 and x.dtype == jnp.bfloat16 else "more than one row, or float32"
 

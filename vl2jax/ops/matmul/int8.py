@@ -65,7 +65,7 @@ def quantize(weight: jax.Array, axes: tuple[int, ...]) -> Int8:
     return Int8(values.astype(jnp.int8), scale)
 
 
-def widen(weight: Weight, dtype: jnp.dtype) -> jax.Array:
+def dequantize(weight: Weight, dtype: jnp.dtype) -> jax.Array:
     """Converts a weight to a plain array of this dtype, with the scale multiplied in."""
     if not isinstance(weight, Int8):
         return weight.astype(dtype)

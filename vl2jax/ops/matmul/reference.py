@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from vl2jax.ops.matmul.int8 import Weight, widen
+from vl2jax.ops.matmul.int8 import Weight, dequantize
 
 
 def matmul(x: jax.Array, w: Weight) -> jax.Array:
     """Computes `x w` in float32 after rounding the weight to the dtype of x."""
-    w = widen(w, x.dtype).astype(jnp.float32)
+    w = dequantize(w, x.dtype).astype(jnp.float32)
     return jnp.matmul(x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
