@@ -5,11 +5,12 @@
     python eval.py --ckpt DIR --data synthetic --quantize int8
     python eval.py --ckpt DIR --data synthetic --distributed     # in each process of a job
 
-DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  A table goes to
-standard output; scores.json, answers.jsonl (each question with its answer) and sheet.png (some of
-them with their pictures) go to --out.  With --quantize the same questions are asked twice, of the
-model as it is and quantised, and the table has both and the difference; the second answers are in
-answers-int8.jsonl.  Measures are explained in vl2jax/evaluation/scoring.py.
+DIR is the output of convert.to_jax, or a training workdir (its newest checkpoint).  The program
+prints a table to standard output.  It writes scores.json, answers.jsonl (each question with its
+answer) and sheet.png (some questions with their images) to the folder --out.  With --quantize, the
+model answers the questions twice, without and with quantisation.  The table then has both scores
+and their difference, and the second answers are in answers-int8.jsonl.  The measures are explained
+in vl2jax/evaluation/scoring.py.
 """
 
 import argparse
@@ -57,8 +58,8 @@ from vl2jax.processing.collate import Sample
 from vl2jax.processing.image import load_image
 from vl2jax.synthetic import Question
 
-WINDOW = 16  # batches whose pictures are in memory together, so that they can be sorted
-CARDS = 6  # of each family on the sheet
+WINDOW = 16  # number of batches whose questions are prepared and sorted together
+CARDS = 6  # maximum number of cards per family on the sheet
 MEASURES = {
     "exact_match": "exact match",
     "acc50": "Acc@0.5",
@@ -69,7 +70,10 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One question's answer and what it is worth; its pictures are made again where needed."""
+    """The answer to one question, and its score.
+
+    The question itself is not stored; it is generated again when needed.
+    """
 
     family: str
     index: int
@@ -83,7 +87,7 @@ Answer = Callable[[Sequence[Sample]], list[Generation]]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Asks, scores, writes; alone or with other processes."""
+    """Runs the evaluation, in one process or together with other processes."""
     with distributed(read_distributed_options(args)), print_on_process_0():
         own = ("process_id", "join_timeout")
         assert_equal_across_processes(
@@ -93,7 +97,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_here(args: argparse.Namespace, shard: Shard) -> None:
-    """This process's part; process 0 puts all together."""
+    """Evaluates the questions of this process; process 0 writes the results of all processes.
+
+    Args:
+      args: flags.
+      shard: mesh of this process and its share of the questions.
+    """
     dataset = find_dataset(args.data)
     split = dataset.check_split(args.split or dataset.splits[0])
     named = list(dataset.families) if args.families is None else args.families
@@ -110,8 +119,10 @@ def run_here(args: argparse.Namespace, shard: Shard) -> None:
     questions = list(itertools.product(families, range(args.questions)))
 
     def evaluate(kind: str | None) -> tuple[list[Outcome], dict[str, Any]] | None:
-        """Outcomes and scores of the model quantised so, which is gone from memory afterwards; None
-        on other processes than the first."""
+        """Loads the model and evaluates it; returns None except on process 0.
+
+        The model is freed before the function returns.
+        """
         session = Session(directory.address, dtype=args.dtype, mesh=shard.mesh, quantize=kind)
         started = time.perf_counter()
         own = questions[shard.index :: shard.count]
@@ -154,10 +165,15 @@ def run_here(args: argparse.Namespace, shard: Shard) -> None:
 def gather(
     name: str, outcomes: Sequence[Outcome], wanted: Sequence[tuple[str, int]]
 ) -> list[Outcome]:
-    """The outcomes of all processes on process 0, in the order of `wanted`; none on the others.
+    """Gathers the outcomes of all processes on process 0.
 
     Args:
-      name: of the message; no two have the same.
+      name: name of the message, unique in the run.
+      outcomes: outcomes of this process.
+      wanted: family and index of all questions.
+
+    Returns:
+      On process 0, one outcome for each of `wanted`, in its order; [] on other processes.
     """
     said = gather_to_process_0(name, json.dumps([dataclasses.asdict(one) for one in outcomes]))
     all_told = [record for text in said for record in json.loads(text)]
@@ -173,14 +189,14 @@ def answer_all(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Outcome]:
-    """Answers questions greedily, in batches of prompts that are alike.
+    """Answers questions with greedy decoding, in batches of prompts of similar size.
 
     Args:
-      session: of the checkpoint.
-      ask: makes a question.
-      wanted: family and index of each.
-      batch_size: prompts answered together.
-      max_new_tokens: of each answer.
+      session: session with the checkpoint.
+      ask: generates a question.
+      wanted: family and index of each question.
+      batch_size: number of prompts in a batch.
+      max_new_tokens: maximum number of tokens per answer.
 
     Returns:
       One outcome for each of `wanted`, in its order.
@@ -189,7 +205,7 @@ def answer_all(
     processor = model.processor
 
     def answer(samples: Sequence[Sample]) -> list[Generation]:
-        # The same number of rows, and few numbers of tile slots: few programs are compiled.
+        # A fixed number of rows and few numbers of tile slots, so that few programs are compiled.
         full = [*samples, *[samples[-1]] * (batch_size - len(samples))]
         tiles = sum(len(sample.tiles) for sample in full)
         batch = processor.collate(full, tile_slots=-(-tiles // batch_size) * batch_size)
@@ -213,7 +229,21 @@ def answer_window(
     batch_size: int,
     answer: Answer,
 ) -> Iterator[list[Outcome]]:
-    """Answers questions sorted by what they take; one batch at a time."""
+    """Answers the questions of a window, sorted by tiles and tokens.
+
+    Args:
+      session: session with the checkpoint.
+      ask: generates a question.
+      window: family and index of each question.
+      batch_size: number of prompts in a batch.
+      answer: answers a batch.
+
+    Yields:
+      The outcomes of each batch.
+
+    Raises:
+      UserError: a question does not fit the model.
+    """
     prepared = []
     for family, index in window:
         question = ask(family, index)
@@ -236,7 +266,7 @@ def answer_window(
 
 
 def by_family(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each family, in order."""
+    """Groups outcomes by family."""
     found: dict[str, list[Outcome]] = {}
     for one in outcomes:
         found.setdefault(one.family, []).append(one)
@@ -244,7 +274,7 @@ def by_family(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def summarise(dataset: Dataset, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Measures of each family and the few of the whole, as scores.json has them."""
+    """Aggregates scores, by family and in summary, in the form of scores.json."""
     scores = {name: [one.score for one in group] for name, group in by_family(outcomes).items()}
     return {
         "questions": len(outcomes),
@@ -254,7 +284,7 @@ def summarise(dataset: Dataset, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def record(one: Outcome, ask: Ask) -> dict[str, Any]:
-    """An outcome as answers.jsonl has it; boxes from 0 to 999."""
+    """Converts an outcome to an entry of answers.jsonl; coordinates of boxes are 0 to 999."""
     question = ask(one.family, one.index)
     return {
         "family": one.family,
@@ -270,7 +300,7 @@ def record(one: Outcome, ask: Ask) -> dict[str, Any]:
 
 
 def table(scores: dict[str, Any]) -> str:
-    """Scores for people."""
+    """Formats scores as a table."""
     lines = [f"{'family':18}{'questions':>10}" + "".join(f"{x:>13}" for x in MEASURES.values())]
     for name, found in scores["families"].items():
         cells = ("" if found[key] is None else _figure(key, found[key]) for key in MEASURES)
@@ -288,17 +318,17 @@ def _figure(key: str, value: float) -> str:
 
 
 def sheet(title: str, outcomes: Sequence[Outcome], ask: Ask):
-    """The contact sheet: a row for each family, wrong answers and right ones."""
+    """Draws the contact sheet, with one row of wrong and correct answers per family."""
     rows = [
         [make_card(one, ask) for one in choose(group, CARDS)]
         for group in by_family(outcomes).values()
     ]
     right = sum(one.score.correct for one in outcomes)
-    return draw_sheet(f"{title}, {right} of {len(outcomes)} right", rows)
+    return draw_sheet(f"{title}, {right} of {len(outcomes)} correct", rows)
 
 
 def choose(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
-    """The first wrong and the first right ones, half of each where there are so many."""
+    """Chooses the first wrong and the first correct outcomes, half of each if possible."""
     wrong = [one for one in outcomes if not one.score.correct]
     right = [one for one in outcomes if one.score.correct]
     wrongs = min(len(wrong), max(count // 2, count - len(right)))
@@ -306,7 +336,7 @@ def choose(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
 
 
 def make_card(one: Outcome, ask: Ask) -> Card:
-    """A card of the contact sheet."""
+    """Makes the card of an outcome for the contact sheet."""
     question = ask(one.family, one.index)
     return Card(
         name=f"{one.family} {one.index}",
@@ -327,34 +357,38 @@ def _names(text: str) -> list[str]:
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags; UserError for a wrong one."""
+    """Parses the command line; raises UserError for a wrong flag."""
     parser = Parser("eval.py", __doc__)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="DIR", help="converted checkpoint or training workdir")
-    add("--data", required=True, metavar="NAME", help=f"what is asked: {', '.join(DATASETS)}")
-    add("--split", metavar="NAME", help="of the data (heldout)")
-    add("--families", type=_names, metavar="A,B", help="kinds of questions (all)")
-    add("--questions", type=whole(1), default=100, help="of each family (100)")
-    add("--seed", type=whole(0), default=0, help="other questions (0)")
-    add("--batch_size", type=whole(1), default=64, help="questions answered together (64)")
-    add("--max_new_tokens", type=whole(1), default=192, help="of an answer (192)")
-    add("--dtype", choices=("bfloat16", "float32"), help="default: as the checkpoint stores")
-    add("--quantize", choices=KINDS, help="compare with the model quantised so (off)")
-    add("--mesh", default="", metavar="AXIS=N,...", help="devices: expert=4,tensor=2 (one device)")
+    add("--data", required=True, metavar="NAME", help=f"data set: {', '.join(DATASETS)}")
+    add("--split", metavar="NAME", help="split of the data set (heldout)")
+    add("--families", type=_names, metavar="A,B", help="families of questions (all)")
+    add("--questions", type=whole(1), default=100, help="questions per family (100)")
+    add("--seed", type=whole(0), default=0, help="seed of the questions (0)")
+    add("--batch_size", type=whole(1), default=64, help="questions per batch (64)")
+    add("--max_new_tokens", type=whole(1), default=192, help="maximum tokens per answer (192)")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of the model (as stored)")
+    add("--quantize", choices=KINDS, help="also evaluate the quantised model and compare (off)")
+    add("--mesh", default="", metavar="AXIS=N,...", help="mesh: expert=4,tensor=2 (one device)")
     add_distributed_flags(parser, whole)
-    add("--out", type=Path, metavar="DIR", help="folder for the results (DIR of --ckpt/eval)")
-    add("--json", action="store_true", help="scores as one JSON object instead of a table")
-    add("--compilation_cache", metavar="DIR|off", help="(~/.cache/vl2jax/jax)")
+    add("--out", type=Path, metavar="DIR", help="folder for the results (CKPT/eval)")
+    add("--json", action="store_true", help="print the scores as one JSON object")
+    add("--compilation_cache", metavar="DIR|off", help="compiled programs (~/.cache/vl2jax/jax)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    """Entry point of the command line.
+
+    Returns:
+      The exit code: 0, 1 after an error, 130 after Ctrl-C.
+    """
     return exit_process(
         run_cli(lambda: run(parse_flags(argv)), out_of_memory="a smaller --batch_size")
     )
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what the imports made stays, and is not looked through again and again
+    gc.freeze()  # so that garbage collections skip the objects that the imports created
     sys.exit(main())

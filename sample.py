@@ -1,4 +1,4 @@
-"""Asks a converted checkpoint about pictures.
+"""Asks a converted checkpoint questions about images.
 
     python sample.py --ckpt DIR --image A.jpg --image B.png --prompt "What changed?"
     python sample.py --ckpt DIR --messages conversation.json --draw boxes.png
@@ -6,12 +6,17 @@
     python sample.py --ckpt DIR                     # an interactive chat
     python sample.py --ckpt DIR --mesh expert=8 --distributed --prompt ...   # on many hosts
 
-The answer, and nothing else, is written to standard output.  --messages is a JSON list of messages
-in OpenAI's style or the original's, or an object with "messages" and "images"; an assistant's
-message at its end is continued.  Each line of --batch is such an object, or has "prompt" and
-"images", or is a row of training data (LLaVA's, also as one JSON list); there an answer at the end
-is left out, and given anew.  A batch that ended early goes on where it stopped.  The exit code is 1
-for a mistake, and for a batch with a bad row.
+Only answers are written to standard output.
+
+--messages is a JSON list of messages in OpenAI's or the original's format, or an object with
+"messages" and "images".  If the last message is the assistant's, the model continues it.
+
+Each row of --batch is such an object, an object with "prompt" and "images", or a row of training
+data in the format of LLaVA.  The file has one row per line, or is one JSON list of rows.  If a row
+ends with an answer, the answer is removed and generated again.  An interrupted batch is resumed by
+the same command.
+
+The exit code is 1 after an error, and after a batch with a bad row.
 """
 
 import argparse
@@ -45,7 +50,7 @@ from vl2jax.parallel.processes import (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers, alone or with other processes; the exit code."""
+    """Runs the program, in one process or together with other processes; returns the exit code."""
     with distributed(read_distributed_options(args)), print_on_process_0():
         own = ("process_id", "join_timeout")
         assert_equal_across_processes(
@@ -55,7 +60,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_here(args: argparse.Namespace, shard: Shard) -> int:
-    """This process's part; the exit code."""
+    """Runs the part of this process.
+
+    Args:
+      args: flags.
+      shard: mesh of this process and its share of the rows.
+
+    Returns:
+      The exit code.
+    """
     names = "max_new_tokens temperature top_p top_k repetition_penalty stop seed chunk_size"
     session = Session(
         args.ckpt,
@@ -102,19 +115,27 @@ def answer_one(session: Session, output: Output, args: argparse.Namespace) -> No
 
 
 def read_one(args: argparse.Namespace) -> Request:
-    """The request of --prompt or --messages."""
+    """Reads the request of --prompt or --messages.
+
+    Raises:
+      UserError: images are given both by --image and in the file.
+    """
     if not args.messages:
         return from_prompt(args.prompt, args.image, system=args.system)
     request = read_request(args.messages)
     if not args.image:
         return request
     if request.images is not None:
-        raise UserError(f"--image, but {args.messages} has images of its own; give them once")
+        raise UserError(f"--image and {args.messages} both have images; give them only once")
     return dataclasses.replace(request, images=args.image)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    """Entry point of the command line.
+
+    Returns:
+      The exit code: 0, 1 after an error, 130 after Ctrl-C.
+    """
     code = run_cli(
         lambda: run(parse_flags(argv, __doc__)),
         out_of_memory="--dtype bfloat16, --quantize int8, --chunk_size 512, a smaller"
@@ -124,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what the imports made stays, and is not looked through again and again
+    gc.freeze()  # so that garbage collections skip the objects that the imports created
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # independent of the locale
     raise SystemExit(main())

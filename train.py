@@ -3,11 +3,11 @@
     python train.py --config=configs/tiny.py
     python train.py --config=configs/vl2_tiny.py:sft --config.init_from=ckpt/tiny \\
         --config.data.train=conversations.json --workdir=runs/mine
-    python train.py --config=FILE --config.data.preview=4       # look at the data, then stop
-    python train.py --config=FILE --config.dry_run=True         # count, then stop
+    python train.py --config=FILE --config.data.preview=4       # show packed samples and stop
+    python train.py --config=FILE --config.dry_run=True         # print sizes and stop
 
-Any field of the configuration is a flag, --config.optim.lr=1e-4.  A run that was interrupted goes
-on where its working directory ends when the same command is given again.
+Every field of the configuration is a flag, for example --config.optim.lr=1e-4.  To resume an
+interrupted run from the newest checkpoint in its workdir, run the same command again.
 """
 
 import contextlib
@@ -64,7 +64,14 @@ MUST_BE_FINITE = ("train/loss", "train/grad_norm", "train/param_norm")
 
 
 def run(argv: Sequence[str]) -> int:
-    """One run; the exit code."""
+    """Runs the command line.
+
+    Args:
+      argv: the command line, with the name of the program.
+
+    Returns:
+      The exit code.
+    """
     config = read_run_config(read_flags(argv))
     path = Path(FLAGS.workdir or Path("runs", config.name))
     with distributed(read_distributed_options()):
@@ -75,7 +82,16 @@ def run(argv: Sequence[str]) -> int:
 
 
 def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
-    """The run, its mesh in force; the exit code."""
+    """Trains on the current mesh.
+
+    Args:
+      config: configuration of the run.
+      path: the workdir.
+      mesh: the current mesh.
+
+    Returns:
+      The exit code.
+    """
     architecture = choose_architecture(config)
     recipe = make_recipe(config, architecture, mesh)
     shapes = state_shapes(recipe, mesh)
@@ -83,7 +99,7 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         print(describe_run(config, architecture, mesh, shapes, recipe.trained), flush=True)
     if config.dry_run:
         return 0
-    read_sources(config.data.train, "data.train")  # before anything is written
+    read_sources(config.data.train, "data.train")  # reports an error before files are written
     set_compilation_cache(FLAGS.compilation_cache)
     prepare_workdir(path, config, architecture)
     sync_processes("workdir")
@@ -121,7 +137,21 @@ def first_state(
     shapes: TrainState,
     workdir: Workdir,
 ) -> tuple[TrainState, dict | None]:
-    """The state to go on from, and that of the data: saved, or taken from `init_from`, or new."""
+    """Makes the state that the run starts from.
+
+    The newest checkpoint of the workdir comes first, then the parameters of `init_from`, then
+    random parameters.
+
+    Args:
+      config: configuration of the run.
+      architecture: architecture of the model.
+      recipe: recipe of the step.
+      shapes: shapes and shardings of the state.
+      workdir: the workdir.
+
+    Returns:
+      The train state, and the state of the data; None if the data starts from the beginning.
+    """
     if workdir.latest_step() is not None:
         step, variables, rest, data_state = workdir.restore(
             like_params=shapes.variables,
@@ -153,12 +183,19 @@ def first_state(
 
 @dataclasses.dataclass
 class InFlightStep:
-    """A step that runs on the device; its metrics are there when it has ended."""
+    """A dispatched step, which may still run on the devices.
+
+    Attributes:
+      step: number of the step.
+      metrics: its metrics; reading them waits for the step.
+      device_batch: its batch.
+      data_wait: seconds spent waiting for the batch.
+    """
 
     step: int
     metrics: dict[str, jax.Array]
     device_batch: DeviceBatch
-    data_wait: float  # seconds
+    data_wait: float
 
 
 def train(
@@ -172,11 +209,29 @@ def train(
     workdir: Workdir,
     log: MetricsLog | NoLog,
 ) -> int:
-    """The loop; the exit code.
+    """Runs the training loop.
 
-    A step is waited for after the next one is under way, or before anything is saved. Of several
-    processes any can be asked to stop; its next batch tells the others, so that all stop after the
-    same step.
+    The loop dispatches a step before it waits for the previous one, so that the devices do not
+    idle.  It also waits before an evaluation or a save.  With several processes, any of them can
+    get a signal to stop.  It passes the request on with its next batch, so that all processes stop
+    after the same step.
+
+    Args:
+      config: configuration of the run.
+      architecture: architecture of the model.
+      recipe: recipe of the step.
+      mesh: the current mesh.
+      state: state to start from.
+      batches: training batches.
+      heldout: held-out batches; None: no evaluation.
+      workdir: the workdir.
+      log: log of the metrics.
+
+    Returns:
+      The exit code: 0 if the last step is saved, otherwise 1.
+
+    Raises:
+      UserError: a metric in `MUST_BE_FINITE` is not finite.
     """
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jit_train_step(recipe, mesh, shardings)
@@ -186,9 +241,7 @@ def train(
     stop, profile = StopSignal(), Profile(config.profiled_steps, workdir.path / "profile")
 
     def finish(in_flight: InFlightStep, scores: Callable[[], dict[str, float]] = dict) -> bool:
-        """Waits for a step and writes its metrics; stops the run where they are not finite.
-
-        Returns whether a process has asked, with the step's batch, that the run stop."""
+        """Waits for a step and writes its metrics; returns whether a process asked to stop."""
         metrics = {name: np.asarray(value) for name, value in in_flight.metrics.items()}
         totals = {name: float(value) for name, value in in_flight.device_batch.totals.items()}
         flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
@@ -223,7 +276,7 @@ def train(
         in_flight = InFlightStep(step, metrics, device_batch, data_wait)
         if in_step:
             jax.block_until_ready((metrics, device_batch.totals))
-        # Read once: a signal that comes later ends the next step.
+        # Read the signal only once; one that arrives later stops the run after the next step.
         stopping = stop.requested if alone else asked and (stop.requested or "another process")
         last = step == config.steps or bool(stopping)
         evaluating = heldout is not None and (step % config.eval.every == 0 or last)
@@ -243,7 +296,7 @@ def train(
         workdir.poll()
         profile.after(step)
         if stopping:
-            log.note(f"{stopping}: step {step} is saved, the run stops here")
+            log.note(f"{stopping}: saved step {step}, stopping")
             break
     workdir.wait()
     sync_processes("end")
@@ -251,7 +304,17 @@ def train(
 
 
 def evaluate(eval_fn, state: TrainState, heldout: Feed, count: int) -> dict[str, float]:
-    """Mean loss and token accuracy over the first batches of the held-out data."""
+    """Evaluates the model on the held-out data.
+
+    Args:
+      eval_fn: `jit_eval_step`.
+      state: current state.
+      heldout: held-out data.
+      count: maximum number of batches.
+
+    Returns:
+      Mean loss and token accuracy over the first `count` batches.
+    """
     totals = np.zeros(3)
     with contextlib.closing(iter(heldout)) as batches:
         for _, device_batch in zip(range(count), batches, strict=False):
@@ -262,17 +325,22 @@ def evaluate(eval_fn, state: TrainState, heldout: Feed, count: int) -> dict[str,
 def _not_finite(
     name: str, value: float, in_flight: InFlightStep, kept: Path, workdir: Workdir
 ) -> str:
+    """The error message of a run that diverged."""
     newest, (packed, *_) = workdir.latest_step(), in_flight.device_batch.packed.values()
     rows = ", ".join(packed.names[:3])
     return (
         f"{name} is {value} at step {in_flight.step}, so the run stops; its batch ({rows}, ...) is"
-        f" in {kept}, the newest checkpoint is {'none' if newest is None else f'of step {newest}'};"
-        " try a lower optim.lr, or look at these rows"
+        f" saved in {kept}; newest checkpoint: {'none' if newest is None else f'step {newest}'};"
+        " try a lower optim.lr, or inspect these rows"
     )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line entry; the exit code: 0, 1 after an error, 130 after Ctrl-C."""
+    """Entry point of the command line.
+
+    Returns:
+      The exit code: 0, 1 after an error, 130 after Ctrl-C.
+    """
     code = run_cli(
         lambda: run(argv),
         out_of_memory="--config.compute.remat=full, more --config.batch.microbatches, or a smaller"
@@ -282,6 +350,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what the imports made stays, and is not looked through again and again
+    gc.freeze()  # so that garbage collections skip the objects that the imports created
     define_flags()
     raise SystemExit(main(sys.argv))

@@ -1,19 +1,30 @@
-"""A small model with every structural feature of DeepSeek-VL2, trained on synthetic pictures.
+"""Trains a small model with every structural feature of DeepSeek-VL2 on synthetic images.
 
-python train.py --config=configs/tiny.py
-python sample.py --ckpt runs/tiny --image examples/shapes.png --prompt "..."
-python eval.py --ckpt runs/tiny --data synthetic
+Commands:
+
+    python train.py --config=configs/tiny.py
+    python sample.py --ckpt runs/tiny --image examples/question.png \\
+        --prompt "How many shapes do you see?"
+    python eval.py --ckpt runs/tiny --data synthetic
+
+Device, memory, time: two CPU cores, 1.8 GB, 15 minutes.
+Expected result: on 400 questions about colours, shapes, counts and digits in held-out images, 95%
+to 97% of the answers are correct; benchmarks/results.md has all scores.
 """
 
 import ml_collections
 
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 
-SIDE = 76  # five patches of 14 and six pixels over, as 384 has 27 and six over
+SIDE = 76  # 5 patches of 14 pixels and 6 pixels left over, as 384 is 27 patches and 6 pixels
 
 
 def architecture() -> VL2Config:
-    """Odd patch grid, tiles, MLA, a dense layer, shared and routed experts, correction bias."""
+    """Returns the architecture.
+
+    It has an odd patch grid, tiling, MLA, a dense layer, shared and routed experts, and a sigmoid
+    router with correction bias.
+    """
     decoder = DecoderConfig(
         vocab_size=1536,
         hidden_size=128,
@@ -54,6 +65,7 @@ def architecture() -> VL2Config:
 
 
 def get_config() -> ml_collections.ConfigDict:
+    """Returns the run configuration."""
     config = ml_collections.ConfigDict()
     config.name = "tiny"
     config.model = architecture().to_hf()

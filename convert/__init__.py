@@ -1,1 +1,1 @@
-"""Conversion between the original Hugging Face layout and vl2jax checkpoint directories."""
+"""Converts checkpoints between the original Hugging Face layout and vl2jax model directories."""

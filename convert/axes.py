@@ -1,6 +1,6 @@
-"""One notation for how a tensor lies there and here: `(H K) D -> D H K`.
+"""Notation for the layouts of a tensor, original and ours: `(H K) D -> D H K`, as in einops.
 
-It gives both shapes and both directions; every conversion is a reshape and a transpose.
+It defines both shapes and both directions; each conversion is a reshape and a transpose.
 """
 
 import dataclasses
@@ -12,25 +12,35 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The `axes` column with sizes: shapes on both sides and the way between them."""
+    """An entry of the column `axes` with sizes: both shapes, and the conversion between them.
+
+    Attributes:
+      hf_shape: original shape.
+      shape: our shape.
+      split_axis: our axis that is the first original axis; None if that axis is split or squeezed.
+    """
 
     hf_shape: tuple[int, ...]
     shape: tuple[int, ...]
-    _split: tuple[int, ...]  # the original with every group taken apart
-    _order: tuple[int, ...]  # which of its axes comes where, squeezed ones first
-    split_axis: int | None  # where the first original axis ends up, if it stays whole
+    _split: tuple[int, ...]  # the original shape with all groups expanded
+    _order: tuple[int, ...]  # permutation of its axes, squeezed axes first
+    split_axis: int | None
 
     def forward(self, x: np.ndarray) -> np.ndarray:
-        """Original layout to ours; the first original axis may be a part of the whole.
+        """Converts the original layout to ours.
 
-        Returns a view where numpy can.
+        Args:
+          x: the tensor, or a slice of it along its first axis if `split_axis` is not None.
+
+        Returns:
+          The tensor or slice in our layout; a view if numpy can make one.
         """
         split = self._part(self._split, 0, x.shape[0])
         shape = self._part(self.shape, self.split_axis, x.shape[0])
         return x.reshape(split).transpose(self._order).reshape(shape)
 
     def backward(self, x: np.ndarray) -> np.ndarray:
-        """Our layout to the original: the exact inverse of `forward`."""
+        """Converts our layout to the original; the exact inverse of `forward`."""
         rows = None if self.split_axis is None else x.shape[self.split_axis]
         split = self._part(self._split, 0, rows)
         inverse = np.argsort(self._order)
@@ -38,14 +48,14 @@ class Axes:
         return x.reshape(self._part(self.hf_shape, 0, rows))
 
     def _part(self, shape, axis, size) -> tuple[int, ...]:
-        """`shape` with `axis` cut to `size`, where the tensor can be cut at all."""
+        """`shape` with `size` along `axis`; unchanged if the tensor cannot be sliced."""
         if self.split_axis is None or axis is None:
             return shape
         return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 class _Sizes(dict):
-    """Axis sizes by letter; a number is its own size."""
+    """Axis sizes by name; the size of a number is the number."""
 
     def __missing__(self, name: str) -> int:
         return int(name)
@@ -53,7 +63,7 @@ class _Sizes(dict):
 
 @functools.cache
 def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Splits `(H K) D -> D H K` into ((H, K), (D,)) and (D, H, K)."""
+    """Parses `(H K) D -> D H K` to ((H, K), (D,)) and (D, H, K)."""
     left, right = axes.split(" -> ")
     groups: list[tuple[str, ...]] = []
     rest = left
@@ -65,7 +75,12 @@ def _parse(axes: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
 
 
 def sized(axes: str, sizes: dict[str, int]) -> Axes:
-    """Gives the sizes of a configuration to an `axes` column."""
+    """Inserts sizes into an entry of the column `axes`.
+
+    Args:
+      axes: the notation, such as `(H K) D -> D H K`.
+      sizes: size of each axis name.
+    """
     groups, right = _parse(axes)
     sizes = _Sizes(sizes)
     names = [name for group in groups for name in group]

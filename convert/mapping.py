@@ -1,16 +1,15 @@
-"""The one table that ties the original tensor names to the parameters of this project.
+"""The table that maps the original's tensor names to our parameters; used in both directions.
 
-Both directions read it.  A row is
+A row is
 
-    original name | parameter path | axes there -> axes here | when
+    original name | parameter path | original axes -> our axes | when
 
-`axes` says everything about a tensor: its original shape, its shape here, and how one becomes
-the other (a reshape and a transpose, so the inverse is the row read from right to left).
-`(H K)` is one original axis made of two; a number is its own size; `1` on the left only is
-squeezed away.  `{layer}` and `{expert}` become the leading axes of a stacked parameter, `{run}`
-is the run of decoder layers that the layer belongs to (`DecoderConfig.layer_runs`).  A row holds
-for a layer when all the words under `when` describe it.  A row with the path `DROP` is not
-converted.
+`axes` defines the original shape, our shape and the conversion, which is a reshape and a transpose;
+the inverse reads the row from right to left.  `(H K)` is one original axis that is split in two; a
+number is an axis of this size; a `1` that is only on the left is squeezed.  `{layer}` and
+`{expert}` become the leading axes of a stacked parameter; `{run}` is the run of decoder layers to
+which the layer belongs (`DecoderConfig.layer_runs`).  A row applies to a layer if the layer has all
+properties under `when`.  Tensors of a row with the path `DROP` are not converted.
 
 Axes of the vision tower: W width, H heads, K head width, F ffn, P patches, p q pixels of a patch.
 Axes of the decoder: D width, H heads, K head width (multi-head attention), NR query or key head
@@ -33,7 +32,7 @@ DROP_REASON = (
 
 
 class Row(NamedTuple):
-    """One line of the table; see the module's docstring."""
+    """A row of the table, see the docstring of the module."""
 
     hf: str
     path: str | None
@@ -86,7 +85,7 @@ TABLE: tuple[Row, ...] = tuple(itertools.starmap(Row, (
     (_POOL + "mlp.fc2.weight", DROP, "W F -> W F"),
     (_POOL + "mlp.fc2.bias", DROP, "W -> W"),
 
-    # The activations between the linear layers take the odd numbers.
+    # Odd numbers are the activations between the linear layers.
     ("projector.layers.{twice}.weight", "params/adaptor/layers_{layer}/kernel", "out in -> in out"),
     ("projector.layers.{twice}.bias", "params/adaptor/layers_{layer}/bias", "out -> out"),
 
@@ -144,7 +143,15 @@ TABLE: tuple[Row, ...] = tuple(itertools.starmap(Row, (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One original tensor and its place: `leaf[index]`, or nowhere (`path` is None)."""
+    """An original tensor and its destination.
+
+    Attributes:
+      hf: name of the original tensor.
+      path: path of the parameter; None if the tensor is dropped.
+      index: index in the leading axes of the stacked parameter: layer, expert.
+      axes: both shapes and the conversion.
+      row: row of the table.
+    """
 
     hf: str
     path: str | None
@@ -155,7 +162,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter of the model: the original tensors it is stacked from, in order."""
+    """A parameter of the model.
+
+    Attributes:
+      path: path of the parameter.
+      shape: its shape, including the axes of the stack.
+      entries: the original tensors that are stacked, in order.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -163,12 +176,16 @@ class Leaf:
 
     @property
     def is_router_state(self) -> bool:
-        """Whether it is non-gradient router state, which is float32 always."""
+        """Whether it is router state without gradient, which is always float32."""
         return self.path.startswith("router/")
 
 
 def expand(config: VL2Config) -> list[Entry]:
-    """Writes the table out for one model: every tensor of the original checkpoint, in its order."""
+    """Expands the table for a model.
+
+    Returns:
+      An entry for each tensor of the original checkpoint, in its order.
+    """
     vision, decoder = _vision_sizes(config), _decoder_sizes(config)
     entries: list[Entry] = []
     for is_stack, rows in _sections():
@@ -191,10 +208,13 @@ def expand(config: VL2Config) -> list[Entry]:
 
 
 def leaves(entries: list[Entry]) -> dict[str, Leaf]:
-    """Groups the entries by parameter path; dropped tensors belong to none.
+    """Groups entries by parameter; dropped tensors are left out.
+
+    Args:
+      entries: entries from `expand`.
 
     Returns:
-      {"params/decoder/moe_1/mlp/experts/gate_proj": Leaf, ...}; its shapes are the model's.
+      The parameters by path: {"params/decoder/moe_1/mlp/experts/gate_proj": Leaf, ...}.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -209,12 +229,12 @@ def leaves(entries: list[Entry]) -> dict[str, Leaf]:
 
 
 def target_shapes(config: VL2Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters of a model by path, `{"params/...": (..), "router/...": (..)}`."""
+    """Returns the shapes of all parameters: `{"params/...": (..), "router/...": (..)}`."""
     return {path: leaf.shape for path, leaf in leaves(expand(config)).items()}
 
 
 def _sections() -> Iterator[tuple[bool, list[Row]]]:
-    """Neighbouring rows that are, or are not, repeated together for every layer."""
+    """Groups consecutive rows; those of a stacked group are repeated together for each layer."""
 
     def section(row: Row) -> tuple[bool, str]:
         stacked = "{" in row.hf
@@ -225,7 +245,7 @@ def _sections() -> Iterator[tuple[bool, list[Row]]]:
 
 
 def _layer(rows, sizes, layer: int, position: int, run: str, flags, experts: int) -> list[Entry]:
-    """Entries of one layer, which is number `position` of its stack."""
+    """Entries of a layer; `position` is its index in the stack."""
     found = []
     for row in rows:
         if not flags.issuperset(row.when.split()):
@@ -240,7 +260,7 @@ def _layer(rows, sizes, layer: int, position: int, run: str, flags, experts: int
 
 
 def _adaptor(config: VL2Config, rows) -> list[Entry]:
-    """Linear layers of the adaptor: not stacked, their sizes differ."""
+    """Entries of the adaptor's linear layers, which have different sizes and are not stacked."""
     found = []
     for i, (inputs, outputs) in enumerate(config.adaptor.layer_sizes):
         for row in rows:
@@ -250,7 +270,7 @@ def _adaptor(config: VL2Config, rows) -> list[Entry]:
 
 
 def _flags(config: VL2Config, is_moe: bool) -> frozenset[str]:
-    """Words of the `when` column that describe a layer."""
+    """Properties of a layer, as in the column `when`."""
     decoder = config.decoder
     words = {
         "moe" if is_moe else "dense",

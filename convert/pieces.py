@@ -1,4 +1,4 @@
-"""The parts in which parameters are moved, each small enough to be held in memory."""
+"""Splits parameters into pieces, which are converted one at a time to save memory."""
 
 import math
 from collections.abc import Iterator
@@ -8,11 +8,18 @@ import numpy as np
 
 from convert.mapping import Entry, Leaf
 
-PIECE_BYTES = 64 * 2**20  # larger tensors are moved some rows at a time
+PIECE_BYTES = 64 * 2**20  # larger tensors are split along their first axis
 
 
 class Piece(NamedTuple):
-    """A part of a tensor small enough to be held: rows `start:stop` there, `index` here."""
+    """A slice of an original tensor, and its place in our parameter.
+
+    Attributes:
+      leaf: the parameter.
+      entry: the original tensor.
+      start, stop: range of rows (first axis) of the original tensor.
+      index: the corresponding slice of the parameter.
+    """
 
     leaf: Leaf
     entry: Entry
@@ -21,16 +28,21 @@ class Piece(NamedTuple):
     index: tuple[slice, ...]
 
     def squeeze(self, values: np.ndarray) -> np.ndarray:
-        """Takes the stack's axes, all of size 1, off what was read at `index`."""
+        """Removes the axes of the stack, which have size 1, from `parameter[index]`."""
         return values.reshape(values.shape[len(self.entry.index) :])
 
     def unsqueeze(self, values: np.ndarray) -> np.ndarray:
-        """Puts the stack's axes onto values to be written at `index`."""
+        """Adds the axes of the stack to values for `parameter[index]`."""
         return values[(None,) * len(self.entry.index)]
 
 
 def rows_per_piece(leaf: Leaf, itemsize: int) -> int | None:
-    """Rows of an original tensor that are moved at once; None moves each tensor whole."""
+    """Returns the number of rows of an original tensor in a piece; None: the whole tensor.
+
+    Args:
+      leaf: the parameter.
+      itemsize: bytes per element of the parameter.
+    """
     axes = leaf.entries[0].axes
     nbytes = math.prod(axes.shape) * itemsize
     if axes.split_axis is None or nbytes <= PIECE_BYTES:
@@ -39,7 +51,7 @@ def rows_per_piece(leaf: Leaf, itemsize: int) -> int | None:
 
 
 def chunk_shape(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
-    """The part of a parameter that one piece fills: its chunks on the disk."""
+    """Returns the shape of the part of a parameter that a piece fills, used as chunks on disk."""
     axes, rows = leaf.entries[0].axes, rows_per_piece(leaf, itemsize)
     piece = list(axes.shape)
     if rows is not None and axes.split_axis is not None:
@@ -48,7 +60,7 @@ def chunk_shape(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
 
 
 def pieces(leaf: Leaf, itemsize: int) -> Iterator[Piece]:
-    """The parts in which a parameter is read and written, in the order of its memory."""
+    """Yields the pieces of a parameter, in the order of its original tensors and their rows."""
     rows = rows_per_piece(leaf, itemsize)
     for entry in leaf.entries:
         axes = entry.axes

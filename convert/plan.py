@@ -1,4 +1,4 @@
-"""What a conversion will do, and all that is wrong with its source, before a byte is written."""
+"""Plans a conversion: checks the source and reports all problems before anything is written."""
 
 import collections
 import functools
@@ -18,7 +18,15 @@ from vl2jax.config import ConfigError, VL2Config
 
 
 class Plan:
-    """Everything known about a conversion before a byte is written."""
+    """A checked conversion.
+
+    Attributes:
+      config: architecture.
+      source: the original tensors.
+      entries: all original tensors of the model, and their destinations.
+      leaves: all parameters by path.
+      requested: requested dtype of the parameters; None: as in the source.
+    """
 
     def __init__(self, config: VL2Config, source: Source, dtype: str | None):
         self.config = config
@@ -29,7 +37,7 @@ class Plan:
 
     @functools.cached_property
     def dtypes(self) -> dict[str, np.dtype]:
-        """What each parameter is stored as: as asked, else what holds its tensors exactly."""
+        """Dtype of each parameter: the requested one, else one that holds its tensors exactly."""
         return {path: self._dtype(leaf) for path, leaf in self.leaves.items()}
 
     def _dtype(self, leaf: mapping.Leaf) -> np.dtype:
@@ -42,12 +50,12 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the parameters take, before compression."""
+        """Size of the parameters in bytes, without compression."""
         return sum(math.prod(x.shape) * self.dtypes[p].itemsize for p, x in self.leaves.items())
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes that will be read."""
+        """Number of bytes that are read from the source."""
         return sum(
             self.source.tensors[entry.hf].nbytes
             for leaf in self.leaves.values()
@@ -55,27 +63,35 @@ class Plan:
         )
 
     def read(self, piece: Piece) -> np.ndarray:
-        """A piece of an original tensor in our layout and dtype; a view where numpy can."""
+        """Reads a piece of an original tensor and converts it to our layout and dtype."""
         values = self.source.read(piece.entry.hf, piece.start, piece.stop)
         values = values.astype(self.dtypes[piece.leaf.path], copy=False)
         return piece.entry.axes.forward(values)
 
     def source_bytes(self, piece: Piece) -> int:
+        """Returns the number of bytes of a piece in the source."""
         info = self.source.tensors[piece.entry.hf]
         return info.nbytes * (piece.stop - piece.start) // info.shape[0]
 
 
 def make_plan(hf_dir: Path, dtype: str | None) -> Plan:
-    """Reads config and headers of an original checkpoint and checks everything.
+    """Reads the config and the safetensors headers of an original checkpoint, and checks them.
+
+    Args:
+      hf_dir: directory of the original checkpoint.
+      dtype: "bfloat16" or "float32"; None: as in the source.
 
     Raises:
-      ConversionError: with all problems at once.
+      UserError: `hf_dir` is not a directory, or is a vl2jax checkpoint.
+      ConversionError: the checkpoint has problems; lists all of them.
     """
     if not hf_dir.is_dir():
         what = "is not a directory" if hf_dir.exists() else "does not exist"
         raise UserError(f"{hf_dir} {what}; expected a Hugging Face checkpoint directory")
     if (hf_dir / checkpoint.MODEL_FILE).exists():
-        raise UserError(f"{hf_dir} is a vl2jax checkpoint already")
+        raise UserError(
+            f"{hf_dir} is already a vl2jax checkpoint; expected a Hugging Face checkpoint"
+        )
     problems: list[str] = []
     config = _read_config(hf_dir, problems)
     for name in checkpoint.REQUIRED_FILES:
@@ -108,7 +124,7 @@ def _read_config(hf_dir: Path, problems: list[str]) -> VL2Config | None:
 
 
 def _compare(entries: list[mapping.Entry], source: Source) -> list[str]:
-    """Compares the tensors of a checkpoint with those of the model."""
+    """Compares the tensors of a checkpoint with those of the model; returns the problems."""
     problems = []
     expected = {entry.hf: entry for entry in entries}
     if source.unreadable is not None:
@@ -131,7 +147,7 @@ def _compare(entries: list[mapping.Entry], source: Source) -> list[str]:
 
 
 def describe(plan: Plan) -> str:
-    """The mapping of this checkpoint as text, one line per row of the table and parameter."""
+    """Formats the mapping of a checkpoint as text, one line per row of the table and parameter."""
     groups = collections.Counter((entry.row.hf, entry.path) for entry in plan.entries)
     first = {}
     for entry in plan.entries:

@@ -1,10 +1,10 @@
-"""Makes a small random checkpoint in the original layout, to try everything without a download.
+"""Writes a small random checkpoint in the original layout, to try everything without a download.
 
     python -m convert.random_hf OUT_DIR [--seed N]
 
-It has every part of the released base model (odd patch grid with pixels to spare, MLA, a dense
-layer, shared and routed experts with a sigmoid router and its bias) and 2.3 M parameters in
-bfloat16.  Its answers are noise.
+The model has all parts of the released base model (odd patch grid with pixels left over, MLA, a
+dense layer, shared and routed experts, sigmoid router with correction bias) and 2.3 M parameters in
+bfloat16.  Its answers are random.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from convert.stopping import Stop, run_stoppable
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.synthetic.tokens import train_bpe, write_processor_files
 
-SIDE, PATCH = 76, 14  # five patches and six pixels over, as 384 has 27 and six over
+SIDE, PATCH = 76, 14  # 5 patches and 6 pixels left over, as 384 is 27 patches and 6 pixels
 VOCABULARY = 480
 RESOLUTIONS = tuple(
     (wide * SIDE, high * SIDE) for wide in range(1, 10) for high in range(1, 10) if wide * high < 10
 )
-# What the tokenizer's merges are learnt from.
+# The texts on which the tokenizer is trained.
 CORPUS = (
     "The picture shows a red square, a green circle and a blue triangle on a light background.",
     "What is in the image? There are three shapes and the digits one, two and three.",
@@ -35,9 +35,9 @@ CORPUS = (
 
 
 def demo_config() -> VL2Config:
-    """The architecture of the demonstration model."""
+    """Returns the architecture of the random model."""
     decoder = DecoderConfig(
-        vocab_size=VOCABULARY + 32,  # rows that no token uses, as in the released models
+        vocab_size=VOCABULARY + 32,  # has unused rows, as in the released models
         hidden_size=128,
         intermediate_size=256,
         moe_intermediate_size=96,
@@ -62,7 +62,7 @@ def demo_config() -> VL2Config:
         max_position_embeddings=4096,
         bos_token_id=0,
         eos_token_id=1,
-        initializer_range=0.1,  # wide enough that one token does not win every time
+        initializer_range=0.1,  # large enough that greedy decoding does not repeat one token
         torch_dtype="bfloat16",
     )
     return VL2Config(
@@ -75,12 +75,12 @@ def demo_config() -> VL2Config:
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE: all bytes, merges learnt from `CORPUS`, special tokens at both ends."""
+    """Returns a byte-level BPE tokenizer that is trained on `CORPUS`, with special tokens."""
     return train_bpe(CORPUS, VOCABULARY, pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
 def write_checkpoint(directory: Path, *, seed: int = 0) -> None:
-    """Fills an existing directory with configuration, weights, tokenizer and processor files."""
+    """Writes config, weights, tokenizer and processor files into an existing directory."""
     config = demo_config()
     write_weights(directory, config, seed=seed)
     write_processor_files(directory, config, make_tokenizer())

@@ -1,4 +1,4 @@
-"""Random checkpoints in the original layout, for demonstrations, tests and measurements."""
+"""Writes random checkpoints in the original layout, for demos, tests and benchmarks."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from convert.shards import TensorSpec, header_bytes, plan_shards, write_index, w
 from convert.source import NUMPY_DTYPES
 from vl2jax.config import VL2Config
 
-_POOL = 2**24  # random numbers to draw from: drawing 27 billion anew would take minutes
+_POOL = 2**24  # number of random values, which are reused: drawing 27 billion would take minutes
 _PIECE = 2**23  # elements
 
 
@@ -25,19 +25,20 @@ def write_weights(
     zeros: bool = False,
     seed: int = 0,
 ) -> int:
-    """Writes `config.json` and safetensors files of a model's full shapes.
+    """Writes `config.json` and the safetensors files of a model.
 
     Args:
       directory: an existing directory.
-      config: the model.
+      config: architecture.
       dtype: "F32", "BF16" or "F16".
-      shard_size: bytes per file, at most.
-      zeros: write sparse files that take no room and read as zeros; else norm scales near 1 and
-        all else normal with the standard deviation of the config.
-      seed: of the random numbers.
+      shard_size: maximum number of bytes per file.
+      zeros: whether to write sparse files, which take no disk space and read as zeros.  Otherwise
+        values are normal with the config's `initializer_range` as standard deviation and mean 0, or
+        mean 1 for norm scales.
+      seed: seed of the random values.
 
     Returns:
-      Bytes of the tensors.
+      Number of bytes of all tensors.
     """
     tensors = [TensorSpec(entry.hf, dtype, entry.axes.hf_shape) for entry in expand(config)]
     shards = plan_shards(tensors, shard_size)
@@ -57,7 +58,7 @@ def write_weights(
 
 
 def _values(tensors: list[TensorSpec], deviation: float, seed: int) -> Iterator[np.ndarray]:
-    """Values of all tensors in pieces: windows of one pool of random numbers."""
+    """Values of all tensors in pieces, which are slices of one pool of random values."""
     rng = np.random.default_rng(seed)
     sizes = [math.prod(tensor.shape) for tensor in tensors]
     pool = rng.standard_normal(min(_POOL, 2 * max(sizes)), np.float32) * np.float32(deviation)

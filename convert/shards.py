@@ -1,6 +1,6 @@
-"""Writing safetensors files piece by piece, sharded as the released checkpoints are.
+"""Writes safetensors files piece by piece, sharded like the released checkpoints.
 
-The library `safetensors` writes a file from tensors that are all in memory, so it is not used.
+The library `safetensors` is not used, because it needs all tensors of a file in memory.
 """
 
 import json
@@ -16,7 +16,13 @@ from convert.source import INDEX_FILE, NUMPY_DTYPES, SINGLE_FILE
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to write; `dtype` as safetensors names it."""
+    """A tensor to write.
+
+    Attributes:
+      name: name of the tensor.
+      dtype: its dtype, as safetensors names it.
+      shape: its shape.
+    """
 
     name: str
     dtype: str
@@ -30,7 +36,15 @@ class TensorSpec(NamedTuple):
 def plan_shards(
     tensors: Sequence[TensorSpec], shard_size: int
 ) -> list[tuple[str, list[TensorSpec]]]:
-    """Divides tensors, in order, into files of at most `shard_size` bytes (or one tensor)."""
+    """Assigns tensors, in order, to files.
+
+    Args:
+      tensors: the tensors.
+      shard_size: maximum number of bytes of tensors per file; a larger tensor gets its own file.
+
+    Returns:
+      (file name, its tensors) of each file.
+    """
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for tensor in tensors:
@@ -46,7 +60,7 @@ def plan_shards(
 
 
 def header_bytes(tensors: Sequence[TensorSpec]) -> bytes:
-    """The head of a safetensors file whose data follow in this order."""
+    """Returns the header of a safetensors file with these tensors, in this order."""
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -68,13 +82,13 @@ def write_shards(
     data: Iterable[np.ndarray],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Writes the files and, for more than one, their index.
+    """Writes safetensors files, and their index if there are several.
 
     Args:
       directory: an existing directory.
-      shards: from `plan_shards`.
-      data: all values in the order of the shards, in pieces that do not cross tensors.
-      on_bytes: told the size of every piece written.
+      shards: the files, from `plan_shards`.
+      data: values of all tensors in order, in pieces; a piece belongs to one tensor.
+      on_bytes: called with the number of bytes of each piece after it is written.
     """
     pieces = iter(data)
     for name, tensors in shards:
@@ -91,7 +105,7 @@ def write_shards(
 
 
 def write_index(directory: Path, shards: Sequence[tuple[str, list[TensorSpec]]]) -> None:
-    """Writes which file holds which tensor."""
+    """Writes the index, which maps tensor names to files."""
     total = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     weight_map = {tensor.name: name for name, tensors in shards for tensor in tensors}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -99,7 +113,7 @@ def write_index(directory: Path, shards: Sequence[tuple[str, list[TensorSpec]]])
 
 
 def _until(pieces: Iterator[np.ndarray], nbytes: int) -> Iterator[np.ndarray]:
-    """Takes pieces that together have `nbytes`."""
+    """Yields pieces until they have `nbytes` in total."""
     while nbytes > 0:
         piece = next(pieces)
         nbytes -= piece.nbytes

@@ -1,8 +1,8 @@
-"""Reading an original checkpoint: which tensors its safetensors files hold, one at a time.
+"""Reads an original checkpoint: finds the tensors in its safetensors files, and reads each by name.
 
-Files are read by position, and not with the library `safetensors`, which maps them: what was read
-would count as memory of the process up to the whole file, and a file that shrinks or cannot be read
-further would end the process without a word (SIGBUS).
+Files are read with `pread`.  The library `safetensors` is not used, because it maps files into
+memory: pages that were read would count as memory of the process, and an I/O error or a truncated
+file would kill the process without a message (SIGBUS).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vl2jax.common.errors import UserError, listed
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-# Names of safetensors, of numpy and of this project.
+# Dtypes: names in safetensors, in numpy, and in this project.
 NUMPY_DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -31,13 +31,23 @@ LONG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHORT_NAMES = {long: short for short, long in LONG_NAMES.items()}
 _ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2}
 _ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
-_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_HEADER = 100_000_000  # limit of the format, in bytes
 
 
 class ConversionError(UserError):
-    """What is wrong with a checkpoint, all of it."""
+    """All problems of a checkpoint.
+
+    Attributes:
+      problems: one message for each problem.
+    """
 
     def __init__(self, what: str, problems: list[str]):
+        """Makes the error.
+
+        Args:
+          what: the checkpoint.
+          problems: one message for each problem.
+        """
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__(f"{what}: {count}\n{listed(problems, len(problems))}")
         self.problems = problems
@@ -45,7 +55,15 @@ class ConversionError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `dtype` as safetensors names it, `offset` from the file's start."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+      name: name of the tensor.
+      file: the file.
+      dtype: dtype, as safetensors names it.
+      shape: shape.
+      offset: position of the data in the file, in bytes.
+    """
 
     name: str
     file: Path
@@ -59,10 +77,12 @@ class TensorInfo:
 
 
 class Source:
-    """The tensors of a Hugging Face directory by name, with one open file per shard.
+    """The tensors of a Hugging Face directory; keeps one open file per shard.
 
-    `unreadable` names tensors that may well exist, in files that could not be read; None stands
-    for all names.
+    Attributes:
+      tensors: the tensors by name.
+      unreadable: names of tensors that may exist, but in files that could not be read; None: all
+        names.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], unreadable: Set[str] | None):
@@ -79,7 +99,16 @@ class Source:
         self._files.clear()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Reads a tensor, or rows `start:stop` of its first axis, into an array of its own."""
+        """Reads a tensor, or rows `start:stop` of it, into a new array.
+
+        Args:
+          name: name of the tensor.
+          start: first row.
+          stop: end of the rows; None: the whole tensor.
+
+        Raises:
+          UserError: the file is too short.
+        """
         info = self.tensors[name]
         if info.file not in self._files:
             self._files[info.file] = os.open(info.file, os.O_RDONLY)
@@ -92,7 +121,9 @@ class Source:
         while view:
             count = os.preadv(self._files[info.file], [view], offset)
             if count == 0:
-                raise UserError(f"{info.file}: ends inside {name}; the file changed while read")
+                raise UserError(
+                    f"{info.file}: ends inside {name}; the file has changed since it was scanned"
+                )
             view, offset = view[count:], offset + count
         return array
 
@@ -100,8 +131,11 @@ class Source:
 def scan(directory: Path) -> tuple[Source, list[str]]:
     """Finds all tensors of an original checkpoint without reading their data.
 
+    Args:
+      directory: the checkpoint.
+
     Returns:
-      The tensors of every readable file, and all problems with index, files and headers.
+      The tensors of all readable files, and all problems of the index, files and headers.
     """
     problems: list[str] = []
     if (directory / INDEX_FILE).exists():
@@ -113,7 +147,7 @@ def scan(directory: Path) -> tuple[Source, list[str]]:
 
 
 def _scan_shards(directory: Path, index: dict[str, str], problems: list[str]) -> Source:
-    """Reads the headers of all shards and compares them with the index."""
+    """Reads the headers of all shards, and compares them with the index."""
     tensors: dict[str, TensorInfo] = {}
     unreadable: set[str] = set()
     for file in sorted(set(index.values())):
@@ -138,13 +172,13 @@ def _scan_shards(directory: Path, index: dict[str, str], problems: list[str]) ->
 
 
 def some(names: list[str], limit: int = 10) -> str:
-    """Writes a list of names, the first few of a long one."""
+    """Formats a list of names; shows at most `limit` of them."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
-    """Reads tensor -> shard; {} after a problem."""
+    """Reads the index {tensor: shard}; {} if there is a problem."""
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
         items = list(weight_map.items())
@@ -160,7 +194,7 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
 
 
 def _single_file(directory: Path, problems: list[str]) -> str | None:
-    """The one safetensors file of a checkpoint without an index."""
+    """The safetensors file of a checkpoint without an index; None if there is a problem."""
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     if SINGLE_FILE in files:
         return SINGLE_FILE
@@ -169,14 +203,14 @@ def _single_file(directory: Path, problems: list[str]) -> str | None:
     if files:
         problems.append(f"{len(files)} safetensors files, but no {INDEX_FILE} that names them")
     elif any(directory.glob("pytorch_model*.bin")):
-        problems.append("pytorch_model*.bin is not read; get the safetensors files instead")
+        problems.append("pytorch_model*.bin is not supported; get the safetensors files instead")
     else:
         problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE}: no weights here")
     return None
 
 
 def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | None:
-    """Reads what a safetensors file says it holds; None after a problem with the whole file."""
+    """Reads the header of a safetensors file; None if the whole file is unusable."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -215,7 +249,7 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | Non
 
 
 def _span(entry: Mapping) -> tuple[str, tuple[int, ...], int, int]:
-    """Reads one entry of a header: dtype, shape, first and last byte + 1 of the data."""
+    """Parses an entry of a header: dtype, shape, and begin and end of its data in bytes."""
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, stop = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
@@ -228,5 +262,5 @@ def _span(entry: Mapping) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _reason(error: Exception) -> str:
-    """One short line about a parsing error."""
+    """Describes a parsing error in one short line."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""What both conversions share: output that appears only when whole, and errors on one line."""
+"""Shared by both conversions: atomic output directories, threads, and error messages."""
 
 import collections
 import concurrent.futures
@@ -22,25 +22,29 @@ from vl2jax.common.progress import human_bytes
 
 _NOTHING_LEFT = "nothing was left behind; run it again"
 _REMOVAL_SECONDS, _SETTLE_SECONDS = 5.0, 0.2
-_THREADS = 2  # each holds a piece of at most mapping.PIECE_BYTES, and copies of it
+_THREADS = 2  # each needs memory for a piece of at most `pieces.PIECE_BYTES`, and copies of it
 
 
 @contextlib.contextmanager
 def staged_directory(
     out: Path, nbytes: int, is_ours: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
-    """Gives a directory to fill, and renames it to `out` when the block ends well.
+    """Context manager that gives a directory to fill, and renames it to `out` on success.
 
-    The work is done in `OUT.partial` beside it, which is removed when the block fails; a note on
-    the error says if that was not possible.  What a killed run left there is removed by the next.
+    The block writes to `OUT.partial` next to `out`.  It is removed if the block fails; if it cannot
+    be removed, a note on the error says so.  The next run removes what a killed run left there.
 
     Args:
-      out: the directory to make.
-      nbytes: how much will be written, at most; less free space is an error before any work.
-      is_ours: whether an existing `out` may be replaced; None never replaces.
+      out: the output directory.
+      nbytes: upper bound of the bytes to write; it is an error if less space is free.
+      is_ours: returns whether an existing directory `out` may be replaced; None: never.
+
+    Yields:
+      The directory to write to.
 
     Raises:
-      UserError: `out` is in the way, another run writes there, or the disk is too small.
+      UserError: `out` exists and may not be replaced, another run is writing it, or there is not
+        enough free space.
     """
     out = Path(os.path.abspath(out))
     _check_target(out, is_ours)
@@ -48,7 +52,7 @@ def staged_directory(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_made_parents(out))
         if partial.exists():
-            _lock(partial, stack)  # held by a living run, or else stale
+            _lock(partial, stack)  # fails if another run holds it; otherwise it is left over
             shutil.rmtree(partial)
         _check_space(out.parent, nbytes)
         partial.mkdir()
@@ -64,23 +68,23 @@ def staged_directory(
 
 @contextlib.contextmanager
 def _made_parents(path: Path) -> Iterator[None]:
-    """Makes the directories above a path, and removes those that it made if the block fails."""
-    made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
+    """Makes the parents of a path; removes those that it made if the block fails."""
+    made = [parent for parent in path.parents if not parent.exists()]  # innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # someone else uses it by now
+        with contextlib.suppress(OSError):  # not empty: another program uses it
             for parent in made:
                 parent.rmdir()
         raise
 
 
 def _remove(directory: Path) -> str | None:
-    """Removes a directory for good; says what is left where that fails.
+    """Removes a directory; returns a message if it could not be removed.
 
-    A storage library may end a write or two after the error that it raised, and so make a directory
-    anew: it has to stay away for a moment.
+    After an error, a storage library may still finish some writes and so recreate the directory.
+    Therefore it is removed until it stays away for a moment.
     """
     deadline, reason = time.monotonic() + _REMOVAL_SECONDS, ""
     while time.monotonic() < deadline:
@@ -97,11 +101,17 @@ def _remove(directory: Path) -> str | None:
 
 
 def run_on_cpu(main: Callable[[], None]) -> int:
-    """Runs the command line of a conversion; the exit code, as `run_cli` gives it.
+    """Runs the command line of a conversion on CPU.
 
-    Conversion needs no accelerator, and must not take one that a training run may hold: JAX, which
-    is imported by now and no longer reads the environment, is told to use the CPU unless the user
-    chose a platform.
+    Conversion needs no accelerator, and must not take one from a training run.  JAX is already
+    imported and does not read the environment any more, so its config is set, unless the user has
+    set JAX_PLATFORMS.
+
+    Args:
+      main: the command.
+
+    Returns:
+      The exit code, as `run_cli` returns it.
     """
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
@@ -109,20 +119,20 @@ def run_on_cpu(main: Callable[[], None]) -> int:
 
 
 def _until_interrupted(main: Callable[[], None]) -> int:
-    """Runs `main`; after a signal says what is left behind."""
+    """Runs `main`; after a signal prints what is left on disk."""
     try:
         main()
         return 0
     except Interrupted as error:
         what = "; ".join(getattr(error, "__notes__", [_NOTHING_LEFT]))
         print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)
-        if error.still_running:  # the end of Python would wait for its threads
+        if error.still_running:  # Python's normal exit would wait for its threads
             os._exit(error.exit_code)
         return error.exit_code
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:
-    """`map`, working on the next few items in threads while the caller uses this one."""
+    """Yields `function(item)` in order, and computes the next few results ahead in threads."""
     waiting: collections.deque = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -138,10 +148,13 @@ def map_ahead(function: Callable, items: Iterable) -> Iterator:
 
 
 def parse_bytes(text: str) -> int:
-    """Reads a size such as `5GB`, `500MB` or `1.5GiB`.
+    """Parses a size such as `5GB`, `500MB` or `1.5GiB`.
+
+    Returns:
+      The size in bytes.
 
     Raises:
-      ValueError: it is not one.
+      ValueError: the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", text)
     if not match:
@@ -155,7 +168,15 @@ def parse_bytes(text: str) -> int:
 
 
 def disk_full(error: Exception, out: Path) -> OSError | None:
-    """The plain error for a storage error that means a full disk; None for any other."""
+    """Converts a storage error that means a full disk to a short OSError.
+
+    Args:
+      error: an error of the OS or of a storage library.
+      out: the output directory.
+
+    Returns:
+      The error, which says what is left on disk; None if `error` has another cause.
+    """
     if not is_disk_full(error):
         return None
     what = "; ".join(getattr(error, "__notes__", [f"nothing was left at {out}"]))
@@ -185,7 +206,7 @@ def _check_space(directory: Path, nbytes: int) -> None:
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Takes the directory for this process."""
+    """Locks a directory; raises UserError if another process holds the lock."""
     try:
         lock_directory(directory, stack)
     except BlockingIOError as error:
@@ -193,10 +214,10 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Renames the finished directory into place, over an old one if need be."""
+    """Renames the finished directory to `out`, and removes an old `out`."""
     replaced = out.with_name(f".{out.name}.replaced")
     if out.exists():
-        if replaced.exists():  # left by a run that died between its two renames
+        if replaced.exists():  # left by a run that was killed between its two renames
             shutil.rmtree(replaced)
         out.rename(replaced)
     try:

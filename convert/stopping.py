@@ -1,4 +1,4 @@
-"""Work that a signal ends between two pieces, and never in the middle of one."""
+"""Runs work that a signal stops between two pieces, never within one."""
 
 import concurrent.futures
 import contextlib
@@ -11,62 +11,66 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # those that the system has
-_PATIENCE = 60.0  # seconds for the pieces under way
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # not all systems have all of them
+_PATIENCE = 60.0  # seconds that the current pieces may take after a signal
 
 
 class Stop:
-    """Whether to stop, as work asks between two pieces."""
+    """A flag that tells the work to stop; the work checks it between two pieces.
+
+    Attributes:
+      signal: number of the first signal; None if there was none.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None  # the first that came
+        self.signal: int | None = None
 
     def check(self) -> None:
-        """Raises `Stopped` once a signal has come."""
+        """Raises `Stopped` if a signal has arrived."""
         if self.signal is not None:
             raise Stopped
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items, until a signal comes."""
+        """Yields the items; raises `Stopped` before the next item after a signal."""
         for item in items:
             self.check()
             yield item
 
 
 class Stopped(Exception):
-    """Unwinds the work; whoever began it raises `Interrupted`."""
+    """Unwinds the work; `run_stoppable` then raises `Interrupted`."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the work.  Its notes say what is left behind; without any, nothing is.
+    """A signal has stopped the work.  Its notes say what is left on disk; no notes: nothing.
 
     Attributes:
-      exit_code: of a program that ends for this: 128 and the number of the signal.
-      still_running: the work has not ended in the time that it was given.
+      exit_code: exit code for the program, 128 + number of the signal.
+      still_running: whether the work has not ended within the time limit.
     """
 
     def __init__(self, number: int, still_running: bool = False):
+        """Makes the exception for signal `number`."""
         super().__init__()
         self.exit_code, self.still_running = 128 + number, still_running
 
 
 def run_stoppable(work: Callable[[Stop], T], writes_to: Path) -> T:
-    """Runs `work(stop)`, which a signal (Ctrl-C, SIGTERM, SIGHUP) ends where it asks `stop`.
+    """Runs `work(stop)`; a signal (Ctrl-C, SIGTERM, SIGHUP) makes the next check of `stop` raise.
 
-    The work has a thread of its own, so its clean-up and that of the libraries below it run to
-    their end, however often the signal comes.  Signals that are ignored, or that have a handler of
-    someone else, stay as they are.  Outside the main thread, where no signal arrives, `work` just
-    runs.
+    The work runs in its own thread, so that further signals do not interrupt its clean-up or that
+    of libraries.  Signals that are ignored or have another handler are not changed.  If this is not
+    the main thread, which alone receives signals, `work` is simply called.
 
     Args:
-      work: cleans up after itself when `stop` raises.
-      writes_to: named in the note on work that does not end.
+      work: cleans up when `stop` raises.
+      writes_to: the output, which is named if the work does not end.
 
     Returns:
-      What `work` returns, also where the signal came too late to stop it.
+      The result of `work`, also if a signal came too late to stop it.
 
     Raises:
-      Interrupted: the work was stopped, or had not ended a minute after the signal.
+      Interrupted: the work was stopped, or has not ended a minute after the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         return work(Stop())
@@ -96,9 +100,9 @@ def run_stoppable(work: Callable[[Stop], T], writes_to: Path) -> T:
 
 @contextlib.contextmanager
 def _signals_to(stop: Stop) -> Iterator[None]:
-    """Lets signals that would end the process tell `stop` instead."""
+    """Installs handlers that set `stop` instead of ending the process."""
 
-    def tell(number: int, _: Any) -> None:
+    def set_stop(number: int, _: Any) -> None:
         if stop.signal is None:
             stop.signal = number
 
@@ -108,7 +112,7 @@ def _signals_to(stop: Stop) -> Iterator[None]:
     ours = [number for number in numbers if before[number] in usual]
     try:
         for number in ours:
-            signal.signal(number, tell)
+            signal.signal(number, set_stop)
         yield
     finally:
         for number in ours:
@@ -116,16 +120,16 @@ def _signals_to(stop: Stop) -> Iterator[None]:
 
 
 def _wait(outcome: concurrent.futures.Future, stop: Stop) -> None:
-    """Until the end of the work; after a signal not for ever."""
+    """Waits for the end of the work; after a signal, for at most `_PATIENCE` seconds."""
     deadline = math.inf
     while not outcome.done() and time.monotonic() < deadline:
-        concurrent.futures.wait([outcome], timeout=0.2)  # signals arrive in between
+        concurrent.futures.wait([outcome], timeout=0.2)  # signals are handled in between
         if stop.signal is not None and deadline == math.inf:
             deadline = time.monotonic() + _PATIENCE
 
 
 def _was_stopped(error: BaseException | None) -> bool:
-    """Whether an error is `Stopped`, or came of it."""
+    """Whether an error is `Stopped` or was caused by it."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,11 +1,11 @@
-"""Converts a vl2jax checkpoint directory back to the original Hugging Face layout.
+"""Converts a vl2jax checkpoint back to the original Hugging Face layout.
 
     python -m convert.to_hf CKPT_DIR OUT_DIR [--dtype bfloat16|float32] [--shard_size 5GB]
 
-Every tensor is written in the dtype that it had, so converting there and back changes no bit.
-CKPT_DIR may be a training workdir (its newest checkpoint) or one step of it
-(WORKDIR/checkpoints/500): its tensors are written as training stores them, which for float32
-master weights is twice the size of a bfloat16 release; --dtype bfloat16 rounds them.
+Each tensor is written in the dtype of its source, so converting there and back is bit-exact.
+CKPT_DIR may also be a training workdir (its newest checkpoint is used) or a step of one
+(WORKDIR/checkpoints/500).  Then tensors are written in the dtype in which training stores them;
+float32 master weights are twice as large as a bfloat16 release.  --dtype bfloat16 rounds them.
 """
 
 import argparse
@@ -28,27 +28,30 @@ from vl2jax.checkpoints.store import ParamStore, read_array
 from vl2jax.common.errors import UserError
 from vl2jax.common.progress import Progress
 
-_MARGIN = 64 * 2**20  # bytes for headers, index and the small files
+_MARGIN = 64 * 2**20  # bytes for headers, index and small files
 
 
 def convert(
     ckpt: Path, out: Path, *, shard_size: int = 5 * 10**9, dtype: str | None = None
 ) -> list[str]:
-    """Writes the model in `ckpt` into the new directory `out`.
+    """Converts the checkpoint `ckpt`, and writes it to the new directory `out`.
 
     Args:
-      ckpt: a vl2jax checkpoint directory, a training workdir or one step of it.
-      out: the directory to make.
-      shard_size: bytes per safetensors file, at most.
-      dtype: "bfloat16" or "float32" for all tensors but the router's correction bias, which is
-        float32; None writes each as its source had it, those of a workdir as they are stored.
+      ckpt: a vl2jax checkpoint directory, a training workdir or a step of one.
+      out: the output directory.
+      shard_size: maximum number of bytes per safetensors file.
+      dtype: "bfloat16" or "float32" for all tensors except the router's correction bias, which is
+        float32.  None: the dtype of the source; for a workdir, the dtype that is stored.
 
     Returns:
-      One line for each group of original tensors that could not be written.
+      One line for each group of original tensors that are not written, because conversion to
+      vl2jax dropped them.
 
     Raises:
-      UserError, OSError: nothing is left at `out`; a note says if `OUT.partial` is.
-      Interrupted: as above, after Ctrl-C or another signal that ends a process.
+      UserError: the checkpoint is invalid, values do not fit their dtype, or `out` cannot be used.
+      OSError: the output cannot be written.
+      Interrupted: Ctrl-C or another signal has stopped the conversion.
+        After any error nothing is left at `out`; a note says if `OUT.partial` is left.
     """
     model = checkpoint.read_model_dir(ckpt)
     store = ParamStore(model.params)
@@ -83,7 +86,7 @@ def convert(
 
 
 def _dtypes(model, store: ParamStore, leaves, wanted: str | None) -> dict[str, str]:
-    """What each tensor is written as, by its name: safetensors names of dtypes."""
+    """Output dtype of each original tensor by name, as safetensors names it."""
     found = {}
     for path, leaf in leaves.items():
         one = wanted
@@ -97,7 +100,7 @@ def _dtypes(model, store: ParamStore, leaves, wanted: str | None) -> dict[str, s
 
 
 def _source_dtype(model: checkpoint.ModelDir, name: str) -> str:
-    """The dtype a tensor had in its source, as safetensors names it."""
+    """Dtype of a tensor in its source, as safetensors names it."""
     found = model.source_dtypes.get(name, model.source_dtype)
     if found not in SHORT_NAMES:
         raise UserError(
@@ -108,7 +111,7 @@ def _source_dtype(model: checkpoint.ModelDir, name: str) -> str:
 
 
 def _values(store: ParamStore, leaves, dtypes: dict[str, str], stop: Stop) -> Iterator[np.ndarray]:
-    """All tensors in the original layout, piece by piece in the order of the leaves."""
+    """Values of all tensors in the original layout, in pieces, in the order of the leaves."""
 
     def work() -> Iterator[tuple]:
         for path, leaf in leaves.items():
@@ -126,7 +129,7 @@ def _values(store: ParamStore, leaves, dtypes: dict[str, str], stop: Stop) -> It
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts, and refuses what does not fit: trained float32 values may exceed float16."""
+    """Casts values; raises UserError if float32 values exceed the range of float16."""
     with np.errstate(over="ignore"):
         cast = values.astype(dtype, copy=False)
     if (
@@ -153,15 +156,15 @@ def _main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "ckpt_dir", type=Path, help="vl2jax checkpoint directory, training workdir or step of it"
+        "ckpt_dir", type=Path, help="vl2jax checkpoint directory, training workdir or step of one"
     )
-    parser.add_argument("out_dir", type=Path, help="Hugging Face directory to make")
+    parser.add_argument("out_dir", type=Path, help="Hugging Face directory to write")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="write tensors as this; default: as their source had them, a workdir's as stored",
+        help="dtype of the output; default: the source's, or for a workdir the stored one",
     )
-    parser.add_argument("--shard_size", default="5GB", help="bytes per file, at most (5GB)")
+    parser.add_argument("--shard_size", default="5GB", help="maximum bytes per file (default 5GB)")
     args = parser.parse_args()
     try:
         shard_size = parse_bytes(args.shard_size)
@@ -174,7 +177,7 @@ def _main() -> None:
 
 
 def main() -> int:
-    """Command line entry; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     return run_on_cpu(_main)
 
 

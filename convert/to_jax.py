@@ -2,7 +2,7 @@
 
     python -m convert.to_jax HF_DIR OUT_DIR [--dtype bfloat16|float32] [--dry_run] [--verify]
 
-Tensors are read one at a time and written slice by slice: memory stays small, whatever the model.
+Tensors are read and written piece by piece, so the memory needed does not grow with the model.
 """
 
 import argparse
@@ -25,11 +25,20 @@ from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.store import CheckpointError, ParamStore, read_array
 from vl2jax.common.progress import Progress
 
-_MARGIN = 64 * 2**20  # bytes for metadata and the small files
+_MARGIN = 64 * 2**20  # bytes for metadata and small files
 
 
 def streamed(plan: Plan, progress: Progress, stop: Stop) -> dict[str, StreamedArray]:
-    """The parameters as arrays that are made while they are written."""
+    """Returns the parameters as arrays whose values are converted while they are written.
+
+    Args:
+      plan: the conversion.
+      progress: updated with the source bytes of each piece.
+      stop: checked before each piece.
+
+    Returns:
+      The arrays by parameter path.
+    """
 
     def array(path: str, leaf: mapping.Leaf) -> StreamedArray:
         dtype = plan.dtypes[path]
@@ -46,10 +55,15 @@ def streamed(plan: Plan, progress: Progress, stop: Stop) -> dict[str, StreamedAr
 
 
 def verify(plan: Plan, params: Path, stop: Stop | None = None) -> None:
-    """Reads the written parameters again and compares every tensor with its source, bit by bit.
+    """Reads the written parameters again, and compares each tensor with its source bit by bit.
+
+    Args:
+      plan: the conversion.
+      params: directory of the written parameters.
+      stop: checked before each piece.
 
     Raises:
-      ConversionError: with all tensors that differ.
+      ConversionError: some tensors differ or cannot be read; lists all of them.
     """
     store = ParamStore(params)
     store.check({path: leaf.shape for path, leaf in plan.leaves.items()})
@@ -78,11 +92,11 @@ def verify(plan: Plan, params: Path, stop: Stop | None = None) -> None:
                 problems.setdefault(piece.entry.hf, problem)
             progress.update(plan.source_bytes(piece))
     if problems:
-        raise ConversionError(f"{params} is not what was converted", list(problems.values()))
+        raise ConversionError(f"{params} differs from the source", list(problems.values()))
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equality that also tells NaNs and signed zeros apart."""
+    """Whether dtype, shape and all bits are equal, including those of NaNs and zeros."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.view(bits), b.view(bits))
 
@@ -95,18 +109,20 @@ def convert(
     check: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Converts `hf_dir` into the new directory `out`.
+    """Converts the checkpoint `hf_dir`, and writes it to the new directory `out`.
 
     Args:
-      hf_dir: an original checkpoint.
-      out: the directory to make.
-      dtype: "bfloat16" or "float32"; None stores what the source has (float16 as float32).
-      check: read the result again and compare it with the source before it gets its name.
-      overwrite: replace an older vl2jax checkpoint at `out`.
+      hf_dir: directory of the original checkpoint.
+      out: the output directory.
+      dtype: "bfloat16" or "float32"; None: the dtype of the source (float16 is stored as float32).
+      check: whether to compare the result with the source before it is renamed to `out`.
+      overwrite: whether to replace an older vl2jax checkpoint at `out`.
 
     Raises:
-      UserError, OSError: nothing is left at `out`; a note says if `OUT.partial` is.
-      Interrupted: as above, after Ctrl-C or another signal that ends a process.
+      UserError: the source has problems, or `out` cannot be used.
+      OSError: the source cannot be read, or the output cannot be written.
+      Interrupted: Ctrl-C or another signal has stopped the conversion.
+        After any error nothing is left at `out`; a note says if `OUT.partial` is left.
     """
     is_ours = (lambda path: (path / checkpoint.MODEL_FILE).is_file()) if overwrite else None
 
@@ -124,7 +140,7 @@ def convert(
 
 
 def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, stop: Stop) -> None:
-    """Writes everything into an empty directory, `model.json` last."""
+    """Writes all files into an empty directory, `model.json` last."""
     for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
         if (hf_dir / name).is_file():
             shutil.copyfile(hf_dir / name, partial / name)
@@ -136,7 +152,7 @@ def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, stop: Stop) -> N
 
 
 def _record(plan: Plan, directory: Path) -> checkpoint.ModelDir:
-    """What `model.json` says about a conversion."""
+    """The content of `model.json`."""
     stored: collections.Counter = collections.Counter()
     for path, leaf in plan.leaves.items():
         if not leaf.is_router_state:
@@ -165,11 +181,11 @@ def _main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("hf_dir", type=Path, help="original checkpoint (Hugging Face layout)")
-    parser.add_argument("out_dir", type=Path, help="vl2jax checkpoint directory to make")
+    parser.add_argument("out_dir", type=Path, help="vl2jax checkpoint directory to write")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="store as this; default: as the source has it",
+        help="dtype of the parameters; default: the source's",
     )
     parser.add_argument(
         "--dry_run",
@@ -179,7 +195,7 @@ def _main() -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read the result again and compare every tensor with its source",
+        help="read the result again and compare each tensor with its source",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older vl2jax checkpoint"
@@ -195,7 +211,7 @@ def _main() -> None:
 
 
 def main() -> int:
-    """Command line entry; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     return run_on_cpu(_main)
 
 

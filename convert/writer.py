@@ -1,8 +1,8 @@
-"""Writing stacked parameters as an Orbax checkpoint without ever holding one of them.
+"""Writes an Orbax checkpoint whose arrays are generated slice by slice and never fully in memory.
 
-Orbax asks a type handler to write each leaf.  The handler here writes slice by slice through
-tensorstore, each slice made when its turn comes; everything else (metadata, finalisation,
-atomic rename) is Orbax's own, so the result is an ordinary Orbax checkpoint.
+Orbax calls a type handler to write each leaf.  The handler here generates the slices one after the
+other, and writes each with tensorstore.  Orbax does the rest (metadata, finalization, atomic
+rename), so the result is an ordinary Orbax checkpoint.
 """
 
 import collections
@@ -16,17 +16,18 @@ import numpy as np
 
 from vl2jax.checkpoints.orbax_io import silence_orbax
 
-_IN_FLIGHT = 64 * 2**20  # bytes of slices handed to tensorstore and not yet on the disk
+_IN_FLIGHT = 64 * 2**20  # maximum bytes of slices whose writes have not finished
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
-    """An array that is made while it is written.
+    """An array that is generated while it is written.
 
     Attributes:
-      shape, dtype: of the whole.
-      chunk: shape of the chunks on the disk; every slice fills whole chunks.
-      slices: makes (index, values) pairs that together fill the array.
+      shape: shape of the array.
+      dtype: dtype of the array.
+      chunk: shape of the chunks on disk; each slice fills whole chunks.
+      slices: generates (index, values) pairs, which together fill the array.
     """
 
     shape: tuple[int, ...]
@@ -43,11 +44,11 @@ def save_streamed(directory: Path, arrays: Mapping[str, StreamedArray]) -> None:
     """Writes an Orbax checkpoint.
 
     Args:
-      directory: where; must not exist.
-      arrays: path ("params/decoder/...") -> array.  They are written in this order.
+      directory: the output; must not exist.
+      arrays: the arrays by path ("params/decoder/..."), in the order in which they are written.
 
     Raises:
-      OSError, ValueError: the storage failed.
+      OSError, ValueError: writing failed.
     """
     import orbax.checkpoint as ocp
 
@@ -66,10 +67,10 @@ def save_streamed(directory: Path, arrays: Mapping[str, StreamedArray]) -> None:
 
 
 def _handler(ocp):
-    """Makes the type handler; Orbax is imported only where it is used."""
+    """Makes the type handler; a function, because Orbax is imported late."""
 
     class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
-        """Stores a `StreamedArray` as the numpy array that it describes."""
+        """Stores a `StreamedArray` like a numpy array."""
 
         async def serialize(self, values, infos, args=None):
             args = args or [None] * len(values)
@@ -91,7 +92,7 @@ def _handler(ocp):
 
 
 async def _write(array: StreamedArray, spec: dict, context) -> None:
-    """Writes all slices, a bounded number of bytes at a time."""
+    """Writes all slices, with a bounded number of bytes in flight."""
     import tensorstore as ts
 
     store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
@@ -105,14 +106,14 @@ async def _write(array: StreamedArray, spec: dict, context) -> None:
                 in_flight -= await _first(waiting)
         while waiting:
             await _first(waiting)
-    finally:  # after an error: whoever hears of it may remove the directory
+    finally:  # after an error, wait for all writes, because the caller may remove the directory
         for future, _ in waiting:
             with contextlib.suppress(Exception):
                 await future
 
 
 async def _first(waiting: collections.deque) -> int:
-    """Waits for the oldest write; its bytes."""
+    """Waits for the oldest write; returns its number of bytes."""
     future, nbytes = waiting[0]
     await future
     waiting.popleft()

@@ -1,4 +1,4 @@
-"""Draws question.png and grounding.png: two pictures of the held-out synthetic split.
+"""Draws question.png and grounding.png, two images of the held-out synthetic split.
 
 python examples/draw_questions.py
 """
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def first(family: str, text: str):
-    """The first held-out question of a family that has a text in it."""
+    """Returns the first held-out question of a family that contains a text."""
     for index in itertools.count():
         found = question(family, index)
         if text in found.row.messages[0]["content"]:

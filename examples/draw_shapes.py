@@ -1,4 +1,7 @@
-"""Draws shapes.png, the example picture: python examples/draw_shapes.py"""
+"""Draws shapes.png, an example image.
+
+python examples/draw_shapes.py
+"""
 
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import PIL.ImageFont
 
 
 def draw() -> PIL.Image.Image:
-    """Four shapes over their numbers."""
+    """Draws four shapes above a number each."""
     picture = PIL.Image.new("RGB", (480, 240), (244, 241, 232))
     pen = PIL.ImageDraw.Draw(picture)
     pen.rectangle((30, 40, 110, 120), fill=(204, 51, 51))

@@ -1,4 +1,4 @@
-"""A checkpoint of a micro model in the original's format, and what such a directory holds."""
+"""A micro model: writes its checkpoint in the original layout, and reads such checkpoints."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ MICRO = VL2Config(
 
 
 def write_source(directory: Path, **options) -> Path:
-    """Writes a random checkpoint of the micro model with stand-ins for its small files."""
+    """Writes a random checkpoint of the micro model, with placeholders for its small files."""
     directory.mkdir()
     write_weights(directory, MICRO, **options)
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
@@ -46,7 +46,7 @@ def write_source(directory: Path, **options) -> Path:
 
 
 def read_all(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """All tensors of a directory through the safetensors library: dtype, shape, bits."""
+    """Reads all tensors of a directory with the library safetensors: dtype, shape, bytes."""
     tensors = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "np") as opened:

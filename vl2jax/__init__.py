@@ -1,4 +1,4 @@
-"""DeepSeek-VL2 in JAX: load a converted checkpoint, ask it about pictures."""
+"""DeepSeek-VL2 in JAX: load a converted checkpoint and ask it questions about images."""
 
 from vl2jax.common.errors import UserError
 from vl2jax.common.version import version as _version

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, machine, devices, settings, chosen implementations.
+"""Information for bug reports: versions, machine, devices, settings, chosen implementations.
 
 python -m vl2jax.env [--json]
 """
@@ -24,13 +24,13 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow"),
     *("tokenizers", "safetensors", "ml_collections", "absl-py"),
 )
-_PLUGINS = ("libtpu", "jax-cuda", "jax-rocm")  # beginnings of names; told where installed
-_VARIABLES = ("JAX_", "XLA_", "VL2JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES")  # beginnings too
-_PATIENCE = 120  # seconds for devices, which another program may hold
+_PLUGINS = ("libtpu", "jax-cuda", "jax-rocm")  # prefixes of package names; listed if installed
+_VARIABLES = ("JAX_", "XLA_", "VL2JAX_", "LIBTPU_", "CUDA_VISIBLE_DEVICES")  # prefixes, too
+_TIMEOUT = 120  # seconds; initialising a device can block while another program holds it
 
 
 def collect() -> dict[str, Any]:
-    """All sections by name, as `--json` prints them."""
+    """Collects all sections, by name, as `--json` prints them."""
     return {
         "versions": _versions(),
         "machine": _machine(),
@@ -77,14 +77,14 @@ def _cpu_model() -> str:
 
 
 def _cache() -> dict[str, Any]:
-    """Where this installation keeps compiled programs, and how much lies there."""
+    """The folder of the compilation cache, and its number of files and bytes."""
     directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or default_directory())
     sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
     return {"folder": str(directory), "files": len(sizes), "bytes": sum(sizes)}
 
 
 def _dtypes() -> dict[str, str]:
-    """What JAX makes of Python's numbers, and of products of float32."""
+    """The dtypes that JAX gives Python numbers, and the precision of float32 matrix products."""
     precision = jax.config.values["jax_default_matmul_precision"]
     return {
         "float": jax.dtypes.canonicalize_dtype(float).name,
@@ -93,27 +93,28 @@ def _dtypes() -> dict[str, str]:
     }
 
 
-# Devices are asked for in a process of its own: where a library ends the process or waits for a
-# device that is taken, this one goes on, and a device is held only as long as the answer takes.
+# A subprocess initialises the devices.  If a library aborts it, or waits for a device that another
+# program holds, this process still prints the other sections.  The device is free again when the
+# subprocess exits.
 
 
 def _ask_devices() -> dict[str, Any]:
-    """The sections `devices` and `operations`, or one line that says why there are none."""
-    # A GPU's memory is not taken beforehand.
+    """The sections `devices` and `operations`; if there are no devices, the reason in one line."""
+    # By default, JAX would allocate most of the memory of a GPU.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     command = [sys.executable, "-c", "from vl2jax import env; env.answer()"]
     try:
         asked = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_PATIENCE
+            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return _no_devices(f"no answer within {_PATIENCE} seconds")
+        return _no_devices(f"no answer within {_TIMEOUT} seconds")
     answers = [json.loads(line) for line in asked.stdout.splitlines() if line.startswith("{")]
     found = {name: section for answer in answers for name, section in answer.items()}
     if "devices" not in found:
         lines = asked.stderr.strip().splitlines()
         return _no_devices(lines[-1] if lines else f"ended with exit code {asked.returncode}")
-    if asked.returncode:  # a fault of ours, after the devices
+    if asked.returncode:  # the devices are fine, so this is a bug in vl2jax
         raise RuntimeError(asked.stderr)
     return found
 
@@ -126,7 +127,10 @@ def _no_devices(reason: str) -> dict[str, str]:
 
 
 def answer() -> None:
-    """Prints devices, then operations, a JSON object each: what `_ask_devices` starts."""
+    """Prints the devices, then the operations, as one JSON line each.
+
+    `_ask_devices` runs this in a subprocess.
+    """
     devices: list[dict[str, Any]] = []
     counts = Counter((device.platform, device.device_kind) for device in jax.devices())
     for (name, kind), count in counts.items():
@@ -145,7 +149,7 @@ def answer() -> None:
 
 
 def written(found: dict[str, Any]) -> str:
-    """The sections as people read them."""
+    """Formats the sections of `collect` as plain text."""
     parts = []
     for name, section in found.items():
         rows = section if isinstance(section, list) else [section]

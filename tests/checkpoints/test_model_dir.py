@@ -1,4 +1,4 @@
-"""The model directory: what it says about itself, and reading its parameters."""
+"""The model directory: model.json, and loading parameters."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory) -> Path:
-    """Parameters that Orbax wrote by itself, as training does."""
+    """Parameters that Orbax writes with its default settings."""
     import orbax.checkpoint as ocp
 
     directory = tmp_path_factory.mktemp("checkpoint") / "params"
@@ -105,7 +105,7 @@ def test_directories_that_are_no_model(tmp_path):
 def test_incomplete_models(model_dir):
     (model_dir / "tokenizer.json").unlink()
     shutil.rmtree(model_dir / "params")
-    with pytest.raises(CheckpointError, match=r"not whole: tokenizer\.json, params/ missing"):
+    with pytest.raises(CheckpointError, match=r"incomplete: tokenizer\.json, params/ missing"):
         read_model_dir(model_dir)
 
 
@@ -115,8 +115,8 @@ def test_incomplete_models(model_dir):
         ({"format": "other"}, '"format": "vl2jax"'),
         ({"format_version": 2}, "has format_version 2; this program reads 1: update vl2jax"),
         ({"config": {}}, "'language_config' is absent"),
-        ({"config": None}, "lacks or garbles"),
-        ({"dtype": ...}, "lacks or garbles 'dtype'"),
+        ({"config": None}, "missing or malformed entry"),
+        ({"dtype": ...}, "missing or malformed entry ('dtype')"),
     ],
 )
 def test_bad_model_json(model_dir, change, message):
@@ -182,7 +182,7 @@ def test_all_differences_from_the_model_in_one_report(params):
         load_params(params, wanted)
     assert str(error.value).splitlines()[1:] == [
         "  - missing: params/view_seperator [6]",
-        "  - surplus: params/image_newline",
+        "  - unexpected: params/image_newline",
         "  - params/decoder/norm/scale is [6], expected [7]",
     ]
 

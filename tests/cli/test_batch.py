@@ -1,4 +1,4 @@
-"""`--batch`: killed at any time, it goes on without losing or doubling a row."""
+"""`--batch` resumes after a kill at any time, without missing or duplicate rows."""
 
 import json
 import os
@@ -41,13 +41,13 @@ def read(path):
 
 
 def same(rows):
-    """Answers without their times."""
+    """Removes the times from answers."""
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def whole(session, tmp_path_factory):
-    """A file of questions and its answers, in one run."""
+    """A file of questions, and its answers by an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "in.jsonl").write_text(questions(9))
     assert answer_batch(session, folder / "in.jsonl", folder / "out.jsonl", 4) == 1
@@ -65,11 +65,11 @@ def test_any_beginning_is_continued(session, whole, tmp_path, capsys):
         assert answer_batch(session, source, target, 4) == 1
         assert same(read(target)) == same(read(want))
         assert target.read_bytes().startswith(b"".join(lines[:kept]))
-    assert "8 of 9 rows are answered already" in capsys.readouterr().err
+    assert "8 of 9 rows are already answered" in capsys.readouterr().err
 
 
 def test_rows_of_training_data_are_asked_without_their_answers(session, whole, tmp_path):
-    """LLaVA's form, as lines and as the JSON list that it comes as; a bad row has its error."""
+    """Rows in the format of LLaVA, as lines and as one JSON list; bad rows get an error."""
     _, want = whole
     turns = [{"from": "human", "value": "what is 0?"}, {"from": "gpt", "value": "Zero."}]
     messages = [{"role": "user", "content": "what is 1?"}, {"role": "assistant", "content": "One."}]
@@ -111,7 +111,7 @@ def test_rows_of_training_data_are_asked_without_their_answers(session, whole, t
 
 
 def test_synthetic_rows_are_questions(tmp_path):
-    """What `vl2jax.synthetic` writes: the turns before the last answer, with their pictures."""
+    """Rows of `vl2jax.synthetic` become prompts of the turns before the last answer."""
     assert write_synthetic(["--out", str(tmp_path), "-n", "5"]) == 0
     rows = json.loads((tmp_path / "data.json").read_text())
     for row in rows:
@@ -152,7 +152,7 @@ def test_processes_share_the_rows(session, whole, tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
 def test_a_killed_run_goes_on(ckpt, session, tmp_path):
-    """Killed as soon as some answers are there, wherever it is then; the next run does the rest."""
+    """The run is killed after its first answers; the next run answers the other rows."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(questions(200))
     command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--batch", source]
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on(ckpt, session, tmp_path):
 
 
 def _like_the_program(ckpt):
-    """A session with the options that sample.py gives it."""
+    """A session with the same options as in sample.py."""
     options = dict(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
     options |= dict(stop=[], seed=3, chunk_size=0, max_new_tokens=6)
     return Session(ckpt, **options)

@@ -1,4 +1,4 @@
-"""Ctrl-C and closed pipes, with real signals and a real terminal."""
+"""Ctrl-C and closed pipes, with real signals and a pseudo-terminal."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from convert import to_jax
 
 @pytest.fixture(scope="module")
 def command(data_dir, tmp_path_factory):
-    """sample.py on a model that goes on and on."""
+    """sample.py with a model that generates long answers."""
     target = tmp_path_factory.mktemp("interrupts") / "ckpt"
     to_jax.convert(data_dir / "mini-small", target)
     flags = ["--max_new_tokens", "3500", "--compilation_cache", str(ROOT / ".cache" / "jax")]
@@ -24,7 +24,7 @@ def command(data_dir, tmp_path_factory):
 
 
 class Terminal:
-    """A program on a terminal of its own, and what it wrote there."""
+    """Runs a program on a pseudo-terminal and collects its output."""
 
     def __init__(self, command):
         import pty
@@ -47,7 +47,7 @@ class Terminal:
         os.write(self._master, f"{line}\n".encode())
 
     def expect(self, pattern, seconds=120):
-        """Waits until the text since the last such call has this pattern."""
+        """Waits until the output after the previous match contains the pattern."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = re.compile(pattern).search(self.text, self._from)
@@ -58,18 +58,18 @@ class Terminal:
         raise AssertionError(f"no {pattern!r} in {self.text[self._from :]!r}")
 
     def interrupt(self):
-        time.sleep(0.5)  # between showing its prompt and listening readline hears no signal
+        time.sleep(0.5)  # readline ignores signals shortly after it shows the prompt
         self.process.send_signal(signal.SIGINT)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such terminals here")
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals on Windows")
 def test_ctrl_c_stops_an_answer_then_leaves(command, tmp_path):
     terminal = Terminal(command)
     try:
-        terminal.expect("ask about pictures")
+        terminal.expect("ask about images")
         terminal.expect("> ")
         terminal.interrupt()
-        terminal.expect("once more, /quit or Ctrl-D leaves")
+        terminal.expect("press Ctrl-C again to exit")
         for name in ("one", "two"):
             terminal.expect("> ")
             terminal.write("hello there")
@@ -81,7 +81,7 @@ def test_ctrl_c_stops_an_answer_then_leaves(command, tmp_path):
             terminal.expect("saved [24] messages")
         terminal.expect("> ")
         terminal.interrupt()
-        terminal.expect("once more")
+        terminal.expect("press Ctrl-C again")
         terminal.expect("> ")
         terminal.interrupt()
         assert terminal.process.wait(60) == 130

@@ -1,4 +1,4 @@
-"""sample.py as a user meets it: answers, files, the chat, and every kind of bad input."""
+"""sample.py as a user runs it: answers, files, the chat, and bad input."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ from vl2jax.inference.request import Request
 from vl2jax.inference.session import Session
 
 QUESTION = "OCR see | 图片里有什么 a f(x): no or you"
-# What the original answers to QUESTION about one_image_0_0.png, from golden.json.
+# The original's answer to QUESTION about one_image_0_0.png, from golden.json.
 GOLDEN = [
     *(148, 197, 240, 455, 34, 322, 82, 483, 564, 159, 182, 544),
     *(279, 269, 511, 34, 146, 527, 257, 148, 283, 555, 269, 362),
@@ -59,7 +59,7 @@ def ask(ckpt, capsys):
 
 @pytest.fixture
 def refused(ask):
-    """`refused(*flags)`: the one line that a mistake gives."""
+    """`refused(*flags)`: the one-line error message of sample.py."""
 
     def run(*flags, **options):
         code, out, err = ask(*flags, **options)
@@ -72,7 +72,7 @@ def refused(ask):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """`scripted(text)`: the model answers this text, whatever the question."""
+    """`scripted(text)`: replaces the answers of the model by `text`."""
 
     def script(text, interrupt=False):
         asked = []
@@ -235,7 +235,7 @@ def test_refused_boxes_are_explained(ask, scripted, picture, tmp_path):
 
 def test_exif_orientation_counts_unless_it_is_refused(ask, scripted, tmp_path):
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     PIL.Image.new("RGB", (60, 30)).save(tmp_path / "turned.jpg", exif=exif)
     asked = scripted("yes")
     flags = ["--image", tmp_path / "turned.jpg", "--prompt", "upright?"]
@@ -267,14 +267,16 @@ def test_chat_answers_keeps_its_history_and_saves_it(chat, ask, picture, tmp_pat
     assert messages[0]["content"] == f"<image>\n{QUESTION}"
     assert messages[0]["images"] == [str(picture)] and messages[2]["images"] == []
     assert out == f"{messages[1]['content']}\n{messages[3]['content']}\n"
-    # The second answer is that of the saved conversation without it.
+    # The saved conversation without its last answer gets the same answer.
     (tmp_path / "again.json").write_text(json.dumps(messages[:3]))
     _, again, _ = ask("--messages", tmp_path / "again.json", "--max_new_tokens", 8)
     assert again == f"{messages[3]['content']}\n"
 
 
 def test_chat_survives_mistakes(chat, scripted, picture, tmp_path):
-    asked = scripted("<image> fine")  # a placeholder in an answer must not break the next turn
+    asked = scripted(
+        "<image> fine"
+    )  # a placeholder in an answer must not be counted in the next turn
     taken = tmp_path / "taken.txt"
     taken.write_text("keep me")
     lines = [
@@ -288,7 +290,7 @@ def test_chat_survives_mistakes(chat, scripted, picture, tmp_path):
     expected = (
         "/image needs the path",
         f"{pathlib.Path('absent.png').absolute()}: cannot open the picture",
-        "there is no command '/dance'",
+        "unknown command '/dance'",
         "/save needs the path",
         f"{taken} exists",
         "2 <image> placeholders but 1 images",
@@ -330,12 +332,12 @@ def test_an_interrupt_ends_a_single_answer(ask, scripted):
         (["--batch", "a", "--out", "b", "--image", "c"], "--image is not for --batch"),
         (["--batch", __file__, "--out", "/tmp"], "--out /tmp: is a directory"),
         (["--batch", __file__, "--out", "no/such/b"], "there is no directory no/such"),
-        (["--out", "b"], "--out is for --batch"),
-        (["--messages", "a", "--system", "b"], "--system: put it into the file"),
+        (["--out", "b"], "--out is only for --batch"),
+        (["--messages", "a", "--system", "b"], "--system is only for --prompt and chat"),
         (["--messages", "absent.json"], "--messages absent.json does not exist"),
         (["--batch", "/tmp", "--out", "b"], "--batch /tmp is a directory"),
         (["--draw", "a.png"], "--draw needs --prompt or --messages"),
-        (["--prompt", "a", "--draw", "a.xyz"], "--draw a.xyz: no picture format"),
+        (["--prompt", "a", "--draw", "a.xyz"], "--draw a.xyz: unknown image format"),
         (["--prompt", "a", "--draw", "a.png"], "the conversation has none"),
         (["--prompt", "a", "--draw_on", "1"], "--draw_on needs --draw or --json"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0 (greedy) or more"),
@@ -375,7 +377,7 @@ def test_wrong_checkpoints(refused, ckpt, source, tmp_path):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and has no pixels."""
+    """A PNG whose header has a size, without pixels."""
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     chunk = b"IHDR" + size + bytes([8, 2, 0, 0, 0])
     end = b"IEND"
@@ -418,7 +420,7 @@ def test_wrong_messages(refused, picture, tmp_path):
     assert "'images' must be a list of paths" in read('{"prompt": "a", "images": [1]}')
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"prompt": "a", "images": [str(picture)]}))
-    assert "give them once" in refused("--messages", own, "--image", picture)
+    assert "give them only once" in refused("--messages", own, "--image", picture)
 
 
 def test_a_prompt_that_is_too_long(refused, ckpt):
@@ -452,7 +454,7 @@ def test_a_plan_loads_nothing(ask, monkeypatch, tmp_path):
     monkeypatch.setattr(Session, "load", lambda self: pytest.fail("it was loaded"))
     (tmp_path / "in.jsonl").write_text("{}")
     code, out, err = ask("--plan")
-    # 3 layers, a latent of 24 and a key of 8 in float32: 384 bytes a token.
+    # 3 layers, a latent of 24 and a key of 8 in float32: 384 bytes per token.
     assert (code, out) == (0, "") and "1.86 MB on cpu" in err and "cache 384 B a token" in err
     assert "1 row of 4096 tokens: cache 1.57 MB, with the parameters 3.44 MB" in err
     flags = ["--batch", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--batch_size", 3]
@@ -481,7 +483,7 @@ def test_the_demonstration_model_answers_about_the_example(ask, tmp_path):
     assert code == 0 and "bfloat16" in err
     answer = json.loads(out)
     assert len(answer["tokens"]) == 4
-    # 3 x 3 tokens per tile, and 4 x 2 tiles keep most of 480 x 240 pixels.
+    # 3 x 3 tokens per tile; 4 x 2 tiles are the best fit for 480 x 240 pixels.
     assert answer["image_tokens"] == 3 * (3 + 1) + 1 + 2 * 3 * (4 * 3 + 1)
 
 

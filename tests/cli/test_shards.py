@@ -1,6 +1,6 @@
-"""sample.py and eval.py by two processes, started as a user starts them, against one process.
+"""sample.py and eval.py in two processes, started as a user starts them, against one process.
 
-VL2JAX_PROCESSES=all runs also those that need long.
+VL2JAX_PROCESSES=all also runs the slow tests.
 """
 
 import json
@@ -38,14 +38,14 @@ def flags_of(ckpt, *others):
 
 
 def same(text):
-    """Answers as JSON lines, without their times."""
+    """Parses answers and removes their times."""
     rows = [json.loads(line) for line in text.splitlines()]
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A file of seven rows, the third of them bad."""
+    """A file of seven rows; the third is bad."""
     rows = [{"prompt": f"What is {n}?", "id": n} for n in range(7)]
     rows[2]["images"] = ["absent.png"]
     path = tmp_path_factory.mktemp("questions") / "in.jsonl"
@@ -55,7 +55,7 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(ckpt, questions):
-    """Those of one process, as text."""
+    """The answers of one process, as text."""
     target = questions.with_name("one.jsonl")
     flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
     assert sample.main([*map(str, flags)]) == 1
@@ -63,7 +63,7 @@ def answers(ckpt, questions):
 
 
 def test_one_prompt_on_a_mesh_of_two_processes(ckpt, answers):
-    """Experts lie on both; process 0 alone answers, as one process does."""
+    """Both processes have experts; only process 0 prints the answer, and it is the same."""
     flags = flags_of(ckpt, "--prompt", "What is 0?", "--json", "--mesh=expert=4")
     first, second = finish(*start_two("sample.py", 2, *flags))
     assert (first[0], second[0]) == (0, 0), (first, second)
@@ -75,7 +75,7 @@ def test_one_prompt_on_a_mesh_of_two_processes(ckpt, answers):
 
 @long_test
 def test_a_picture_on_a_mesh_of_two_processes(ckpt, capfd):
-    """The tower and the adaptor are split as well; a seed decides the same draws."""
+    """The vision tower and the adaptor are sharded, too; the seed gives the same samples."""
     asked = ["--image", "examples/question.png", "--prompt", "What is it?", "--temperature", "1"]
     asked += ["--seed", "3", "--json", "--chunk_size", "16"]
     assert sample.main([*map(str, flags_of(ckpt, *asked))]) == 0
@@ -87,13 +87,13 @@ def test_a_picture_on_a_mesh_of_two_processes(ckpt, capfd):
 
 
 def test_rows_are_shared_and_put_together(ckpt, questions, answers, tmp_path):
-    """What an earlier run has left is taken up: two rows, one and a half of the second's share."""
+    """Resumes an interrupted run: two rows in OUT, one and a half rows of process 1."""
     lines, target = answers.splitlines(keepends=True), tmp_path / "out.jsonl"
     target.write_text("".join(lines[:2]))
     shard_path(target, (1, 2)).write_text(lines[3] + lines[5][:40])
     flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
     first, second = finish(*start_two("sample.py", 1, *flags))
-    assert (first[0], second[0]) == (1, 1), (first, second)  # for the bad row
+    assert (first[0], second[0]) == (1, 1), (first, second)  # because of the bad row
     assert same(target.read_text()) == same(answers)
     assert target.read_text().startswith("".join(lines[:2])) and lines[3] in target.read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
@@ -103,10 +103,10 @@ def test_rows_are_shared_and_put_together(ckpt, questions, answers, tmp_path):
 
 @long_test
 def test_rows_on_a_mesh_of_two_processes(ckpt, questions, answers, tmp_path):
-    """All answer all rows in step, and process 0 writes; whole, it is left as it is."""
+    """All processes answer all rows, and process 0 writes; a complete OUT is not changed."""
     target = tmp_path / "out.jsonl"
     flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
-    for said in ("answering", "7 of 7 rows are answered already"):
+    for said in ("answering", "7 of 7 rows are already answered"):
         first, second = finish(*start_two("sample.py", 2, *flags, "--mesh=expert=4"))
         assert (first[0], second[0]) == (1, 1), (first, second)
         assert same(target.read_text()) == same(answers)
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(ckpt, tmp_path):
     ],
 )
 def test_scores_are_those_of_one_process(ckpt, tmp_path, families, devices, mesh):
-    """Each asks its share on its own device, or all ask all; process 0 writes."""
+    """Processes share the questions, or answer all together on a mesh; process 0 writes."""
     asked = ["--data", "synthetic", "--questions", 4, "--batch_size", 2, "--families", families]
     flags = flags_of(ckpt, *asked)
     assert program.main([*map(str, flags), "--out", str(tmp_path / "one")]) == 0
@@ -164,14 +164,16 @@ def two_processes(monkeypatch):
 
 
 def test_the_mesh_tells_who_answers_what(two_processes):
-    """Eight devices in each of two processes, as far as this one can know."""
+    """Two processes, simulated in one, with eight devices each."""
     shard = choose_shard("expert=4", rows=True)
     assert (shard.index, shard.count, dict(shard.mesh.shape)["data"]) == (1, 2, 2)
     assert not shard.together and choose_shard("", rows=True).mesh is None
     assert choose_shard("expert=4", rows=False).together
-    with pytest.raises(UserError, match="on a mesh of all their 8 devices: give it, --mesh expert"):
+    with pytest.raises(
+        UserError, match="need a mesh of all their 8 devices; give --mesh, for example expert"
+    ):
         choose_shard("", rows=False)
-    with pytest.raises(UserError, match="does not fit 8 devices"):  # here are no more
+    with pytest.raises(UserError, match="does not fit 8 devices"):  # this process has only 8
         choose_shard("expert=16", rows=True)
 
 
@@ -183,7 +185,9 @@ def test_parts_are_dealt_out_again(tmp_path):
     with target.open("rb") as out:
         _append_parts(target, out, 2)
     assert target.read_text() == "0\n1\n2\n3\n4\n5\n"
-    with pytest.raises(UserError, match=r"-of-00002\.jsonl was begun by 2 processes"):
+    with pytest.raises(
+        UserError, match=r"-of-00002\.jsonl was written by an unfinished run with 2 processes"
+    ):
         _refuse_other_parts(target, 3)
     shard_path(target, (1, 2)).unlink()
     with target.open("rb") as out, pytest.raises(UserError, match="process 1 has written it"):
@@ -194,7 +198,7 @@ def test_parts_are_dealt_out_again(tmp_path):
     ("flags", "message"),
     [
         (["--coordinator=a:1"], "--coordinator needs --num_processes and --process_id"),
-        (["--distributed"], "a chat is held with one process; give --prompt, --messages or"),
+        (["--distributed"], "a chat runs in one process; give --prompt, --messages or"),
     ],
 )
 def test_flags_that_need_others(capsys, flags, message):

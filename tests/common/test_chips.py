@@ -1,4 +1,4 @@
-"""The table of chips, and which of them a device is."""
+"""Tests of the table of chips and of the lookup by device kind."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Progress lines: how much, how fast, how long, and the room there is for it."""
+"""Tests of progress lines: amount, rate, time left, and the width of the terminal."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def test_time(seconds, text):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that tests set."""
+    """A clock that a test sets."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
@@ -51,7 +51,7 @@ def test_plain_lines_at_intervals(clock):
 
 
 def test_counts_of_things(clock):
-    """What was done before counts as done, not as fast; the line says what else it is told."""
+    """Work done before the job counts as done but not in the rate; `detail` is shown."""
     stream = io.StringIO()
     with Progress("answering", 10, "rows", done=4, stream=stream, every=10) as progress:
         progress.update(0, "0 tokens/s")

@@ -1,4 +1,4 @@
-"""Configurations: the released ones field by field, and what is refused."""
+"""Tests of configurations: presets equal the released files, and bad values are rejected."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_layer_runs(hf):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_model_has_the_shapes_of_the_mapping(size):
-    """Nothing is allocated: shapes only. The mapping in turn equals the released manifests."""
+    """Compares shapes only.  Tests of `convert` compare the mapping with released manifests."""
     config = configs.PRESETS[size]()
     assert flat_shapes(abstract_params(config)) == target_shapes(config)
 

@@ -1,4 +1,4 @@
-"""Conversion in both directions: the table, the bits, the problems, and what a crash leaves."""
+"""Tests of conversion in both directions: mapping, exactness, error reports, interruptions."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def broken(source, tmp_path) -> Path:
-    """A copy of the source to be broken."""
+    """A copy of the source, which a test may damage."""
     return Path(shutil.copytree(source, tmp_path / "broken"))
 
 
@@ -48,7 +48,7 @@ def problems_of(directory: Path) -> str:
     return str(error.value)
 
 
-# The table.
+# The mapping.
 
 
 def test_axes_say_both_shapes_and_both_directions():
@@ -95,7 +95,7 @@ def test_table_is_a_bijection_with_the_manifest(size, reference):
     mapped = {entry.hf: list(entry.axes.hf_shape) for entry in entries}
     assert len(mapped) == len(entries)
     assert mapped == {name: shape for name, (shape, _) in manifest.items()}
-    # Every element of every parameter is filled by exactly one tensor.
+    # Each element of each parameter is filled by exactly one tensor.
     for leaf in mapping.leaves(entries).values():
         assert len({entry.index for entry in leaf.entries}) == len(leaf.entries)
         assert sum(np.prod(e.axes.shape, dtype=int) for e in leaf.entries) == np.prod(leaf.shape)
@@ -115,7 +115,7 @@ def test_target_shapes_of_base():
     assert shapes["params/decoder/lm_head/kernel"] == (2560, 129280)
 
 
-# The bits.
+# Exactness.
 
 
 def test_parameters_are_where_they_belong_for_plain_orbax(source, tmp_path):
@@ -169,7 +169,7 @@ def test_there_and_back_changes_no_bit(tmp_path, dtype, stored, shard_size):
     assert notes[0].startswith("not written: 13 tensors (vision.attn_pool.latent,")
     assert "never used" in notes[0]
     assert (tmp_path / "back/tokenizer.json").read_text() == '{"version": "1.0"}'
-    # What to_hf writes, to_jax reads, although the dropped tensors are gone.
+    # to_jax accepts the output of to_hf, although the dropped tensors are missing.
     to_jax.convert(tmp_path / "back", tmp_path / "again")
     assert read_model_dir(tmp_path / "again").dropped == []
 
@@ -242,7 +242,7 @@ def test_round_trip_of_all_minis(mini, reference, tmp_path):
     check_round_trip(reference / f"mini-{mini}", reference / "mini-small", tmp_path)
 
 
-# Shards as the released checkpoints have them.
+# Sharded files.
 
 
 def test_shards_are_named_as_released(source, tmp_path):
@@ -263,7 +263,7 @@ def test_shards_are_named_as_released(source, tmp_path):
     assert max(sizes.values()) <= 20_000
 
 
-# Problems, all at once.
+# Error reports, which list all problems.
 
 
 def test_all_problems_of_the_tensors_in_one_report(broken):
@@ -309,7 +309,7 @@ def test_all_problems_of_the_files_in_one_report(tmp_path):
     assert f"{shards[2].name}: bad safetensors header (JSONDecodeError" in report
     assert f"{shards[3].name} does not hold, as the index says: ghost" in report
     assert f"{shards[3].name} holds, against the index: {held[0]}" in report
-    # Tensors in files that cannot be read are not reported a second time.
+    # Tensors in unreadable files are not also reported as missing.
     assert f"missing tensors (1): {held[0]}" in report
     assert "6 problems" in report
 
@@ -372,7 +372,7 @@ def test_verify_finds_a_flipped_bit(source, tmp_path):
     to_jax.convert(source, out)
     other = Path(shutil.copytree(source, tmp_path / "other"))
     with (other / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)  # the last tensor is the head
+        file.seek(-1, os.SEEK_END)  # in `language.lm_head.weight`, the last tensor
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([byte ^ 1]))
@@ -395,13 +395,13 @@ def test_verify_reports_damaged_files(source, tmp_path):
         to_jax.verify(make_plan(source, None), out / "params")
 
 
-# The output appears only when whole.
+# Atomic output.
 
 
 def test_output_in_the_way(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    to_jax.convert(source, out)  # an empty directory is as good as none
+    to_jax.convert(source, out)  # an empty directory may be replaced
     with pytest.raises(UserError, match="out exists and is not empty; choose another output or"):
         to_jax.convert(source, out)
     marker = out / "marker"
@@ -449,7 +449,7 @@ sys.exit(to_jax.main())
 
 
 def start_slow_conversion(source: Path, out: Path) -> subprocess.Popen:
-    """Starts a conversion and returns when it has begun to write parameters."""
+    """Starts a conversion, and returns when it has started to write parameters."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, source, out],
         cwd=ROOT,
@@ -480,7 +480,7 @@ def test_killed_conversion_leaves_nothing_that_loads(source, tmp_path):
 
 
 def test_late_writes_of_a_conversion_say_nothing(source, tmp_path, monkeypatch):
-    """What ends after an interruption has closed its event loop is no news; all else is."""
+    """Errors of writes that end after their event loop was closed are hidden; others are not."""
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda error: shown.append(str(error.exc_value)))
     to_jax.convert(source, tmp_path / "out")
@@ -490,7 +490,7 @@ def test_late_writes_of_a_conversion_say_nothing(source, tmp_path, monkeypatch):
 
 
 def check_interrupted(process: subprocess.Popen, folder: Path, number: int) -> None:
-    """A conversion that got a signal says that it left nothing, and is right."""
+    """Checks that an interrupted conversion leaves nothing, and says so."""
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors.strip().splitlines()[-1] == ("interrupted: nothing was left behind; run it again")
@@ -542,7 +542,7 @@ tensorstore.open, os.rmdir = late_open, slow_rmdir
 
 
 def late_conversion(source: Path, out: Path, **numbers: int) -> subprocess.Popen:
-    """A conversion whose writers are late; what happens at which expert: see `LATE`."""
+    """Starts a conversion whose writes are slow; `numbers` set the constants of `LATE`."""
     script = LATE
     for name, value in ({"SIGNALS_AT": -2, "TIMES": 1, "FAILS_AT": -2} | numbers).items():
         script = script.replace(name, str(value))
@@ -552,7 +552,7 @@ def late_conversion(source: Path, out: Path, **numbers: int) -> subprocess.Popen
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_late_writers_are_waited_for(source, tmp_path, times):
-    """However often Ctrl-C comes."""
+    """After one Ctrl-C or several, the conversion waits for its writes."""
     process = late_conversion(source, tmp_path / "out", SIGNALS_AT=2, TIMES=times)
     check_interrupted(process, tmp_path, signal.SIGINT)
 
@@ -560,21 +560,21 @@ def test_late_writers_are_waited_for(source, tmp_path, times):
 def test_other_writers_are_waited_for_when_one_fails(source, tmp_path):
     process = late_conversion(source, tmp_path / "out", FAILS_AT=1)
     _, errors = process.communicate(timeout=60)
-    told = errors.strip().splitlines()[-1]
-    assert told == f"error: [Errno 28] the disk is full; nothing was left at {tmp_path / 'out'}"
+    message = errors.strip().splitlines()[-1]
+    assert message == f"error: [Errno 28] the disk is full; nothing was left at {tmp_path / 'out'}"
     assert process.returncode == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_at_any_moment(source, tmp_path):
-    """Either all is written, or nothing is left."""
+    """Whenever a signal arrives, the output is complete or nothing is left."""
     stopped = 0
     for delay in np.linspace(0, 1, 9):
         out = tmp_path / f"{delay:.3f}"
         threading.Timer(delay, signal.raise_signal, [signal.SIGINT]).start()
         try:
             to_jax.convert(source, out)
-            time.sleep(2)  # the signal comes meanwhile, if it has not come yet
+            time.sleep(2)  # so that the signal arrives before the next conversion
         except KeyboardInterrupt as error:
             assert not hasattr(error, "__notes__")
             stopped += not out.exists()
@@ -590,7 +590,7 @@ def test_interrupted_export_cleans_up(source, tmp_path, monkeypatch):
 
     def interrupts(*_):
         signal.raise_signal(signal.SIGTERM)
-        time.sleep(0.3)  # until the main thread has heard of it
+        time.sleep(0.3)  # until the main thread has handled the signal
         return np.zeros(1)
 
     monkeypatch.setattr(to_hf, "read_array", interrupts)
@@ -645,7 +645,7 @@ def test_work_that_does_not_end_is_not_waited_for_ever(tmp_path, monkeypatch):
     assert note == f"writing to {tmp_path / 'out'} has not ended after 0 seconds"
 
 
-# The command lines.
+# Command lines.
 
 
 def run(capsys, monkeypatch, module, *args) -> tuple[int, str, str]:

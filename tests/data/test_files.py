@@ -1,4 +1,4 @@
-"""Files of every kind as sources of rows, and what is wrong with a file."""
+"""Tests of data files of every kind as sources of rows, and of errors in malformed files."""
 
 import base64
 import concurrent.futures
@@ -27,7 +27,7 @@ def processor(data_dir):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with one picture."""
+    """A folder with one image."""
     pixels = np.arange(60 * 120 * 3, dtype=np.uint32).reshape(60, 120, 3) % 251
     PIL.Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "wide.png")
     return tmp_path
@@ -79,7 +79,7 @@ def answers(source):
 
 @pytest.fixture(params=WRITERS)
 def five(request, folder):
-    """The source of a file of each kind with rows 0 to 4."""
+    """The source of a file of each kind, with rows 0 to 4."""
     path = folder / request.param
     WRITERS[request.param](path, [row(number) for number in range(5)])
     return open_source(path)

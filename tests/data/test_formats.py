@@ -1,4 +1,4 @@
-"""Rows of every format give the tokens of the plain conversation; malformed ones say why."""
+"""Tests that every format gives the tokens of the same conversation, and of error messages."""
 
 import base64
 import io
@@ -35,13 +35,13 @@ def processor(data_dir):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a wide picture, a square one, and what is wrong with others."""
+    """A folder with a wide, a square and a rotated image, and damaged files."""
     folder = tmp_path_factory.mktemp("pictures")
     wide = np.arange(60 * 120 * 3, dtype=np.uint32).reshape(60, 120, 3) % 251
     PIL.Image.fromarray(wide.astype(np.uint8)).save(folder / "wide.png")
     PIL.Image.new("RGB", (50, 50), (200, 10, 30)).save(folder / "square.png")
     turned = PIL.Image.Exif()
-    turned[0x0112] = 6  # shown 40 wide and 80 high
+    turned[0x0112] = 6  # 40 wide and 80 high after the rotation
     PIL.Image.new("RGB", (80, 40)).save(folder / "turned.jpg", exif=turned)
     (folder / "empty.png").write_bytes(b"")
     (folder / "no_pixels.ppm").write_bytes(b"P6 0 0 255\n")
@@ -57,7 +57,7 @@ def read(root):
 
 @pytest.fixture
 def refused(read):
-    """`refused(row)`: the message, which has to name the row."""
+    """`refused(row)` returns the error message without its prefix, which must name the row."""
 
     def message(value):
         with pytest.raises(UserError) as error:
@@ -71,7 +71,7 @@ def refused(read):
 
 @pytest.fixture
 def assert_same(read, processor):
-    """`assert_same(row, messages, images)`: tokens, mask and tiles of the plain conversation."""
+    """`assert_same(row, messages, images)` compares tokens, masks and tiles."""
 
     def check(value, messages, images):
         found = read_sample(read(value), processor, mask_prompt=True)

@@ -1,4 +1,4 @@
-"""Packing: both budgets hold, nobody starves, and a packed row is its samples beside each other."""
+"""Tests of packing: budgets are kept, no sample starves, and packed rows equal their samples."""
 
 import dataclasses
 import types
@@ -25,7 +25,7 @@ def processor(data_dir):
 
 
 def make(tokens, tiles=0, start=0):
-    """A sample whose tokens count from `start`; its tiles are filled with its first token."""
+    """A sample with tokens start, start + 1, ...; `start` is also the value of its pixels."""
     index = np.full(tokens, -1, np.int32)
     index[1 : 1 + tiles * PER_TILE] = FIRST_TILE_ROW + np.arange(tiles * PER_TILE)
     return Sample(
@@ -84,7 +84,7 @@ def test_both_budgets_hold_and_every_sample_comes_once(shape, seed):
         for it in packer.waiting:
             age[it.number] = age.get(it.number, 0) + 1
     assert sorted(seen) == list(range(300)) and not packer.waiting
-    # The oldest that waits is placed in each batch: with six waiting, none is passed over more.
+    # Each batch places the oldest waiting item, so with six waiting none waits for more than six.
     assert max(age.values()) <= 6
 
 
@@ -94,7 +94,7 @@ def test_those_that_wait_come_first():
     stream = iter([item(0, 6), item(1, 7), item(2, 3), item(3, 9), item(4, 1), item(5, 1)])
     assert [it.number for _, it in packer.fill(stream)] == [0, 2]
     assert [it.number for it in packer.waiting] == [1, 3]
-    assert next(stream).number == 4  # full of waiting ones: it was not read
+    assert next(stream).number == 4  # not read, because two items were waiting
     assert [it.number for _, it in packer.fill(stream)] == [1, 5]
     assert [it.number for _, it in packer.fill(stream)] == [3]
     assert packer.fill(stream) == []
@@ -185,7 +185,7 @@ def test_packed_samples_read_the_same_tiles_as_alone(processor):
 
 
 def _table(tiles, tokens_per_tile):
-    """A visual table with rows that tell tile contents and place; its last row is for text."""
+    """A visual table whose values identify tile and row; its last value is for text."""
     sums = tiles.reshape(len(tiles), 1, -1).astype(np.int64).sum(-1)
     rows = sums * tokens_per_tile + np.arange(tokens_per_tile)
     return np.concatenate([[-1, -2], rows.ravel(), [-3]])
@@ -194,10 +194,10 @@ def _table(tiles, tokens_per_tile):
 def test_samples_that_fit_nowhere():
     shape = BatchShape(pools=1, rows=2, length=20, tiles=3, segments=4)
     shape.check(make(20, 3))
-    message = r"has 21 tokens, a row only 20: raise config\.batch\.length to 21"
+    message = r"has 21 tokens, but a row only 20: raise config\.batch\.length to 21"
     with pytest.raises(UserError, match=message):
         shape.check(make(21))
-    message = r"has 4 tiles, a part of the batch only 3 slots: raise config\.batch\.tiles to 4"
+    message = r"has 4 tiles, but a part of the batch only 3 slots: raise config\.batch\.tiles to 4"
     with pytest.raises(UserError, match=message):
         shape.check(make(18, 4))
     for change in ({"rows": 0}, {"segments": 0}, {"tiles": -1}, {"length": 0}, {"pools": 0}):

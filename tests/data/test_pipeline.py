@@ -1,4 +1,4 @@
-"""The data pipeline: its order can be taken up again exactly, and malformed rows are dealt with."""
+"""Tests of the data pipeline: it resumes exactly, and raises or skips malformed rows."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def processor(data_dir):
 
 @dataclasses.dataclass
 class Rows:
-    """Rows with 0, 1 or 2 pictures, or of text alone; those in `bad` are malformed."""
+    """A source of documents, and conversations with 0 to 2 images; rows in `bad` are malformed."""
 
     name: str
     count: int
@@ -83,7 +83,7 @@ def test_one_batch(processor):
     assert packed.samples == batch.segment_ids.max(axis=-1).sum()
     assert packed.tokens == (batch.segment_ids > 0).sum()
     assert packed.tiles == len(np.unique(np.argwhere(batch.tiles.any((2, 3, 4))), axis=0))
-    # One separator, row 1 of the table, in each image.
+    # Each image has one separator, index 1.
     assert packed.images == (batch.image_index == 1).sum() > 0
     assert 0 < packed.supervised < packed.tokens
     assert (packed.pool_counts[:, 0] == (batch.segment_ids > 0).sum(axis=(1, 2))).all()
@@ -104,11 +104,11 @@ def test_supervised_is_what_the_loss_counts(processor):
 
 def test_each_epoch_has_every_row_once_in_another_order(processor):
     batches = start(Rows("a", 40), processor)
-    # By number: what waits changes the order within batches only.
-    came = {
+    # By position in the data order, because waiting samples come later.
+    seen = {
         int(n): name for b in take(batches, 30) for n, name in zip(b.rows, b.names, strict=True)
     }
-    epochs = [[came[i] for i in range(40 * e, 40 * e + 40)] for e in range(3)]
+    epochs = [[seen[i] for i in range(40 * e, 40 * e + 40)] for e in range(3)]
     expected = sorted(f"a:{i}" for i in range(40))
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != expected
@@ -123,7 +123,7 @@ def test_the_seed_decides_the_order(processor):
         orders.append(names(take(batches, 1)))
         batches.close()
     assert orders[0] == orders[1] and set(orders[0]) != set(orders[2])
-    # Sources of one length are in different orders.
+    # Sources of the same length are shuffled differently.
     first = {s: {n[2:] for n in orders[0] if n.startswith(s)} for s in "ab"}
     assert first["a"] != first["b"]
 
@@ -162,11 +162,11 @@ def test_resume_is_exact(processor, options):
     assert max(map(len, states)) < 1000
     assert any(json.loads(state)["waiting"] for state in states)
     batches.close()
-    # Other threads and another prefetch than before: only the order matters.
+    # Resumes also with other numbers of threads and prefetched batches.
     for step, changes in ((0, {}), (1, {"threads": 3, "prefetch": 1}), (4, {}), (7, {})):
         resumed = start(sources, processor, **options | changes)
         if step == 4:
-            next(resumed)  # a state may come late
+            next(resumed)  # `set_state` also works after the first batch
         resumed.set_state(json.loads(states[step]))
         assert json.dumps(resumed.get_state()) == states[step]
         for expected in whole[step : step + 2]:
@@ -214,15 +214,15 @@ def test_a_state_of_other_data_is_refused(processor):
 def test_weights_are_honoured(processor):
     sources = [(Rows("a", 100), 0.7), (Rows("b", 1000), 0.3)]
     batches = start(sources, processor, shape=LARGE)
-    came = names(take(batches, 14))
-    share = np.mean([name.startswith("a:") for name in came])
-    assert len(came) > 400 and abs(share - 0.7) < 0.03
+    seen = names(take(batches, 14))
+    share = np.mean([name.startswith("a:") for name in seen])
+    assert len(seen) > 400 and abs(share - 0.7) < 0.03
     batches.close()
 
 
 def test_processes_share_the_rows_and_see_the_same_mixture(processor):
     sources = [(Rows("a", 60), 0.5), (Rows("b", 60), 0.5)]
-    came = {}
+    seen = {}
     for process in (0, 1):
         options = {"process_index": process, "process_count": 2}
         batches = start(sources, processor, shape=LARGE, **options)
@@ -232,18 +232,18 @@ def test_processes_share_the_rows_and_see_the_same_mixture(processor):
         assert all(number % 2 == process for number in numbers)
         first = [numbers[n] for n in sorted(numbers)[:60]]  # this process's first epoch
         assert sum(name.startswith("a:") for name in first) == 30
-        came[process] = first
-    assert sorted(came[0] + came[1]) == sorted(f"{s}:{i}" for s in "ab" for i in range(60))
+        seen[process] = first
+    assert sorted(seen[0] + seen[1]) == sorted(f"{s}:{i}" for s in "ab" for i in range(60))
 
 
 def test_skipped_rows_are_told_once(processor):
-    told = []
+    messages = []
     source = Rows("a", 20, bad=(2, 5, 11))
-    batches = start(source, processor, on_error="skip", on_skip=told.append)
-    came = names(take(batches, 12))  # several epochs
+    batches = start(source, processor, on_error="skip", on_skip=messages.append)
+    seen = names(take(batches, 12))  # several epochs
     batches.close()
-    assert len(came) > 60 and set(came) == {f"a:{i}" for i in range(20) if i not in source.bad}
-    assert sorted(told) == [f"a:{i}: unknown role 'robot'" for i in (11, 2, 5)]
+    assert len(seen) > 60 and set(seen) == {f"a:{i}" for i in range(20) if i not in source.bad}
+    assert sorted(messages) == [f"a:{i}: unknown role 'robot'" for i in (11, 2, 5)]
 
 
 @pytest.mark.parametrize("options", [{}, {"threads": 4}, {"prefetch": 0}])
@@ -258,10 +258,10 @@ def test_rows_too_large_are_malformed(processor):
     shape = dataclasses.replace(SHAPE, length=60, tiles=5)
     with pytest.raises(UserError, match=r"^a:\d+: .* (config\.batch\.(length|tiles)) to \d+"):
         list(start(Rows("a", 40), processor, shape=shape, repeat=False))
-    told = []
-    options = {"repeat": False, "on_error": "skip", "on_skip": told.append}
-    came = names(start(Rows("a", 40), processor, shape=shape, **options))
-    assert told and came and len(told) + len(came) == 40
+    messages = []
+    options = {"repeat": False, "on_error": "skip", "on_skip": messages.append}
+    seen = names(start(Rows("a", 40), processor, shape=shape, **options))
+    assert messages and seen and len(messages) + len(seen) == 40
 
 
 @pytest.mark.parametrize("repeat", [False, True])
@@ -269,7 +269,7 @@ def test_data_without_a_valid_row(processor, repeat):
     bad = Rows("a", 9, bad=range(9))
     with pytest.raises(UserError, match=r"no valid row.*malformed; repair it.*a:\d: unknown role"):
         list(start(bad, processor, on_error="skip", repeat=repeat))
-    if repeat:  # beside a good source too
+    if repeat:  # also together with a valid source
         with pytest.raises(UserError, match=r"data source 2 has no valid row: the last 82"):
             list(start([(Rows("b", 90), 0.9), (bad, 0.1)], processor, on_error="skip"))
 

@@ -1,4 +1,4 @@
-"""The preview: packed samples as text with what is supervised marked, and their tiles."""
+"""Tests of the preview: text of packed samples with supervised runs marked, and their tiles."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The contact sheet: where things lie, and their colours."""
+"""The contact sheet: positions and colours."""
 
 import PIL.Image
 import pytest
@@ -29,7 +29,7 @@ def colours(picture):
 
 
 def pixel(drawn, x, y):
-    """Of a picture that is three times as large on its card."""
+    """A pixel of a card, relative to the top left corner of its image."""
     return drawn.getpixel((PAD + x, HEAD + PAD + y))
 
 
@@ -57,7 +57,7 @@ def test_large_pictures_are_made_to_fit():
 
 
 def test_boxes_lie_where_they_are():
-    """A picture of 240 x 120 on the card: 999 is its right and its lower edge."""
+    """The image is drawn at 240 x 120 pixels; 999 is its right and its lower edge."""
     drawn = draw_card(card(true_boxes=[(333, 333, 666, 666)], answered_boxes=[(0, 0, 166.5, 500)]))
     assert pixel(drawn, 80, 60) == RIGHT and pixel(drawn, 160, 60) == RIGHT
     assert pixel(drawn, 120, 40) == RIGHT and pixel(drawn, 120, 80) == RIGHT

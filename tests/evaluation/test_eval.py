@@ -1,4 +1,4 @@
-"""eval.py as a user meets it: what it writes, what it says, and every kind of mistake."""
+"""eval.py as a user runs it: files, output, and errors."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ OFF = ("--compilation_cache", "off")
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
-    """A model of random numbers, with the tokenizer of `random_hf`: any text can be asked."""
+    """A random model with the tokenizer of `random_hf`, which can encode any text."""
     folder = tmp_path_factory.mktemp("eval")
     (folder / "hf").mkdir()
     random_hf.write_checkpoint(folder / "hf")
@@ -48,7 +48,7 @@ def evaluate(ckpt, tmp_path, capsys):
 
 @pytest.fixture
 def answering(monkeypatch):
-    """`answering(function)`: the model answers what `function(question)` gives."""
+    """`answering(function)`: replaces the model's answers by `function(question)`."""
 
     def script(function):
         def answer_window(session, ask, window, batch_size, _, _real=program.answer_window):
@@ -114,7 +114,7 @@ def test_a_random_model(evaluate, tmp_path):
 
 
 def test_answers_do_not_depend_on_the_batches(evaluate, tmp_path):
-    """Each answer belongs to its question: alone it is the same."""
+    """With another batch size, each question gets the same answer."""
     flags = ("--families", "text,chart,three_images", "--questions", 3)
     assert evaluate(*SMALL, *flags, out=tmp_path / "a")[0] == 0
     assert evaluate(*SMALL, *flags, "--batch_size", 2, out=tmp_path / "b")[0] == 0
@@ -154,7 +154,7 @@ def test_the_oracle_is_always_right(evaluate, answering, tmp_path):
 
 
 def spoil(asked):
-    """A wrong colour; boxes a fifth of their width to the right; a "yes" for a refusal."""
+    """A wrong text, boxes shifted right by a fifth of their width, or "yes" for a refusal."""
     if asked.kind == "absent":
         return "yes"
     if asked.kind == "text":
@@ -206,7 +206,7 @@ def test_chosen_cards(right, expected):
 
 
 def test_batches_are_full_and_of_one_shape(ckpt, monkeypatch):
-    """Whatever is asked, programs are compiled for few shapes."""
+    """All batches have the same number of rows, and few numbers of tiles."""
     shapes = []
 
     def generate(config, params, batch, **options):
@@ -225,7 +225,7 @@ def test_batches_are_full_and_of_one_shape(ckpt, monkeypatch):
 
 
 def test_a_training_workdir(evaluate, ckpt, tmp_path):
-    """Its newest step is scored, and the results lie in it."""
+    """Evaluates the newest step of the workdir and writes the results there."""
     workdir = tmp_path / "run"
     for step in (5, 20):
         (workdir / CHECKPOINTS / str(step)).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What answers are worth: literal answers with known scores."""
+"""Scoring: literal answers with known scores."""
 
 import dataclasses
 import math
@@ -91,7 +91,7 @@ def test_a_malformed_answer_has_no_boxes():
     [(0, 1.0, True), (20, 2 / 3, True), (33, 67 / 133, True), (34, 66 / 134, False)],
 )
 def test_a_shifted_box(shift, expected, right):
-    """A box 100 wide, shifted by d, shares 100 - d of 100 + d."""
+    """A box of width 100, shifted by d, has an IoU of (100 - d) / (100 + d)."""
     found = score(place((100, 200, 200, 400)), tagged((100 + shift, 200, 200 + shift, 400)))
     assert found == Score(right, shift == 0, iou=pytest.approx(expected), acc50=right)
 

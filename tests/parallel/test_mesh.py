@@ -1,6 +1,6 @@
-"""Training and answering on meshes of eight devices gives what one device gives.
+"""Tests that training and inference on meshes of eight devices equal those on one device.
 
-VL2JAX_MESHES=all runs the whole list of meshes with both kinds of attention.
+VL2JAX_MESHES=all tests all meshes with both kinds of attention.
 """
 
 import functools
@@ -40,7 +40,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _forget_programs():
-    """All meshes compile more than one process can map (vm.max_map_count): XLA then crashes."""
+    """Frees compiled programs: those of all meshes exceed vm.max_map_count, and XLA crashes."""
     yield
     if ALL:
         jax.clear_caches()
@@ -51,7 +51,7 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
 
 
 def run(step, state, batches):
-    """Metrics of every step, gradients and parameters after it, by path."""
+    """Metrics, gradients and parameters of each step, by path."""
     history = []
     for batch in batches:
         state, metrics = step(state, batch)
@@ -62,7 +62,7 @@ def run(step, state, batches):
 
 @functools.cache
 def on_one_device(attention: str):
-    """What all meshes are held to: five steps, and two under extreme routing."""
+    """The expected values: five steps, and two steps with extreme routing."""
     recipe = mesh_case.recipe(mesh_case.architecture(attention))
     step, batches = jax.jit(functools.partial(train_step, recipe)), mesh_case.batches(1)
     return {
@@ -73,7 +73,7 @@ def on_one_device(attention: str):
 
 @functools.cache
 def compiled(mesh_name: str, attention: str):
-    """The step of a mesh: compiled once for all tests."""
+    """The train step on a mesh, compiled once for all tests."""
     mesh = mesh_of(mesh_name)
     pools = batch_shards(mesh)
     recipe = mesh_case.recipe(mesh_case.architecture(attention), pools)
@@ -101,7 +101,8 @@ def test_training_equals_one_device(mesh_name, attention, routing):
         for (path, value), expected in zip(found, jax.tree.leaves(want_kept), strict=True):
             name = jax.tree_util.keystr(path)
             error, size = np.linalg.norm(value - expected), np.linalg.norm(expected)
-            # Small gradients are sums of large terms that cancel: they are held to the whole one.
+            # Small gradients are sums of large terms that cancel, so their error is compared with
+            # the norm of the whole gradient.
             size = whole if "gradient" in name else size
             assert error <= 1e-5 * size, f"{name}: {error} of {size}"
     if routing == "extreme":
@@ -110,7 +111,7 @@ def test_training_equals_one_device(mesh_name, attention, routing):
 
 
 def test_experts_are_placed():
-    """Of parameters and moments of experts each device has an eighth, after a step too."""
+    """Each device has an eighth of the experts' parameters and moments, also after a step."""
     mesh, recipe, shardings, program, pools = compiled("expert=8", "mha")
     with jax.set_mesh(mesh):
         state = jax.device_put(mesh_case.start(recipe), shardings)
@@ -124,7 +125,7 @@ def test_experts_are_placed():
 
 
 def test_step_exchanges_rows_and_not_weights():
-    """What the compiled step gathers: rows over `expert`, never the weights of experts."""
+    """The compiled step gathers rows over `expert`, never the weights of experts."""
     *_, program, _ = compiled("expert=8", "mha")
     text = program.as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
@@ -138,7 +139,7 @@ def test_step_exchanges_rows_and_not_weights():
 
 @functools.cache
 def answers(attention: str, mesh_name: str | None, rows: int):
-    """Random answers to prompts with and without pictures, as tokens; greedy ones if `ALL`."""
+    """Sampled tokens for prompts with and without images; also greedy tokens if `ALL`."""
     config = mesh_case.architecture(attention)
     state = mesh_case.start(mesh_case.recipe(config))
     params = {"params": state.params, "router": state.router}
@@ -146,7 +147,7 @@ def answers(attention: str, mesh_name: str | None, rows: int):
         params = jax.device_put(params, param_shardings(mesh_of(mesh_name), params))
     batch = mesh_case.prompts(rows)
     found = []
-    ends = 1 if rows > 1 else ()  # a single one goes on
+    ends = 1 if rows > 1 else ()  # a single row has no end token
     for temperature in (1.0, 0.0) if ALL else (1.0,):
         options = dict(max_new_tokens=12, eos_token_id=ends, temperature=temperature, seed=3)
         found += generate(config, params, batch, **options)
@@ -163,9 +164,9 @@ def answers(attention: str, mesh_name: str | None, rows: int):
     ],
 )
 def test_same_answers(mesh_name, attention, rows):
-    """One row, which no batch axis divides, and as many as there are devices.
+    """Answers are the same for one row, which is not sharded, and for one row per device.
 
-    Each token is drawn by its probability, so that answers differ where these do.
+    Tokens are sampled, so that differences in probabilities change the answers.
     """
     got = answers(attention, mesh_name, rows)
     assert got == answers(attention, None, rows)
@@ -173,7 +174,7 @@ def test_same_answers(mesh_name, attention, rows):
 
 
 def test_remat_does_not_repeat_the_exchange():
-    """The policies that keep what an exchange has brought gather rows once, the others twice."""
+    """Remat policies that save the exchanged rows gather them once, others twice."""
     found = {}
     for remat in ("none", "full", "exchange"):
         mesh = mesh_of("expert=8")

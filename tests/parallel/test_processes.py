@@ -1,7 +1,7 @@
-"""Two processes of four devices as one run, started as a user starts them.
+"""Tests of a training run of two processes with four devices each, started by the command line.
 
-VL2JAX_PROCESSES=all runs the long ones: twenty steps against a single process, other devices at the
-restore, a kill and the restart after it.
+VL2JAX_PROCESSES=all also runs the long tests: twenty steps equal those of a single process, restore
+on other numbers of devices, and a restart after SIGKILL.
 """
 
 import json
@@ -32,7 +32,7 @@ FLAGS = [
     "--config.mesh.tensor=2",
     "--config.data.shards=2",
     "--config.eval.every=0",
-    "--config.optim.eps=1e-3",  # else the noise of gradients that are 0 becomes whole steps
+    "--config.optim.eps=1e-3",  # otherwise rounding errors of gradients near 0 give full updates
 ]
 
 
@@ -72,7 +72,7 @@ def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The same run by two processes and by one."""
+    """The same run with two processes and with one."""
     steps = 20
     options = (f"--config.steps={steps}", f"--config.checkpoint.every={-(-steps // 2)}")
     two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
@@ -97,7 +97,7 @@ def test_two_processes_equal_one(both):
 
 @long_test
 def test_saved_data_is_that_of_both(both):
-    """The state of each data shard, whoever read it: any number of processes can go on."""
+    """A checkpoint has the state of all data shards, so any number of processes can resume."""
     two, one, steps, _ = both
     states = []
     for workdir in (two, one):
@@ -112,8 +112,8 @@ def test_another_configuration_in_one_process(tmp_path):
     (code0, _, errors0), (code1, output1, errors1) = finish(*started)
     assert code0 == code1 == 1 and "devices " not in output1
     assert (
-        "error: process 1 was started with config other than process 0's: config.optim.lr"
-        " is 0.5, there 0.001; start all with the same command"
+        "error: process 1 was started with config different from process 0's: config.optim.lr"
+        " is 0.5, but 0.001 on process 0; start all processes with the same command"
     ) in errors1
     assert "error: process 1 of 2 has ended, so process 0 ends too" in errors0
     assert not (tmp_path / "checkpoints").exists() or not complete_steps(tmp_path)
@@ -143,7 +143,7 @@ def test_flags_that_need_each_other(given, message):
 @long_test
 @pytest.mark.parametrize("devices", [1, 8])
 def test_restored_by_one_process(both, tmp_path, devices):
-    """On one device and on eight, half of two processes' run goes on as one process's does."""
+    """A checkpoint of two processes, resumed on one or eight devices, equals a one-process run."""
     two, one, steps, _ = both
     copy = tmp_path / "run"
     shutil.copytree(two, copy)
@@ -153,17 +153,18 @@ def test_restored_by_one_process(both, tmp_path, devices):
     ((code, output, errors),) = finish(start(copy, devices, f"--config.steps={steps}", *mesh))
     assert code == 0, errors
     assert f"resumed  from step {-(-steps // 2)}" in output
-    names = slice(0, 4)  # one device has no imbalance
+    names = slice(0, 4)  # without the tile imbalance, which one device does not have
     np.testing.assert_allclose(curve(copy)[:, names], curve(one)[:, names], rtol=1e-5, atol=1e-6)
     assert_same(saved(copy, steps), saved(one, steps))
 
 
 @long_test
 def test_killed_and_started_again(both, tmp_path):
-    """SIGKILL of one ends the other soon and clearly; restarts end where a run in one go ends.
+    """SIGKILL of one process ends the other with an error; restarted runs equal an unkilled run.
 
-    To the bit, against two processes. One process differs in the last digits of float32: gloo adds
-    what processes hold in another order than a single process adds what its devices hold.
+    They are bitwise equal to an unkilled run of two processes.  A run of one process differs in the
+    last digits of float32, because gloo sums over processes in another order than XLA sums over the
+    devices of one process.
     """
     two, _, steps, _ = both
     options = (f"--config.steps={steps}", "--config.checkpoint.every=5")

@@ -1,4 +1,4 @@
-"""The table of parameter placements, and a model loaded onto a mesh."""
+"""Tests of the sharding rules, of errors about meshes, and of a model loaded onto a mesh."""
 
 import dataclasses
 import json
@@ -84,7 +84,7 @@ def test_what_does_not_divide_is_named():
 
 
 def test_loaded_onto_a_mesh(mini, tmp_path):
-    """Experts lie on the expert axis, each device holds its part, and the logits are the same."""
+    """Experts are sharded over `expert`, each device has its part, and logits are unchanged."""
     from convert import to_jax
 
     whole = mini("mini-small", "one_image")
@@ -121,7 +121,7 @@ def test_mesh_of_a_flag(text, want):
 
 
 def test_mistakes_name_numbers_and_what_works():
-    """One line each; what it proposes does work."""
+    """Each message is one line, and proposes a mesh or batch that works."""
     base = abstract_params(configs.base())
     for refused, message in (
         (lambda: read_mesh("expert=3"), "does not fit 8 devices.*for instance data=4,expert=2"),
@@ -138,7 +138,7 @@ def test_mistakes_name_numbers_and_what_works():
         ),
         (
             lambda: check_batch(_mesh(data=2, expert=4), rows=12, tiles=64, microbatches=1),
-            r"batch\.rows 12 cannot be shared by mesh data=2,expert=4, .* into 8 parts: it must be"
+            r"batch\.rows 12 cannot be split by mesh data=2,expert=4, .* into 8 parts: it must be"
             " a multiple of 8, for instance 16, or a mesh like data=4,tensor=2",
         ),
         (
@@ -153,7 +153,7 @@ def test_mistakes_name_numbers_and_what_works():
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (1, 2, 4, 1), (1, 2, 2, 2)])
 def test_each_device_has_its_part(sizes):
-    """Bytes on a device of base's parameters and moments: the whole by the shards, within 2%."""
+    """Parameters of base on a device: the total divided by the number of shards, within 2%."""
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
     abstract = abstract_params(configs.base())
     experts = {path: leaf for path, leaf in _flat(abstract).items() if "/experts/" in path}
@@ -168,7 +168,7 @@ def test_each_device_has_its_part(sizes):
 
 
 def test_optimizer_state_lies_with_its_parameters(all_paths):
-    """Moments of a released size, stage align and all: the same placement as the parameter."""
+    """Both moments of each parameter are sharded like the parameter."""
     mesh = make_mesh({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2})
     flat = {path.removeprefix("params/"): leaf for path, leaf in all_paths[-1].items()}
     flat = {path: leaf for path, leaf in flat.items() if not path.startswith("router/")}

@@ -1,4 +1,4 @@
-"""Boxes in answers: parsed as the original does where it does, refused with a reason elsewhere."""
+"""Tests of grounding: boxes are parsed as in the original or rejected with a reason; drawing."""
 
 import json
 
@@ -90,7 +90,7 @@ def test_drawing_colours_the_edges_of_a_box():
     picture = PIL.Image.new("RGB", (200, 160))
     boxes = [Box("", (20, 40, 100, 120)), Box("", (150, 40, 190, 60))]
     drawn = np.asarray(grounding.draw(picture, boxes))
-    assert not np.asarray(picture).any()  # the caller's picture is left as it was
+    assert not np.asarray(picture).any()  # the caller's image is unchanged
     assert (drawn[40:43, 20:101] == (255, 0, 0)).all()
     assert (drawn[40:121, 98:101] == (255, 0, 0)).all()
     assert not drawn[43:118, 23:98].any() and not drawn[:40].any()
@@ -107,7 +107,7 @@ def test_a_box_outside_is_drawn_at_the_edge():
     ("box", "corner"),
     [
         ((100, 80, 150, 120), (100, 60)),  # above
-        ((100, 5, 150, 120), (100, 5)),  # no room above: inside
+        ((100, 5, 150, 120), (100, 5)),  # inside, because there is no room above
         ((180, 80, 199, 120), (140, 60)),  # moved to the left
         ((199, 149, 199, 149), (140, 129)),
     ],
@@ -123,7 +123,7 @@ def test_a_label_is_written_above_its_box():
     rows, columns = np.nonzero(drawn[:100].any(axis=-1))
     assert columns.min() == 50 and rows.max() == 99 and rows.min() > 60
     label = drawn[rows.min() : 100, 50 : columns.max() + 1]
-    assert (label == (255, 0, 0)).all(axis=-1).mean() > 0.5  # the ground
+    assert (label == (255, 0, 0)).all(axis=-1).mean() > 0.5  # the background
     assert (label == (255, 255, 255)).all(axis=-1).any()  # the letters
 
 

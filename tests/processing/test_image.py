@@ -1,4 +1,4 @@
-"""Pictures: loading, choice of a resolution, views and layout, against the original's values."""
+"""Tests of images: loading, choice of the resolution, views and layout equal the original's."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from vl2jax.processing import image as images_lib
     scope="module", params=["carried", pytest.param("full", marks=pytest.mark.reference)]
 )
 def goldens(request):
-    """Folder of the processor's goldens: the carried part and the full set."""
+    """Folder with golden data of the processor: the part in this repository, and the full set."""
     name = "data_dir" if request.param == "carried" else "reference"
     return request.getfixturevalue(name) / "processor"
 
@@ -36,7 +36,7 @@ def sha256(views):
 
 
 def png_header(width, height):
-    """A PNG that claims a size and holds nothing."""
+    """A PNG whose header gives a size, but without pixels."""
 
     def chunk(kind, data):
         body = kind + data
@@ -54,7 +54,7 @@ def test_resolutions(goldens, candidates):
         assert list(best) == case["best"], case
         grid = best[0] // 384, best[1] // 384
         assert images_lib.image_tokens(*grid, tile_grid=14) == case["num_image_tokens"], case
-        # 0 marks a picture that vanishes in the original: here it keeps one pixel.
+        # 0 marks a side that the original rounds to no pixel; here it keeps one.
         for canvas, key in (((384, 384), "global_inner"), (best, "local_inner")):
             expected = [max(1, side) for side in case[key]]
             assert list(images_lib.fitted_size(case["size"], canvas)) == expected, case
@@ -71,7 +71,7 @@ def test_views(goldens, candidates):
         picture = images_lib.load_image(goldens / "images" / name, exif=False)
         assert list(picture.size) == case["size"]
         if hashlib.sha256(np.asarray(picture).tobytes()).hexdigest() != case["rgb_sha256"]:
-            continue  # another version of a decoder
+            continue  # this version of Pillow decodes the file differently
         best = images_lib.select_best_resolution(picture.size, candidates)
         assert [best[0] // 384, best[1] // 384] == case["best_tiles_wh"]
         views = images_lib.make_views(picture, best, 384)
@@ -80,7 +80,7 @@ def test_views(goldens, candidates):
         single = images_lib.make_views(picture, (384, 384), 384)
         assert sha256(single) == case["no_tiling"]["tiles_uint8_sha256"], name
         checked += 1
-    assert checked >= 9  # the PNG files, whose decoding is exact
+    assert checked >= 9  # at least the PNG files, which every version decodes equally
 
 
 def test_views_pixel_by_pixel(reference, candidates):
@@ -218,7 +218,7 @@ def test_a_transparent_palette_gives_no_warning():
         with pytest.warns(UserWarning, match="Transparency expressed in bytes"):
             opened.convert("RGB")
         assert images_lib.load_image(opened).mode == "RGB"
-        assert "transparency" in opened.info  # the caller's picture is left as it was
+        assert "transparency" in opened.info  # the caller's image is unchanged
     assert images_lib.load_image(file.getvalue()).size == (4, 3)
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer and processor, against the original's ids, masks, tiles and batches."""
+"""Tests of tokenizer and processor: ids, masks, tiles and batches equal the original's."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ NOT_CHATS = ("batch|", "special_ids", "tokenizer_len", "templates", "tokenize", 
 
 @dataclasses.dataclass(frozen=True)
 class Goldens:
-    """One set of stored chats and the processor that has to reproduce it."""
+    """A set of golden conversations, and the processor that must reproduce them."""
 
     cases: dict
     arrays: dict
@@ -62,7 +62,7 @@ class Goldens:
     ],
 )
 def goldens(request):
-    """The carried chats, and both full sets."""
+    """The golden conversations in this repository, and both full sets."""
     root = request.getfixturevalue("data_dir" if request.param == "carried" else "reference")
     name = "real" if request.param == "real" else "mini"
     folder = root / "processor"
@@ -83,7 +83,7 @@ def goldens(request):
 
 @pytest.fixture
 def mini_dir(data_dir, tmp_path):
-    """A copy of a model directory without its weights, free to be spoiled."""
+    """A copy of a model directory without weights, which a test may damage."""
     folder = tmp_path / "mini"
     folder.mkdir()
     for source in (data_dir / "mini-small").glob("*.json"):
@@ -249,7 +249,7 @@ def test_rows_of_a_batch_share_a_pool(processor, picture):
     index, count = batch.image_index[2], alone.tokens.shape[1]
     learned = alone.image_index[0] < 2
     np.testing.assert_array_equal(index[:count][learned], alone.image_index[0][learned])
-    # Three tiles of four rows lie before the third row's.
+    # The tiles of the third sample follow three tiles of four visual tokens.
     np.testing.assert_array_equal(index[:count][~learned], alone.image_index[0][~learned] + 12)
     np.testing.assert_array_equal(batch.tiles[3:], alone.tiles)
     assert (batch.image_index[1] == TEXT).all()
@@ -369,7 +369,7 @@ def test_calls_that_make_no_sense(processor, picture):
         processor([user("<image>")], picture)
     with pytest.raises(UserError, match="conversation is empty"):
         processor([])
-    with pytest.raises(UserError, match="'chatml' is not built"):
+    with pytest.raises(UserError, match="'chatml' is not supported"):
         processor([user("a")], sft_format="chatml")
 
 
@@ -377,10 +377,10 @@ def test_calls_that_make_no_sense(processor, picture):
     ("changes", "message"),
     [
         ({"candidate_resolution": []}, "unknown field 'candidate_resolution'; did you mean"),
-        ({"image_mean": [0.4, 0.5, 0.5]}, "image_mean .* is not built"),
-        ({"image_std": [0.5, 0.5]}, "image_std .* is not built"),
-        ({"normalize": False}, "normalize = False is not built"),
-        ({"sft_format": "deepseekv2"}, "'deepseekv2' is not built"),
+        ({"image_mean": [0.4, 0.5, 0.5]}, "image_mean .* is not supported"),
+        ({"image_std": [0.5, 0.5]}, "image_std .* is not supported"),
+        ({"normalize": False}, "normalize = False is not supported"),
+        ({"sft_format": "deepseekv2"}, "'deepseekv2' is not supported"),
         ({"mask_prompt": "yes"}, "mask_prompt is 'yes', expected"),
         ({"patch_size": 16}, "patch_size is 16, but the model has 14"),
         ({"downsample_ratio": 4}, "downsample_ratio is 4, but the model has 2"),
@@ -480,7 +480,7 @@ def test_streamed_text_is_the_decoded_text(processor, cleans_up, skip):
     rng = random.Random(0)
     texts = ["中文 👨‍👩‍👧 é", " , it 's a ' b . No ?", "<|ref|>x<|/ref|>", "\ufffd é", "x" * 50]
     for round_number in range(300):
-        if round_number % 2:  # mostly bytes that are no text
+        if round_number % 2:  # mostly bytes that are not valid text
             ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(40))]
         else:
             ids = [i for _ in range(4) for i in tokenizer.encode(rng.choice(texts))]
@@ -497,7 +497,7 @@ def test_streamed_text_is_the_decoded_text(processor, cleans_up, skip):
 def test_a_stream_never_gives_half_a_character(processor):
     tokenizer = processor.tokenizer
     ids = tokenizer.encode("a中b")
-    assert len(ids) == 5  # three bytes for the character
+    assert len(ids) == 5  # three of them for the character, one per byte
     decoder = StreamDecoder(tokenizer)
     assert [decoder.push([i]) for i in ids] == ["a", "", "", "中", "b"]
     assert decoder.finish() == ""

@@ -1,4 +1,4 @@
-"""Chat formats: which pieces a conversation becomes, and what is refused."""
+"""Tests of chat formats: the pieces of a conversation, and errors in malformed ones."""
 
 import json
 
@@ -103,11 +103,11 @@ def test_templates(data_dir):
     for key, expected in stored["outputs"].items():
         sft_format, system_prompt = key.split("|", 1)
         if sft_format == "deepseekv2":
-            with pytest.raises(UserError, match="'deepseekv2' is not built"):
+            with pytest.raises(UserError, match="'deepseekv2' is not supported"):
                 render_prompt(stored["prompt"], sft_format=sft_format)
             continue
         options = {"sft_format": sft_format, "system_prompt": system_prompt}
-        # The original's display takes any role name; ours reads the conversation first.
+        # The original displays any role name; ours validates the conversation first.
         messages, _ = read_conversation(stored["messages"])
         assert render_conversation(messages, **options) == expected["format_messages"], key
         assert render_prompt(stored["prompt"], **options) == expected["format_prompts"], key

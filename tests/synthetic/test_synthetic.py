@@ -1,4 +1,4 @@
-"""Synthetic data: always the same, true to its pictures, and honest about what is held out."""
+"""Tests of synthetic data: it is deterministic, answers are correct, held-out pairs are absent."""
 
 import concurrent.futures
 import dataclasses
@@ -28,7 +28,7 @@ SINGULAR = {"crosses": "cross", **{f"{name}s": name for name in (*SHAPES, "shape
 
 @pytest.fixture(scope="module")
 def conversations():
-    """(situation, turns) of many training rows."""
+    """(situation, turns) of `ROWS` training rows."""
     source = Synthetic("train", 0)
     return [source.conversation(index) for index in range(ROWS)]
 
@@ -44,7 +44,7 @@ def scenes_of(conversations):
 
 
 def ink_box(scene: Scene) -> tuple[int, int, int, int]:
-    """The box of all pixels that are not background."""
+    """The bounding box of all pixels that are not background."""
     inked = (np.asarray(scene.paint()) != scene.background).any(-1)
     rows, columns = inked.any(1).nonzero()[0], inked.any(0).nonzero()[0]
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
@@ -93,7 +93,7 @@ def test_lessons_begin_with_answers_of_one_word(monkeypatch):
     assert 10 < sum(map(bool, boxed)) < len(boxed)
     for index in range(140, 180):
         assert taught.conversation(index) == plain.conversation(index)
-    other = Synthetic("train", 2, families=["word"], lessons=True)  # nothing of the lessons
+    other = Synthetic("train", 2, families=["word"], lessons=True)  # no lesson has this family
     assert other.conversation(0) == Synthetic("train", 2, families=["word"]).conversation(0)
 
 

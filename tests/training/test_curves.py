@@ -1,4 +1,4 @@
-"""Curves: what is drawn where, on which scale, and how numbers are written."""
+"""Plots of a run: lines, scales and labels."""
 
 import json
 
@@ -19,7 +19,7 @@ def write(path, lines):
 
 @pytest.fixture
 def panels(tmp_path):
-    """`panels(lines)`: the axes that a metrics file of these lines gives, by metric."""
+    """`panels(lines)`: the axes drawn for a metrics file with these lines, by metric."""
 
     def make(lines):
         series = read_series(write(tmp_path / "metrics.jsonl", lines))
@@ -36,7 +36,7 @@ def of_colour(axes, colour):
 
 
 def blue_pixels(path) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a picture that are as blue as the lines, titles left out."""
+    """Rows and columns of the pixels that have the colour of the lines, without the titles."""
     image = np.asarray(PIL.Image.open(path).convert("RGB")).astype(int)
     found = (np.abs(image - [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]) < 30).all(-1)
     found[: SIZE[1] // 10] = False
@@ -44,7 +44,7 @@ def blue_pixels(path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def written(axes) -> list[str]:
-    """The labels along the values' axis that lie within it."""
+    """Tick labels of the vertical axis that are within its limits."""
     low, high = axes.get_ylim()
     labels = axes.get_yticklabels()
     return [label.get_text() for label in labels if low <= label.get_position()[1] <= high]
@@ -76,7 +76,7 @@ def test_all_panels(tmp_path, panels):
         assert len(of_colour(axes, ORANGE)) == (key == "train/loss"), key
         assert axes.get_xlim() == (0, 101)
     faint = [len(axes.lines) - 1 for axes in drawn.values()]
-    assert faint == [1 + 1, 1, 0, 1, 2, 1]  # over the loss also the held-out line
+    assert faint == [1 + 1, 1, 0, 1, 2, 1]  # the loss also has a held-out line
     (held_out,) = of_colour(drawn["train/loss"], ORANGE)
     np.testing.assert_allclose(held_out.get_xydata()[0], (20, 0.2))
     assert held_out.get_marker() == "o"
@@ -139,7 +139,7 @@ def test_long_runs_are_thinned_but_spikes_stay(tmp_path, panels):
 def test_outliers_do_not_stretch_the_scale(panels):
     lines = [{"step": i, "train/grad_norm": 1.0 + 99 * (i == 50)} for i in range(1000)]
     low, high = panels(lines)["train/grad_norm"].get_ylim()
-    assert low == 0 and 10 < high < 15  # the smoothed line goes to 10.9
+    assert low == 0 and 10 < high < 15  # the smoothed line reaches 10.9
 
 
 def test_a_layer_apart_is_seen(panels):
@@ -158,7 +158,9 @@ def test_a_layer_apart_is_seen(panels):
 )
 def test_scales_of_the_loss(panels, values, scale, labels):
     lines = [{"step": i, "train/loss": value} for i, value in enumerate(values, start=1)]
-    lines += [{"step": 3, "heldout/loss": value} for value in values]  # in full, not smoothed
+    lines += [
+        {"step": 3, "heldout/loss": value} for value in values
+    ]  # held-out values are not smoothed
     axes = panels(lines)["train/loss"]
     assert axes.get_yscale() == scale
     assert written(axes) == labels

@@ -1,4 +1,4 @@
-"""What a step gets depends on data shards and pools, not on meshes; tiles are balanced."""
+"""Batches depend on the numbers of data shards and pools, not on the mesh; tiles are balanced."""
 
 import types
 
@@ -40,7 +40,7 @@ def feed(processor, pools: int, shards: int, **axes) -> Feed:
 
 
 def take(feed: Feed, count: int, state=None):
-    """Batches as NumPy, their metrics, and the state after them."""
+    """Takes `count` batches; returns them as NumPy arrays, with their metrics and the new state."""
     iterator = iter(feed)
     if state is not None:
         iterator.set_state(state)
@@ -75,7 +75,7 @@ def test_every_pool_reads_its_own_tiles_and_they_are_balanced(processor):
     per_tile, imbalance = processor.config.tokens_per_tile, []
     for batch in batches:
         highest = batch.image_index.reshape(2, 8, -1).max(axis=-1)
-        # Slots of a pool are filled in order, so its highest index tells how many it has used.
+        # The slots of a pool are filled in order, so its highest index gives the number in use.
         used = np.maximum((highest - FIRST_TILE_ROW) // per_tile + 1, 0)
         assert used.max() <= 8
         imbalance.append(used.max(axis=1).sum() / used.mean(axis=1).sum() - 1)
@@ -92,8 +92,13 @@ def test_pools_and_shards_are_chosen():
     assert choose_pools(mesh, batch, 3, None) == (12, 3)
     saved = {"pools": 12, "shards": [{}, {}]}
     assert choose_pools(mesh, batch, 0, saved) == (12, 2)
-    assert choose_pools(mesh, batch, 0, saved | {"pools": 16}) == (4, 2)  # 16 divides no more
-    with pytest.raises(UserError, match=r"data\.shards is 4, but the checkpoint's .* in 2 shards"):
+    assert choose_pools(mesh, batch, 0, saved | {"pools": 16}) == (
+        4,
+        2,
+    )  # 16 pools do not divide 24 rows
+    with pytest.raises(
+        UserError, match=r"data\.shards is 4, but the checkpoint .* with 2 data shards"
+    ):
         choose_pools(mesh, batch, 4, saved)
     few = BatchConfig(rows=6, length=8, tiles=12)
     with pytest.raises(UserError, match=r"multiples of 4 .*got 6 and 12"):

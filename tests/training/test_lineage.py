@@ -1,4 +1,4 @@
-"""Which model a workdir is of, and what training starts from."""
+"""The model files of a workdir, and loading the parameters that training starts from."""
 
 import dataclasses
 import json
@@ -81,7 +81,7 @@ def test_directories_that_cannot_become_a_workdir(model_dir, tmp_path):
     with pytest.raises(UserError, match=r"is a converted model, not a workdir; choose another"):
         prepare(model_dir, config, model_dir)
     (tmp_path / "tokenizer.json").touch()
-    with pytest.raises(UserError, match=r"has no processor_config\.json; expected a model's files"):
+    with pytest.raises(UserError, match=r"has no processor_config\.json; expected a model dir"):
         prepare(tmp_path / "run", config, tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -113,7 +113,7 @@ def test_another_architecture_is_reported_field_by_field(model_dir):
     with pytest.raises(UserError) as error:
         init_params(model_dir, abstract_params(other), None, jnp.float32, config=other)
     assert str(error.value).splitlines() == [
-        f"{model_dir} has another architecture than the run's configuration:",
+        f"the architecture of {model_dir} differs from the configuration:",
         f"  - language_config.routed_scaling_factor is {config.decoder.routed_scaling_factor},"
         " not 3.0",
         f"  - language_config.num_experts_per_tok is {config.decoder.num_experts_per_tok}, not 1",

@@ -1,4 +1,4 @@
-"""The chunked loss on meshes of eight devices against one device, and what travels there."""
+"""The chunked loss on meshes of eight devices, against one device, and its communication."""
 
 import functools
 
@@ -17,7 +17,7 @@ from vl2jax.training.chunked_loss import chunked_next_token_loss
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS, TOKENS, WIDTH, VOCAB = 8, 24, 16, 64
-COLUMNS = 5  # of a block, where a device has one row
+COLUMNS = 5  # columns per block if a device has one row
 MESHES = {
     "data=2,fsdp=2,expert=2": (2, 2, 2, 1),
     "data=2,fsdp=2,tensor=2": (2, 2, 1, 2),
@@ -27,7 +27,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def case():
-    """Rows with 0 to all tokens supervised, and inputs of which some predict rightly."""
+    """Rows with none to all tokens supervised, and inputs some of which predict correctly."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, (ROWS, TOKENS)).astype(np.int32)
     mask = rng.random((ROWS, TOKENS)) < np.linspace(0, 1, ROWS)[:, None]
@@ -40,7 +40,7 @@ def case():
 
 
 def sums_and_gradients(argnums: tuple[int, ...], chunk: int):
-    """Sums, and gradients of three times the loss, compiled for the mesh in force."""
+    """A jitted function that returns the sums, and the gradients of three times the loss."""
 
     def loss(hidden, kernel, batch):
         sums = chunked_next_token_loss(hidden, kernel, batch, dtype=jnp.float32, chunk=chunk)
@@ -58,7 +58,7 @@ def sums_and_gradients(argnums: tuple[int, ...], chunk: int):
 
 @functools.cache
 def compiled(argnums: tuple[int, ...], shape: tuple[int, ...], rows: int = ROWS):
-    """The program of a mesh, and where it takes its arguments."""
+    """The program compiled for a mesh, and the shardings of its arguments."""
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)))
     split = rows % batch_shards(mesh) == 0
     by_rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES if split else None))
@@ -105,19 +105,19 @@ def test_equals_one_device(case, mesh, argnums, rows):
 
 
 def collectives(argnums: tuple[int, ...], shape: tuple[int, ...]):
-    """All of a compiled program; a loop whose length depends on the data counts as a thousand."""
+    """Collectives of a program; a loop of data-dependent length counts 1000 iterations."""
     text = compiled(argnums, shape)[0].as_text()
     found = analyse(text, open_trips=lambda _: 1000).collectives
     return [c for c in found if len(c.group) > 1]
 
 
 def large(found):
-    """Those that move more than a few numbers per token of a block."""
+    """Collectives that move more than a few numbers per token of a block."""
     return sorted((c.kind, round(c.nbytes)) for c in found if c.nbytes > 256)
 
 
 def test_nothing_travels_between_blocks():
-    """The kernel is gathered once, its gradient summed once; sums of the loss are two numbers."""
+    """The kernel is gathered once, its gradient is reduced once, and the loss is two numbers."""
     found = collectives((0, 1), MESHES["data=2,fsdp=2,expert=2"])
     assert {c.count for c in found} == {1}
     head = 4 * WIDTH * VOCAB
@@ -127,7 +127,7 @@ def test_nothing_travels_between_blocks():
 
 
 def test_a_split_vocabulary_meets_only_over_tensor():
-    """Between blocks a few numbers per token, and none of them over other axes."""
+    """Within the loop, devices exchange a few numbers per token, over `tensor` only."""
     found = collectives((0, 1), MESHES["data=2,fsdp=2,tensor=2"])
     between = [c for c in found if c.count > 1]
     assert between and not large(between)

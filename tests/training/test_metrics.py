@@ -1,4 +1,4 @@
-"""What a run says of itself: files that survive kills and resuming, and the line of progress."""
+"""Metrics: files that survive kills and resuming, and the progress line."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that tests set."""
+    """A fake clock: tests change `clock[0]`."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
@@ -65,7 +65,7 @@ def test_resuming_reads_as_one_run(tmp_path):
     assert [(line["step"], line.get("train/loss")) for line in read_metrics(path)] == [
         *((1, 9.0), (2, 8.0), (2, None), (3, 7.0), (4, 6.0), (5, 5.0), (6, 4.0))
     ]
-    assert stream.getvalue().startswith(f"{path}: 3 lines from after step 2 dropped\n")
+    assert stream.getvalue().startswith(f"{path}: 3 lines after step 2 removed\n")
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".new"] == []
     assert len(list(tmp_path.glob("events.*"))) == 2
 
@@ -140,7 +140,7 @@ def test_full_disk_is_reported_once_and_training_goes_on(tmp_path, monkeypatch):
     log.write(4, {"train/lr": 1.0})
     log.close()
     said = [line for line in stream.getvalue().splitlines() if "lost" in line]
-    assert len(said) == 1 and said[0].startswith("metrics of step 2 are lost, training goes on")
+    assert len(said) == 1 and said[0].startswith("metrics of step 2 are lost, training continues")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 4]
 
 

@@ -1,4 +1,4 @@
-"""Metrics files that are not as they should be: torn, broken, cut when a run goes on."""
+"""Metrics files: incomplete and malformed lines, truncation when a run resumes."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ def test_reading(tmp_path):
     path.write_text('{"step": 1, "a": [1.5, null]}\n{"step": 2, "a": nu')
     assert read_metrics(path) == [{"step": 1, "a": [1.5, None]}]
     path.write_text('{"step": 1}\n[3]\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2 is no line of metrics"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a JSON object"):
         read_metrics(path)
 
 
@@ -24,8 +24,8 @@ def test_dropping(tmp_path):
     whole = b'{"step": 1}\n{"step": 2}\n'
     path.write_bytes(whole)
     inode = path.stat().st_ino
-    assert drop_after(path, 2) == 0 and path.stat().st_ino == inode  # left alone
-    path.write_bytes(b'{"step": 1}\n\x00\x00\n{"step": 2}')  # complete but for its end
+    assert drop_after(path, 2) == 0 and path.stat().st_ino == inode  # not rewritten
+    path.write_bytes(b'{"step": 1}\n\x00\x00\n{"step": 2}')  # only the newline is missing
     assert drop_after(path, 2) == 1 and path.read_bytes() == whole
     assert drop_after(path, 0) == 2 and path.read_bytes() == b""
 

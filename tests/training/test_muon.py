@@ -1,4 +1,4 @@
-"""Muon: which parameters are matrices, what a step does to them, and Adam for the rest."""
+"""Muon: which parameters are matrices, their updates, and Adam for the other parameters."""
 
 import math
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_is_a_matrix_or_adams(name):
-    """Inputs are what a matrix is multiplied with; what is neither in nor out stacks matrices."""
+    """The input and output axes of each matrix are correct; all other axes stack matrices."""
     config = PRESETS[name]()
     width = config.decoder.hidden_size
     matrices = 0
@@ -45,7 +45,7 @@ def test_every_parameter_is_a_matrix_or_adams(name):
 
 
 def test_a_step_of_matrices_and_of_the_rest():
-    """Matrices of a stack are made about orthogonal one by one, in the size of Adam's steps."""
+    """Each matrix of a stack is orthogonalised approximately and scaled to the RMS of Adam."""
     rng = np.random.default_rng(1)
     shapes = {
         "decoder/moe_1/self_attn/o_proj/kernel": (2, 3, 4, 6),
@@ -73,7 +73,7 @@ def test_a_step_of_matrices_and_of_the_rest():
         ("decoder/moe_1/mlp/experts/up_proj", (6, 4, 6)),
     ):
         first, second = (np.asarray(g[path], np.float64).reshape(shape) for g in grads)
-        # Momentum 0.95 and a look ahead, both without the bias of the zeros that they begin with.
+        # Nesterov momentum 0.95 with bias correction.
         momentum = (0.95 * 0.05 * first + 0.05 * second) / (1 - 0.95**3)
         ahead = 0.95 * momentum + 0.05 * second / (1 - 0.95**2)
         u, _, v = np.linalg.svd(ahead, full_matrices=False)
@@ -87,7 +87,7 @@ def test_a_step_of_matrices_and_of_the_rest():
 
 
 def test_muon_is_an_algorithm_of_the_optimizer():
-    """Decay, learning rate and multipliers are those of AdamW; moments can be bfloat16."""
+    """Weight decay, learning rate and multipliers apply to Muon, too; moments can be bfloat16."""
     fc1 = "vision/blocks/mlp/fc1/kernel"
     params = {fc1: jnp.full((1, 4, 4), 2.0), "image_newline": jnp.ones(4)}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -109,7 +109,7 @@ def test_muon_is_an_algorithm_of_the_optimizer():
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path, moments):
-    """What is kept of Muon and Adam is all that the next steps need."""
+    """The saved state is sufficient for the next steps."""
     rng = np.random.default_rng(2)
     shapes = {
         "decoder/moe_1/mlp/experts/up_proj": (2, 3, 4, 6),
@@ -141,5 +141,5 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, moments):
     want, fresh = steps(3, *saved), steps(3, saved[0], optimizer.init(params))
     for got, expected in zip(jax.tree.leaves(steps(3, *found)), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(got, expected)
-    for path in shapes:  # without the state they are others
+    for path in shapes:  # a fresh state gives other results
         assert np.any(fresh[0][path] != want[0][path])

@@ -1,4 +1,4 @@
-"""Schedules, AdamW against NumPy in float64, parts of the model, refusals."""
+"""Schedules, AdamW against NumPy in float64, parts of the model, error messages."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +39,7 @@ def test_schedules():
     assert cosine[19] == cosine[20] == 2.0
     assert cosine[60] == pytest.approx(1.1, rel=1e-6)  # halfway between 2 and 0.2
     assert cosine[99] == pytest.approx(0.2, rel=0.01) and min(cosine[20:]) == cosine[99]
-    # A trial run may be shorter than the warm-up: the schedule goes by the run all the same.
+    # A run may be shorter than its warm-up; the drops still depend on the steps of the run.
     short = rates(steps=4, schedule="step", warmup_steps=100)
     drops = 1, 1, 10**-0.5, 0.1
     assert short == pytest.approx([2 * n / 100 * drop for n, drop in enumerate(drops, 1)], rel=1e-5)
@@ -57,7 +57,7 @@ def test_the_longest_part_decides():
     optimizer = make_optimizer(cfg, steps=1)
     params = {path: jnp.zeros(shape) for path, shape in PATHS.items()}
     grads = {path: jnp.ones(shape) for path, shape in PATHS.items()}
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)  # Adam's first: all 1
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)  # Adam's first update is 1
     assert {path: round(-float(update.mean()), 4) for path, update in updates.items()} == {
         **{path: 1.0 for path in PATHS if not path.startswith(("decoder", "image"))},
         **{"decoder/embed_tokens/embedding": 0.5, "decoder/norm/scale": 0.5},
@@ -66,7 +66,7 @@ def test_the_longest_part_decides():
 
 
 def test_paths_of_saved_states():
-    """Checkpoints of earlier versions are restored by these names."""
+    """Existing checkpoints have these paths, so they must not change."""
     optimizer = make_optimizer(OptimConfig(lr=1.0, lr_multipliers={"vision": 0.1}), steps=9)
     state = optimizer.init({"vision/pos_embed": jnp.zeros(2)})
     assert {path: leaf.shape for path, leaf in flatten(state).items()} == {
@@ -78,7 +78,7 @@ def test_paths_of_saved_states():
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("clipped", [True, False])
 def test_adamw_against_numpy(moments, clipped):
-    """Three steps on every group of parameters, decayed and not, clipped and not."""
+    """Three steps of every group of parameters, with and without decay and clipping."""
     rng = np.random.default_rng(0)
     cfg = OptimConfig(
         lr=0.01,
@@ -112,7 +112,7 @@ def test_adamw_against_numpy(moments, clipped):
             decay = 0.1 * oracle[path] if path in DECAYED else 0
             part = 0.1 if path.startswith("vision/") else 3.0 if "moe_1" in path else 1.0
             oracle[path] = oracle[path] - rate * part * (unbiased / scale + decay)
-    # bfloat16 moments: each of three steps is off by its rounding, 2^-9 of an update.
+    # With bfloat16 moments, each of the three updates has a rounding error of about 2^-9.
     atol = 2e-6 if moments == "float32" else 3 * 0.03 * 3 * 2**-8
     for path, want in oracle.items():
         np.testing.assert_allclose(params[path], want, rtol=0, atol=atol, err_msg=path)

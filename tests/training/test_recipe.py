@@ -1,4 +1,4 @@
-"""Table 2 of the paper, and what a configuration may say."""
+"""Table 2 of the paper, and checks of run configurations."""
 
 import importlib.util
 
@@ -55,7 +55,7 @@ def test_unknown_stage():
 
 @pytest.mark.parametrize("name", ["tiny", "finetune", "vl2_tiny", "vl2_small", "vl2_base"])
 def test_every_configuration_says_every_field(name):
-    """What can be set is seen in the file, and nothing else."""
+    """Each configuration file sets all fields, and no others."""
     values = load(name).to_dict()
     config = read_run_config(values)
     for field in RunConfig.__dataclass_fields__:
@@ -114,5 +114,5 @@ def test_sources():
     for wrong in ("a.json=0", "a.json=-1", "a.json=nan", "a.json=x"):
         with pytest.raises(UserError, match="weight above 0"):
             read_sources(wrong, "data.train")
-    with pytest.raises(UserError, match=r"data\.train names no source"):
+    with pytest.raises(UserError, match=r"data\.train has no source"):
         read_sources(" ", "data.train")

@@ -1,4 +1,4 @@
-"""Event files: checksums by published vectors, contents by a reader of its own."""
+"""Event files: checksums against published vectors, contents with an independent reader."""
 
 import struct
 
@@ -8,7 +8,7 @@ from vl2jax.training.tensorboard import EventWriter, append_whole, crc32c, recor
 
 
 def masked(data: bytes) -> int:
-    """The sum of a record by the definition, bit by bit."""
+    """The masked checksum of a record, computed bit by bit from its definition."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -19,7 +19,7 @@ def masked(data: bytes) -> int:
 
 
 def records(data: bytes) -> list[bytes]:
-    """Takes records apart and checks both sums."""
+    """Decodes records and checks both checksums."""
     found = []
     while data:
         length, sum_of_length = struct.unpack_from("<QI", data)
@@ -32,7 +32,7 @@ def records(data: bytes) -> list[bytes]:
 
 
 def fields(data: bytes) -> list[tuple[int, object]]:
-    """Takes a protobuf message apart: (number, value), in order."""
+    """Decodes a protobuf message to (number, value), in order."""
     place, found = 0, []
 
     def varint() -> int:
@@ -89,7 +89,7 @@ def test_events(tmp_path):
     writer = EventWriter(tmp_path / "run")
     writer.scalars(1, {"train/loss": 2.5, "moe/max_violation/0": -0.25})
     writer.scalars(300_000, {"train/loss": float("nan"), "train/lr": 1e39, "größe": 1})
-    writer.scalars(300_001, {"train/loss": float("inf")})  # nothing to say
+    writer.scalars(300_001, {"train/loss": float("inf")})  # no finite value
     writer.flush()
     writer.close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == [writer.path.name]
@@ -114,7 +114,7 @@ def test_resumed_run_says_where(tmp_path):
 
 
 class Full:
-    """A file on a disk with room for some bytes."""
+    """A file on a disk with space for `room` bytes."""
 
     name = "full"
 

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: a run, killed and stopped runs, broken numbers, mistakes."""
+"""train.py as a user runs it: a full run, killed and stopped runs, divergence, user errors."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def command(workdir, *arguments: str, config: str = "tests/smallest.py") -> list
 
 
 def environment() -> dict[str, str]:
-    """One device, whatever the tests around have; programs as of `quick_compilation`."""
+    """One device, not the eight of conftest.py; programs are compiled as by `quick_compilation`."""
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **quick}
 
@@ -70,7 +70,7 @@ def final_state(workdir, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A whole run of six steps, saved every two."""
+    """A complete run of six steps with a checkpoint every two."""
     workdir = tmp_path_factory.mktemp("run")
     done = train(workdir, "--config.profile=2:4")
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def test_what_a_run_leaves(run):
     for name in ("loss", "token_acc", "grad_norm", "lr", "aux_loss"):
         assert all(np.isfinite(row[f"train/{name}"]) for row in rows)
     for name in ("max_violation", "entropy", "dead_experts", "bias_norm"):
-        assert len(rows[0][f"moe/{name}"]) == 1  # one layer with experts
+        assert len(rows[0][f"moe/{name}"]) == 1  # one MoE layer
     for name in ("step_time", "tokens_per_sec", "images_per_sec", "tflops_per_device", "data_wait"):
         assert rows[-1][f"perf/{name}"] >= 0
     assert [row["step"] for row in rows if "heldout/loss" in row] == [3, 6]
@@ -103,7 +103,7 @@ def test_what_a_run_leaves(run):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """SIGKILL in mid-step and in mid-save: the same parameters and curve, bit for bit."""
+    """After SIGKILL during a step or a save, parameters and losses are the same, bit for bit."""
     steps, dice = 30 + 5 * KILLS, random.Random(0)
     often = ("--config.checkpoint.every=5", "--config.eval.every=0", f"--config.steps={steps}")
     whole, torn = tmp_path / "whole", tmp_path / "torn"
@@ -127,7 +127,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def _wait(workdir, process, life: int, dice: random.Random) -> None:
-    """Until the run has gone on for a random while, or in every second life until it saves."""
+    """Waits until the run has trained for a random time, or, in odd lives, until it saves."""
     metrics = workdir / "metrics.jsonl"
     before = metrics.stat().st_size if metrics.exists() else 0
     while process.poll() is None:
@@ -142,7 +142,7 @@ def _wait(workdir, process, life: int, dice: random.Random) -> None:
 
 @pytest.mark.parametrize("evaluation", [("every", 0), ("batches", 100)])
 def test_sigterm_saves_and_ends(tmp_path, evaluation):
-    """Also where the signal comes while the held-out loss is computed, here most of the time."""
+    """Also during an evaluation; with 100 batches, the signal mostly arrives in one."""
     long = ("--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval.every=2")
     process = started(tmp_path, *long, "--config.eval.{}={}".format(*evaluation))
     metrics = tmp_path / "metrics.jsonl"
@@ -156,14 +156,14 @@ def test_sigterm_saves_and_ends(tmp_path, evaluation):
 
 
 def test_broken_numbers(run, tmp_path):
-    """A run that diverges stops, names step and rows, and keeps what was good."""
+    """A run that diverges stops, names the step and the rows, and keeps its checkpoints."""
     shutil.copytree(run[0], tmp_path, dirs_exist_ok=True)
     done = train(
         tmp_path, "--config.steps=12", "--config.optim.lr=1e30", "--config.checkpoint.every=9"
     )
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
-    assert message.startswith("error: train/") and "the newest checkpoint is of step 6" in message
+    assert message.startswith("error: train/") and "newest checkpoint: step 6" in message
     (kept,) = tmp_path.glob("failed_step_*.npz")
     step = int(kept.stem.split("_")[-1])
     assert f"at step {step}," in message and 7 <= step <= 9 and str(kept) in message
@@ -182,7 +182,7 @@ def test_preview(tmp_path):
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_dry_run_of_the_released_sizes(tmp_path, size):
-    """All stages count without allocating; totals are the paper's."""
+    """A dry run allocates nothing; activated parameters are those of the paper."""
     activated = {"tiny": 0.574e9, "small": 2.451e9, "base": 4.124e9}[size]
     stage = {"tiny": "align", "small": "sft", "base": "pretrain"}[size]
     config = f"configs/vl2_{size}.py:{stage}"
@@ -215,11 +215,11 @@ def test_dry_run_of_the_released_sizes(tmp_path, size):
         (["--config.data.train=/nowhere.json"], "/nowhere.json"),
         (["--config.batch.length=40"], "raise config.batch.length to"),
         (["--wordkir=a"], "Did you mean: workdir"),
-        (["something"], "'something' is no flag"),
+        (["something"], "'something' is not a flag"),
     ],
 )
 def test_mistakes(tmp_path, arguments, message):
-    """One line, no traceback, exit code 1."""
+    """A user error is one line without traceback; the exit code is 1."""
     done = train(tmp_path / "run", *arguments)
     assert done.returncode == 1, done.stdout
     errors = [line for line in done.stderr.splitlines() if not line.startswith("step ")]
@@ -229,7 +229,7 @@ def test_mistakes(tmp_path, arguments, message):
 
 
 def _llava_row(directory: pathlib.Path, number: int) -> dict:
-    """One short question about a picture of its own, in the form of LLaVA's files."""
+    """One short question about its own image, in the format of LLaVA."""
     family = ("colour", "count", "digit", "shape")[number % 4]
     asked = question(family, number, split="train")
     asked.row.images[0].save(directory / f"{number}.png")
@@ -242,7 +242,7 @@ def _llava_row(directory: pathlib.Path, number: int) -> dict:
 
 
 def test_fine_tuning(mini, tmp_path):
-    """A converted checkpoint learns 32 conversations by heart, is exported and comes back."""
+    """A converted checkpoint overfits 32 conversations; export and conversion restore it."""
     from convert import to_hf, to_jax
 
     source = mini("mini-small").source

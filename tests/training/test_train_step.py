@@ -1,4 +1,4 @@
-"""One training step: the reference, what must not matter, what must not move, who balances."""
+"""The train step: parity with the original, invariances, frozen parts, load balancing."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from vl2jax.processing.collate import Sample
 from vl2jax.training.optim import OptimConfig, learning_rate, make_optimizer, trained_paths
 from vl2jax.training.train_step import Recipe, eval_step, new_state, train_step
 
-# Keeps the gradients as its state and changes nothing.
+# An optimizer that stores the gradients as its state and updates nothing.
 RECORDER = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
@@ -46,21 +46,21 @@ def recipe_of(model, optimizer=RECORDER, frozen=(), **kwargs) -> Recipe:
 
 
 def gradients(model, recipe, batch):
-    """Metrics and the gradients of every trained parameter, by path."""
+    """Metrics, and the gradients of all trained parameters by path."""
     state, metrics = step(recipe, new_state(recipe, model.params), batch)
     return metrics, state.opt_state
 
 
 def in_pools(batch, pools: int = 1):
-    """A leading axis of pools; the tiles must belong to the pools in order."""
+    """Adds a leading axis of microbatches; the tiles must be in the order of the microbatches."""
     return jax.tree.map(lambda x: x.reshape(pools, -1, *x.shape[1:]), batch)
 
 
 @pytest.mark.parametrize(("name", "case"), minis(("mini-small", "mini-base"), ("train_nopad",)))
 def test_reference(mini, name, case):
-    """Loss, auxiliary loss and all gradient norms of the original's step without padding.
+    """Loss, auxiliary loss and all gradient norms equal those of the original, without padding.
 
-    A router of each kind; test_parity.py has the gradients of all models.
+    The two models have the two kinds of router; test_parity.py checks gradients of all models.
     """
     model = mini(name, case)
     training = model.case(case)["training"]
@@ -92,7 +92,7 @@ def test_reference(mini, name, case):
 
 @pytest.fixture(scope="module")
 def samples(mini) -> list[Sample]:
-    """Four conversations of different lengths, two with a picture."""
+    """Four conversations of different lengths, two of them with an image."""
     processor, rng = mini("mini-small").processor, np.random.default_rng(0)
     found = []
     for number, (question, answer) in enumerate(
@@ -112,7 +112,7 @@ def samples(mini) -> list[Sample]:
 
 
 def packed(model, samples, **shape):
-    """All samples in one batch of a shape."""
+    """Packs all samples into one batch of the given shape."""
     longest, tiles = max(map(len, samples)), sum(len(s.tiles) for s in samples)
     shape = BatchShape(**{"pools": 1, "length": longest, "tiles": tiles, "segments": 1, **shape})
     placed = Packer(shape).fill(types.SimpleNamespace(sample=sample) for sample in samples)
@@ -144,7 +144,7 @@ def test_same_samples_same_gradients(mini, samples, shape):
     assert got["train/loss"] == pytest.approx(float(want["train/loss"]), rel=1e-6)
     assert got["train/aux_loss"] == pytest.approx(float(want["train/aux_loss"]), rel=1e-6)
     assert got["train/token_acc"] == want["train/token_acc"]
-    # 1e-6 of the whole gradient; what is left of each alone is float32's rounding, eps = 1.2e-7.
+    # Within 1e-6 of the global norm, and each within a few float32 roundings (eps = 1.2e-7).
     double = {path: np.asarray(gradient, np.float64) for path, gradient in want_grads.items()}
     whole = np.sqrt(sum(np.sum(gradient**2) for gradient in double.values()))
     for path, gradient in double.items():
@@ -155,7 +155,7 @@ def test_same_samples_same_gradients(mini, samples, shape):
 
 @quick
 def test_samples_of_a_row_do_not_see_one_another(mini, samples):
-    """Another first sample in the row leaves the loss of the second alone."""
+    """Replacing the first sample of a row does not change the loss of the second."""
     model = mini("mini-small")
     recipe = recipe_of(model, module=VL2(model.config, max_segments=2))
     longest = max(map(len, samples)) * 2
@@ -170,7 +170,7 @@ def test_samples_of_a_row_do_not_see_one_another(mini, samples):
 
 @quick
 def test_frozen_parts_do_not_move(mini, samples):
-    """Frozen: bit-identical, without optimizer state; the rest moves, vision by its multiplier."""
+    """Frozen parts stay bit-identical and have no optimizer state; multipliers scale updates."""
     model = mini("mini-small")
     cfg = OptimConfig(lr=1e-2, schedule="constant", frozen=("decoder",))
     recipe = recipe_of(model, make_optimizer(cfg, 10), frozen=("decoder",))
@@ -189,7 +189,7 @@ def test_frozen_parts_do_not_move(mini, samples):
         assert same == path.startswith("decoder/"), path
     trained = {path: before[path] for path in recipe.trained}
     grads, updates = jax.tree.map(np.ones_like, trained), {}
-    cfg = dataclasses.replace(cfg, schedule="cosine")  # a constant one is folded into the factor
+    cfg = dataclasses.replace(cfg, schedule="cosine")  # XLA folds a constant rate into the factor
     for factor in (1.0, 0.1):
         optimizer = make_optimizer(dataclasses.replace(cfg, lr_multipliers={"vision": factor}), 10)
         updates[factor], _ = jax.jit(optimizer.update)(grads, optimizer.init(trained), trained)
@@ -214,7 +214,7 @@ def with_biases(model):
 
 @quick
 def test_bias_update(mini, samples):
-    """The correction bias against NumPy, load summed over microbatches."""
+    """The update of the correction bias against NumPy, with the load summed over microbatches."""
     model, u = with_biases(mini("mini-small")), 0.25
     module = VL2(model.config, max_segments=1)
     recipe = recipe_of(model, module=module, bias_update_step=u)

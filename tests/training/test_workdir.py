@@ -1,4 +1,4 @@
-"""Training checkpoints: exact, atomic, kept by rule, and readable as models."""
+"""Training checkpoints are exact and atomic, follow the keep rules, and load as models."""
 
 import functools
 import json
@@ -36,7 +36,7 @@ def like(tree):
 
 
 def bits(tree) -> list[tuple]:
-    """Every leaf as dtype, shape and bytes, copied."""
+    """dtype, shape and bytes of every leaf, copied."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     return [(leaf.dtype.name, leaf.shape, leaf.tobytes()) for leaf in leaves]
 
@@ -151,7 +151,7 @@ def test_nothing_to_restore(tmp_path):
 
 def test_two_runs_in_one_workdir(tmp_path):
     with Workdir(tmp_path, keep=1, keep_every=None) as workdir:
-        with pytest.raises(UserError, match=r"another run is training in .*; wait for its end"):
+        with pytest.raises(UserError, match=r"another run is training in .*; wait until it ends"):
             Workdir(tmp_path, keep=1, keep_every=None)
         save(workdir, 1)
     Workdir(tmp_path, keep=1, keep_every=None).close()
@@ -168,22 +168,22 @@ def test_a_changed_configuration_is_reported_at_once(tmp_path):
         with pytest.raises(UserError) as error:
             workdir.restore(like_params=like(params), like_opt_state=like(opt_state))
     head, *lines = str(error.value).splitlines()
-    assert "checkpoints/1 does not fit this run; was its configuration changed?" in head
+    assert "checkpoints/1 does not match the configuration of this run" in head
     assert lines == [
         "  - params: missing: params/view_seperator bfloat16[4]",
-        "  - params: surplus: params/image_newline",
+        "  - params: unexpected: params/image_newline",
         "  - params: params/decoder/moe_1/mlp/experts/up_proj is float32[2, 2, 8, 4],"
         " expected float32[2, 3, 8, 4]",
         "  - opt_state: 0/mu/image_newline is bfloat16[4], expected float32[4]",
     ]
 
 
-# What goes wrong.
+# Failures.
 
 
 @pytest.fixture
 def file_size_limit():
-    """`file_size_limit(bytes)`: writing further in a file fails, as on a full disk; None: ends."""
+    """`file_size_limit(bytes)`: writes beyond it fail, as on a full disk; None: no limit."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -218,7 +218,9 @@ def test_a_failed_save_is_told_once_and_harms_nothing(tmp_path, file_size_limit,
         workdir.wait()
         assert len(told) == 1
         assert told[0].startswith(f"checkpoint 2 could not be saved in {tmp_path}/checkpoints: ")
-        assert told[0].endswith("; the newest is of step 1, and the next save is tried as usual")
+        assert told[0].endswith(
+            "; the newest checkpoint is 1, and the next save is attempted as usual"
+        )
         assert "\n" not in told[0] and "File too large" in told[0]
         assert workdir.latest_step() == 1
         assert bits(restore(workdir)[1]) == bits(state(1)[0])
@@ -241,7 +243,7 @@ def test_a_failed_first_save_warns_by_default(tmp_path, file_size_limit, capsys)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("warning: checkpoint 1 could not be saved") and err.count("\n") == 1
-    assert "there is none yet" in err
+    assert "there is no checkpoint yet" in err
 
 
 def test_late_writes_of_a_failed_save_are_removed_too(tmp_path, monkeypatch):
@@ -298,7 +300,7 @@ for step in itertools.count((workdir.latest_step() or 0) + 1):
 
 
 def kill_in_mid_save(path: Path, after: int, seconds: float) -> bool:
-    """Runs CHILD past step `after` and kills it while it writes; whether a torn save is left."""
+    """Kills CHILD while it saves a step > `after`; returns whether an incomplete save is left."""
     directory = path / "checkpoints"
     with subprocess.Popen([sys.executable, "-c", CHILD, path], cwd=ROOT) as child:
         until = time.monotonic() + 60
@@ -326,7 +328,7 @@ def test_a_run_killed_while_saving_leaves_the_newest_complete_step(tmp_path):
         assert step > newest and data_state == {"next": step}
         assert bits(found) == bits(list(state(step, rows=ROWS)))
         newest = step
-    assert torn > 0  # a save was cut short at least once
+    assert torn > 0  # at least one save was interrupted
 
 
 # A workdir is a model directory.
@@ -341,7 +343,7 @@ def model_dir(data_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(model_dir, tmp_path_factory):
-    """A workdir: step 1 holds the converted model, step 2 the same doubled."""
+    """A workdir: step 1 has the parameters of the converted model, step 2 their doubles."""
     path = tmp_path_factory.mktemp("run") / "run"
     model = vl2jax.load(model_dir)
     lineage.prepare(path, model.config, model_dir, dtype="float32")

@@ -1,5 +1,5 @@
-"""Parameters on disk: the model directory, reading it leaf by leaf, Orbax, and sizes in bytes.
+"""Checkpoints: the model directory, reading parameters one by one, Orbax, and sizes in bytes.
 
-A directory gets its name only when it is whole.  Imports `common`, `config` and `model`.
-Start with `model_dir.py`.
+A checkpoint is written under a temporary name and renamed when it is complete.  Imports `common`,
+`config` and `model`.  Start with `model_dir.py`.
 """

@@ -1,4 +1,4 @@
-"""How many bytes a model and its caches take; nothing is allocated."""
+"""Sizes in bytes of a model and its caches, computed from shapes without allocating anything."""
 
 import functools
 import math
@@ -13,7 +13,13 @@ from vl2jax.model.vl2 import abstract_params
 
 
 def parameter_bytes(config: VL2Config, dtype: jnp.dtype, quantize: str | None = None) -> int:
-    """Of all variables as `vl2jax.load` holds them."""
+    """Bytes of all variables, as `vl2jax.load` keeps them in memory.
+
+    Args:
+      config: architecture.
+      dtype: dtype of the parameters; the router's correction bias is always float32.
+      quantize: see `vl2jax.load`.
+    """
     shapes = abstract_params(config, dtype)
     if quantize == "int8":
         shapes = jax.eval_shape(quantize_tree, shapes)
@@ -21,7 +27,14 @@ def parameter_bytes(config: VL2Config, dtype: jnp.dtype, quantize: str | None = 
 
 
 def cache_bytes(config: VL2Config, dtype: jnp.dtype, rows: int, slots: int) -> int:
-    """Of the caches of so many rows of so many tokens."""
+    """Bytes of the caches of a batch.
+
+    Args:
+      config: architecture.
+      dtype: dtype of the caches.
+      rows: number of sequences.
+      slots: tokens per sequence.
+    """
     make = functools.partial(init_caches, config.decoder, rows, slots, dtype)
     return _bytes(jax.eval_shape(make))
 

@@ -1,11 +1,11 @@
-"""The model directory: one directory is a whole model.
+"""The model directory: one directory that contains a complete model.
 
-model.json          architecture (the original's schema), dtypes, what conversion left out
-tokenizer.json ...  tokenizer and processor files as the original has them
+model.json          architecture (in the Hugging Face schema), dtypes, tensors that were dropped
+tokenizer.json ...  tokenizer and processor files, as in the Hugging Face checkpoint
 params/             the parameters, an Orbax checkpoint
 
-A training workdir is one too: in place of params/ it has checkpoints/STEP/params, and stands for
-its newest step.
+A training workdir is a model directory, too.  Instead of params/ it has checkpoints/STEP/params;
+the newest complete step is read.
 """
 
 import dataclasses
@@ -37,16 +37,16 @@ OPTIONAL_FILES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelDir:
-    """What `model.json` says.
+    """A model directory, as `model.json` describes it.
 
     Attributes:
       path: the directory with `model.json`, tokenizer and processor files.
-      config: the architecture.
-      dtype: what the parameters are stored as, for the most part: "float32" or "bfloat16".
-      source_dtype: what the original tensors were, for the most part.
-      source_dtypes: original tensor name -> dtype, where it differs from `source_dtype`.
-      dropped: original tensors that conversion left out: [{"tensors": [...], "reason": ...}].
-      step: the training step whose parameters are meant; None if it is not a training workdir.
+      config: architecture.
+      dtype: dtype in which most parameters are stored, "float32" or "bfloat16".
+      source_dtype: dtype of most tensors of the Hugging Face checkpoint.
+      source_dtypes: dtypes of the other tensors, by Hugging Face name.
+      dropped: tensors that the conversion dropped: [{"tensors": [...], "reason": ...}].
+      step: training step whose parameters are read; None if it is not a training workdir.
     """
 
     path: Path
@@ -59,16 +59,17 @@ class ModelDir:
 
     @property
     def params(self) -> Path:
+        """The directory of the parameters."""
         return self.address / PARAMS
 
     @property
     def address(self) -> Path:
-        """What `read_model_dir` reads this from again, even if training has gone on since."""
+        """A path from which `read_model_dir` reads the same step, even after newer ones exist."""
         return self.path if self.step is None else self.path / CHECKPOINTS / str(self.step)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file so that a crash leaves the old one or the new one, never a part."""
+    """Writes a JSON file atomically: after a crash, the file has its old or its new content."""
     text = json.dumps(content, indent=1) + "\n"
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
@@ -79,7 +80,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_model_json(model: ModelDir) -> None:
-    """Writes `model.json`; comes last, for a directory without it is not a model."""
+    """Writes `model.json`.
+
+    Call it after all other files are written: a directory without `model.json` is not a model.
+    """
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -93,9 +97,9 @@ def write_model_json(model: ModelDir) -> None:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """Steps of a training workdir that are wholly saved, in order.
+    """The complete checkpoints of a training workdir: their steps, in ascending order.
 
-    A checkpoint gets its name only when it is whole.
+    A checkpoint is renamed to its step number when it is complete.
     """
     directory = workdir / CHECKPOINTS
     if not directory.is_dir():
@@ -108,14 +112,14 @@ def complete_steps(workdir: Path) -> list[int]:
 
 
 def read_model_dir(path: str | os.PathLike) -> ModelDir:
-    """Reads and checks what a model directory says about itself.
+    """Reads `model.json` and checks that the directory is complete; reads no parameters.
 
     Args:
       path: the output of `convert.to_jax`, a training workdir (its newest complete step), or one
-        step of it (WORKDIR/checkpoints/500).
+        of its steps (WORKDIR/checkpoints/500).
 
     Raises:
-      CheckpointError: there is no such directory, or it is not a whole vl2jax model.
+      CheckpointError: the directory does not exist or is not a complete vl2jax model.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -130,13 +134,17 @@ def read_model_dir(path: str | os.PathLike) -> ModelDir:
     absent = [name for name in REQUIRED_FILES if not (path / name).is_file()]
     absent += [] if model.params.is_dir() else [PARAMS + "/"]
     if absent:
-        fix = "convert it again" if step is None else "copy what the model has that it began with"
-        raise CheckpointError(f"{path} is not whole: {', '.join(absent)} missing; {fix}")
+        fix = (
+            "convert it again"
+            if step is None
+            else "copy the files from the model that training started from"
+        )
+        raise CheckpointError(f"{path} is incomplete: {', '.join(absent)} missing; {fix}")
     return model
 
 
 def _step_of(path: Path) -> tuple[Path, int | None]:
-    """The directory with model.json, and the step if it is a training workdir."""
+    """Returns the directory with model.json, and the step if it is a training workdir."""
     absolute = Path(os.path.abspath(path))
     if (path / MODEL_FILE).is_file() and not (path / CHECKPOINTS).is_dir():
         return path, None
@@ -147,16 +155,16 @@ def _step_of(path: Path) -> tuple[Path, int | None]:
     steps = complete_steps(path)
     if not steps:
         raise CheckpointError(
-            f"{path} is a training workdir without a complete checkpoint yet; wait for the first"
-            " one, or train on"
+            f"{path} is a training workdir without a complete checkpoint; wait for the first one,"
+            " or continue the training"
         )
     return path, steps[-1]
 
 
 def _what_instead(path: Path) -> str:
-    """Says what a directory without model.json seems to be."""
+    """Describes what a directory without model.json seems to be."""
     if (path / CHECKPOINTS).is_dir():
-        return f"a training workdir that lost its {MODEL_FILE}; start its training again"
+        return f"it is a training workdir without {MODEL_FILE}; start its training again"
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
         return (
             "it looks like a Hugging Face directory; convert it first:"
@@ -169,7 +177,7 @@ def _what_instead(path: Path) -> str:
 
 
 def read_model_json(path: Path) -> ModelDir:
-    """Reads `model.json` alone; see `read_model_dir`."""
+    """Reads `model.json` without checking the rest of the directory; see `read_model_dir`."""
     file = path / MODEL_FILE
     try:
         content = json.loads(file.read_bytes())
@@ -194,11 +202,13 @@ def read_model_json(path: Path) -> ModelDir:
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} lacks or garbles {error}; convert it again") from error
+        raise CheckpointError(
+            f"{file}: missing or malformed entry ({error}); convert it again"
+        ) from error
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves of a nested dict by path: {"params/decoder/norm/scale": leaf, ...}."""
+    """Flattens a tree to a dict by path: {"params/decoder/norm/scale": leaf, ...}."""
     import jax
 
     return {
@@ -208,7 +218,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def flat_shapes(tree: Any) -> dict[str, Shape]:
-    """Shapes of a tree of arrays or `ShapeDtypeStruct`s by path, as `load_params` wants them."""
+    """Shapes of a tree of arrays or `ShapeDtypeStruct`s by path, for `load_params`."""
     return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
 
 
@@ -221,25 +231,25 @@ def load_params(
     quantize: str | None = None,
     on_leaf: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Reads the parameters of a model leaf by leaf.
+    """Loads the parameters of a model, one parameter at a time.
 
     Args:
       path: the `params` directory of a model (`ModelDir.params`).
-      expected: path -> shape of the model; differences are reported all at once before anything
-        is read.  None takes what is there.
-      dtype: floating-point parameters are cast to it; stored as they are if None.  The `router`
-        collection stays float32.
-      shardings: tree like the result with a `jax.sharding.Sharding` per leaf; each device's part
-        is read from the disk by itself.  None puts everything on the default device.
-      quantize: "int8": the weights in `quantization.CONTRACTED_AXES` become `Int8`, each as soon as
-        it is read.
-      on_leaf: called with the path and the bytes of each leaf once it is on the device.
+      expected: expected shapes by path.  All differences are reported in one error, before any
+        parameter is read.  None: load what is stored.
+      dtype: floating-point parameters are cast to it; None: they keep their stored dtype.  The
+        `router` collection is always float32.
+      shardings: a tree like the result with a `jax.sharding.Sharding` per leaf; the shard of each
+        device is read from disk separately.  None: everything is on the default device.
+      quantize: "int8": each weight in `quantization.CONTRACTED_AXES` is quantised to `Int8` as soon
+        as it is read, from its stored values.  None: no quantisation.
+      on_leaf: called with the path and the bytes of each parameter once it is on its devices.
 
     Returns:
-      {"params": {...}, "router": {...}} of `jax.Array`s.
+      {"params": {...}, "router": {...}} of `jax.Array`, or `Int8` for quantised weights.
 
     Raises:
-      CheckpointError: the parameters do not fit `expected` or are damaged.
+      CheckpointError: the parameters do not match `expected`, or the stored data is damaged.
     """
     import jax
 
@@ -272,12 +282,12 @@ def load_params(
 
 
 def read_leaf(stored, dtype: Any = None, sharding: Any = None):
-    """Reads one parameter onto its device or devices.
+    """Reads one parameter onto its devices.
 
     Args:
-      stored: from `ParamStore.open`.
-      dtype: cast to it; the stored one if None.
-      sharding: where it goes, each device's part read by itself; None: the default device.
+      stored: the parameter, from `ParamStore.open`.
+      dtype: dtype to cast to; None: the stored dtype.
+      sharding: target sharding; each distinct shard is read once.  None: the default device.
     """
     import jax
 
@@ -285,9 +295,9 @@ def read_leaf(stored, dtype: Any = None, sharding: Any = None):
         return jax.device_put(read_array(stored, dtype=dtype), may_alias=True)
     parts: dict[tuple, np.ndarray] = {}
 
-    def part(index: Any) -> np.ndarray:  # a slice for each axis
+    def part(index: Any) -> np.ndarray:  # index: one slice per axis
         key = tuple(piece.indices(size) for piece, size in zip(index, stored.shape, strict=True))
-        if key not in parts:  # devices that hold the same part share one read
+        if key not in parts:  # replicas share one read
             parts[key] = read_array(stored, index, dtype)
         return parts[key]
 
@@ -295,18 +305,18 @@ def read_leaf(stored, dtype: Any = None, sharding: Any = None):
 
 
 def read_int8(stored, axes: tuple[int, ...], sharding: Any = None):
-    """Reads one weight and quantises it where it lies, from what is stored.
+    """Reads one weight and quantises it on its devices, from its stored values.
 
-    A stack that is stored layer by layer is read and quantised so: of the stored weights no more
-    than one layer's is on a device, or in memory, at a time.
+    If a stack of layers is stored with one layer per chunk, it is read and quantised one layer at a
+    time, so that no more than one layer is in memory in the stored dtype.
 
     Args:
-      stored: from `ParamStore.open`.
-      axes: that its products sum over.
-      sharding: see `read_leaf`; each device quantises its part.
+      stored: the weight, from `ParamStore.open`.
+      axes: the axes that matrix products sum over.
+      sharding: sharding of the weight; each device quantises its shard.  None: the default device.
 
     Returns:
-      A `quantize.Int8`.
+      An `Int8`.
     """
     import jax
     import tensorstore as ts

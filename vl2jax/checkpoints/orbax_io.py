@@ -1,4 +1,4 @@
-"""Trees of arrays in and out of Orbax checkpoints."""
+"""Saves and restores trees of arrays with Orbax."""
 
 import logging
 import os
@@ -15,14 +15,20 @@ from vl2jax.checkpoints.model_dir import flatten, read_leaf
 from vl2jax.checkpoints.store import ParamStore
 from vl2jax.common.errors import is_disk_full
 
-_CHUNK_BYTES = 64 * 2**20  # on the disk, at most; smaller arrays are one chunk per shard
-_SPLIT_ABOVE = 8 * 2**20  # larger stacks are stored one layer, or one expert, per chunk
-_ORBAX = f"{os.sep}orbax{os.sep}"  # in the names of its source files
-_PARTS_OF_A_SAVE = 8  # more than there are
+_CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk; smaller shards are stored as one chunk
+_SPLIT_ABOVE = 8 * 2**20  # larger stacks are stored with one layer, or one expert, per chunk
+_ORBAX = f"{os.sep}orbax{os.sep}"  # occurs in the paths of Orbax's source files
+_MAX_CLOSE_ATTEMPTS = 8  # more than the threads of a save, each of which can fail once
 
 
 def open_manager(directory: Path, keep: int, keep_every: int | None):
-    """The Orbax manager of a directory of checkpoints."""
+    """Opens an Orbax `CheckpointManager`.
+
+    Args:
+      directory: directory of the checkpoints.
+      keep: number of newest checkpoints to keep.
+      keep_every: steps that are multiples of it are also kept; None: no others.
+    """
     import orbax.checkpoint as ocp
 
     silence_orbax()
@@ -32,18 +38,18 @@ def open_manager(directory: Path, keep: int, keep_every: int | None):
     options = ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(rules),
         save_root_metadata=False,
-        lightweight_initialize=True,  # a checkpoint whose deletion was cut short is no obstacle
+        lightweight_initialize=True,  # tolerates a checkpoint that was deleted only in part
     )
     return ocp.CheckpointManager(directory, options=options)
 
 
 def close_manager(manager) -> None:
-    """Closes a manager when all its threads have ended, whatever they failed of.
+    """Waits for all threads of a manager and closes it, even if some of them failed.
 
-    Each part of a save can fail by itself, and each failure comes up once, where it is waited for;
-    the first is known to the caller, the others say the same.
+    Each thread of a save can fail on its own, and `close` raises one failure per call.  The caller
+    has already reported the first one; the others have the same cause and are ignored.
     """
-    for _ in range(_PARTS_OF_A_SAVE):
+    for _ in range(_MAX_CLOSE_ATTEMPTS):
         try:
             manager.close()
         except (OSError, ValueError):
@@ -52,7 +58,7 @@ def close_manager(manager) -> None:
 
 
 def silence_orbax() -> None:
-    """Drops Orbax's log: what a user must know is told here, once."""
+    """Suppresses the logs of Orbax; vl2jax itself reports what a user needs to know."""
     from absl import logging as absl_logging
 
     if not isinstance(sys.unraisablehook, _UnraisableHook):
@@ -63,20 +69,20 @@ def silence_orbax() -> None:
 
 
 class _UnraisableHook:
-    """Leaves out what the writes of a failed save complain of when they end after it."""
+    """Suppresses the late exceptions that pending writes of a failed save raise."""
 
     def __init__(self, hook: Callable[[Any], None]):
         self._hook = hook
 
     def __call__(self, unraisable) -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        code = getattr(unraisable.object, "cr_code", None)  # only coroutines have it
         late = str(unraisable.exc_value) == "Event loop is closed"
         if not (late or (code is not None and _ORBAX in code.co_filename)):
             self._hook(unraisable)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Whether a log record neither comes from Orbax nor shows an error inside it."""
+    """Log filter: False if the record, or the exception that it logs, comes from Orbax."""
     files = [record.pathname]
     if record.exc_info and record.exc_info[2]:
         frames = traceback.walk_tb(record.exc_info[2])
@@ -85,7 +91,15 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 
 def save_args(ocp, tree: Any):
-    """What Orbax is to save: the leaves as nested dicts, so that a store names them by path."""
+    """Arguments that save a tree as nested dicts, so that each array is stored under its path.
+
+    Args:
+      ocp: the module `orbax.checkpoint`, which is slow to import.
+      tree: arrays.
+
+    Returns:
+      `ocp.args.PyTreeSave`, with chunks of at most 64 MiB; see `_split_axes`.
+    """
     item: dict[str, Any] = {}
     args: dict[str, Any] = {}
     for path, leaf in flatten(tree).items():
@@ -99,7 +113,7 @@ def save_args(ocp, tree: Any):
 
 
 def _split_axes(path: str, leaf) -> tuple[int, ...]:
-    """Axes along which a large stack is stored slice by slice, as export reads it."""
+    """Axes along which a large stack is split into chunks, because export reads it in slices."""
     if leaf.nbytes <= _SPLIT_ABOVE:
         return ()
     if re.search(r"/mlp/experts/", path):
@@ -108,7 +122,15 @@ def _split_axes(path: str, leaf) -> tuple[int, ...]:
 
 
 def read_tree(store: ParamStore, like: Any) -> Any:
-    """Reads arrays into the structure and onto the shardings of `like`."""
+    """Reads arrays one by one.
+
+    Args:
+      store: stored arrays.
+      like: tree of arrays or `jax.ShapeDtypeStruct`: the structure and shardings of the result.
+
+    Returns:
+      A tree like `like`, with arrays in their stored dtype.
+    """
     leaves = []
     for path, wanted in flatten(like).items():
         leaves.append(read_leaf(store.open(path), sharding=getattr(wanted, "sharding", None)))
@@ -117,7 +139,7 @@ def read_tree(store: ParamStore, like: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """Why a save failed, in a few words."""
+    """Returns the reason why a save failed, as a short phrase."""
     text = str(error)
     if is_disk_full(error):
         return "the disk is full"
@@ -125,6 +147,6 @@ def reason(error: Exception) -> str:
         return "the disk is full or a quota is used up"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # TensorStore says where, then what, then its own source lines in brackets.
+    # TensorStore's messages: where, then what, then its own source lines in brackets.
     what = text.split(" [")[0].split("\n")[0].rsplit(": ", 1)[-1]
     return what[:300] or type(error).__name__

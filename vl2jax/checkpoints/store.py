@@ -1,7 +1,7 @@
-"""Stored parameters, read piece by piece.
+"""Reads stored parameters chunk by chunk.
 
-Orbax writes `params/`; it is read here through tensorstore, chunk by chunk, so that no more than
-the wanted array and a few chunks are ever in memory.
+Orbax writes `params/`.  It is read with TensorStore, so that only the requested array and a few
+chunks are in memory at a time.
 """
 
 import collections
@@ -14,24 +14,24 @@ import numpy as np
 
 from vl2jax.common.errors import UserError, listed
 
-_IN_FLIGHT = 128 * 2**20  # bytes being read at once
+_IN_FLIGHT = 128 * 2**20  # bytes that are read concurrently
 
 Shape = tuple[int, ...]
 
 
 class CheckpointError(UserError):
-    """A directory that is no usable model: names it, what is wrong, and the fix."""
+    """A directory is not a usable model; the message names it, the problem and the fix."""
 
 
 class ParamStore:
-    """The stored parameters of a model, opened one at a time: path -> tensorstore array.
+    """The stored parameters of a model, by path; each is opened separately.
 
-    Paths are "params/decoder/..." and "router/...".  This reads what Orbax writes by default
-    (arrays in one OCDBT store, named by their path joined with dots).
+    Paths are "params/decoder/..." and "router/...".  The format is the default of Orbax: all arrays
+    in one OCDBT store, each under its path joined with dots.
     """
 
     def __init__(self, directory: Path):
-        import tensorstore as ts  # takes a moment to import
+        import tensorstore as ts  # slow to import
 
         self._base = f"file://{Path(directory).resolve()}/"
         kvstore = {"driver": "ocdbt", "base": self._base}
@@ -51,10 +51,18 @@ class ParamStore:
 
     @property
     def paths(self) -> list[str]:
+        """Paths of all stored parameters, sorted."""
         return sorted(self._drivers)
 
     def open(self, path: str):
-        """Opens one parameter for reading: a tensorstore with `shape` and `dtype`."""
+        """Opens one parameter for reading.
+
+        Returns:
+          A `tensorstore.TensorStore`.
+
+        Raises:
+          CheckpointError: the parameter cannot be read.
+        """
         import tensorstore as ts
 
         name = path.replace("/", ".") + "/"
@@ -66,32 +74,36 @@ class ParamStore:
             raise CheckpointError(f"parameter {path} cannot be read: {_short(error)}") from error
 
     def check(self, expected: Mapping[str, Shape]) -> None:
-        """Compares names and shapes with a model's, and reports all differences at once.
+        """Checks that paths and shapes are those of a model.
+
+        Args:
+          expected: shape by path.
 
         Raises:
-          CheckpointError: parameters missing, surplus, or of another shape.
+          CheckpointError: a parameter is missing, unexpected or of another shape; one error lists
+            all of them.
         """
         problems = self.differences({path: (shape, None) for path, shape in expected.items()})
         if problems:
             raise CheckpointError(
-                f"the parameters in {self._base} do not fit the model:\n{listed(problems)}"
+                f"the parameters in {self._base} do not match the model:\n{listed(problems)}"
             )
 
     def differences(self, expected: Mapping[str, tuple[Shape, np.dtype | None]]) -> list[str]:
-        """How what is stored differs from what is expected.
+        """Compares the stored parameters with the expected ones.
 
         Args:
-          expected: path -> shape and dtype; a dtype of None may be any.
+          expected: shape and dtype by path; a dtype of None matches any.
 
         Returns:
-          A line for each parameter that is missing, surplus, or of another shape or dtype.
+          One line for each parameter that is missing, unexpected or of another shape or dtype.
         """
         problems = [
             f"missing: {path} {_described(*wanted)}"
             for path, wanted in expected.items()
             if path not in self._drivers
         ]
-        problems += [f"surplus: {path}" for path in self.paths if path not in expected]
+        problems += [f"unexpected: {path}" for path in self.paths if path not in expected]
         for path, (shape, dtype) in expected.items():
             if path in self._drivers:
                 stored = self.open(path)
@@ -104,18 +116,18 @@ class ParamStore:
 
 
 def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.ndarray:
-    """Reads an opened parameter, or a part of it, chunk by chunk into one array.
+    """Reads a parameter, or a slice of it, chunk by chunk.
 
     Args:
-      store: from `ParamStore.open`.
-      index: one slice per axis.
-      dtype: cast to it; the stored one if None.
+      store: the parameter, from `ParamStore.open`.
+      index: one slice per axis; None: the whole parameter.
+      dtype: dtype to cast to; None: the stored dtype.
 
     Returns:
-      An array aligned so that JAX on the CPU takes it without a copy.
+      An array, aligned so that JAX on the CPU can use it without a copy.
 
     Raises:
-      CheckpointError: stored data is damaged.
+      CheckpointError: the stored data is damaged.
     """
     index = index or (slice(None),) * len(store.shape)
     bounds = [part.indices(size)[:2] for part, size in zip(index, store.shape, strict=True)]
@@ -123,7 +135,7 @@ def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.
     out = aligned_empty(shape, np.dtype(dtype or store.dtype.numpy_dtype))
     waiting: collections.deque = collections.deque()
     in_flight = 0
-    for cell in _cells(bounds, store.chunk_layout.read_chunk.shape or ()):  # None for a scalar
+    for cell in _cells(bounds, store.chunk_layout.read_chunk.shape or ()):  # shape: None for scalar
         if in_flight > _IN_FLIGHT:
             in_flight -= _take(waiting.popleft(), out)
         target = tuple(
@@ -137,7 +149,7 @@ def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.
 
 
 def _take(waiting, out: np.ndarray) -> int:
-    """Puts a finished read into its place and returns its bytes."""
+    """Waits for a read, copies its result into `out` and returns its bytes."""
     future, target = waiting
     try:
         value = future.result()
@@ -148,7 +160,7 @@ def _take(waiting, out: np.ndarray) -> int:
 
 
 def _cells(bounds: Sequence[tuple[int, int]], chunk: Sequence[int]) -> Iterator[tuple]:
-    """Cuts a box at the chunk grid, so that each chunk is read once."""
+    """Splits a box at the chunk boundaries, so that each chunk is read once."""
     axes = []
     for (low, high), size in zip(bounds, chunk, strict=True):
         cuts = range((low // size + 1) * size, high, size)
@@ -157,7 +169,7 @@ def _cells(bounds: Sequence[tuple[int, int]], chunk: Sequence[int]) -> Iterator[
 
 
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary."""
+    """Returns an uninitialised array that is aligned to 64 bytes."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -165,10 +177,10 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def _described(shape: Sequence[int], dtype: np.dtype | None) -> str:
-    """`float32[2, 3]`, or `[2, 3]` where the dtype does not matter."""
+    """Formats shape and dtype as `float32[2, 3]`; without a dtype as `[2, 3]`."""
     return f"{'' if dtype is None else np.dtype(dtype).name}{[*map(int, shape)]}"
 
 
 def _short(error: Exception) -> str:
-    """The first sentence of a storage error; the rest is the library's source lines."""
+    """The message of a TensorStore error without the library's source lines."""
     return str(error).split(" [")[0][:300]

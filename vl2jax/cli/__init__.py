@@ -1,5 +1,5 @@
-"""What the command lines share: flags, errors on one line, chat, files of requests, printing.
+"""Code of the command lines: flags, one-line errors, output, chat, and files of requests.
 
-Imports `common`, `processing`, `parallel`, `model` and `inference`; only plans and
+Imports `common`, `processing`, `parallel`, `model` and `inference`.  Only the planner and the
 programs import it.  Start with `command.py`.
 """

@@ -1,6 +1,6 @@
-"""Answers to a file of requests: JSON lines, or a JSON list, in; JSON lines out, in the same order.
+"""Answers a file of requests: reads JSON lines or a JSON list, writes JSON lines in the same order.
 
-A run that ended early, however, goes on where it stopped when it is started again.
+An interrupted run resumes where it stopped if it is started again.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from vl2jax.processing.collate import Sample
 
 @dataclasses.dataclass(frozen=True)
 class BatchRow:
-    """One line of the input, taken in.
+    """One row of the input.
 
     Attributes:
-      names: what leads its output: `row`, the number of its line, `key`, by which a later run knows
-        line and flags again, and `id` if it has one.
-      sample: what to answer; None for a bad row.
-      sequence: of a good row, its answer under way.
-      error: what is wrong with a bad row.
+      names: first entries of its output: `row`, its line number; `key`, a hash of the line and the
+        settings, by which a later run recognises it; and `id`, if it has one.
+      sample: the prompt; None for a bad row.
+      sequence: the sequence that is being generated; None for a bad row.
+      error: error message of a bad row.
     """
 
     names: dict[str, Any]
@@ -44,16 +44,18 @@ class BatchRow:
 
     @property
     def done(self) -> bool:
+        """Whether its answer is complete, or it is a bad row."""
         return self.sequence is None or self.sequence.done
 
     @property
     def read(self) -> dict[str, Any]:
-        """What was read, in short: processes that answer it together must have read the same."""
+        """A digest of the row, which must be equal on all processes that answer it together."""
         found = self.error if self.sequence is None else self.sequence.prompt.digest
         return self.names | {"found": found}
 
     @property
     def line(self) -> str:
+        """Its output, as JSON on one line."""
         if self.sequence is None or self.sample is None:
             return json_line(self.names | {"error": {"message": self.error}})
         return json_line(self.names | record(self.sequence.result(), self.sample))
@@ -67,30 +69,33 @@ def answer_batch(
     part: tuple[int, int] = (0, 1),
     skip: int = 0,
 ) -> int:
-    """Answers each line of `source`, or each element of the list that it is, as
-    `request.parse_question` reads it.
+    """Answers the rows of a file.
 
-    Each answer is in `target` as soon as it and all before it are done; a bad row has an `error`
-    there.  Rows that `target` answers already are left as they are.
+    An answer is written as soon as it and all answers before it are complete.  For a bad row, an
+    `error` is written instead.  Rows whose answers are already in `target` are not answered again.
 
     Args:
-      batch_size: rows that are answered together.
-      part: index and count of processes; each answers every count-th row, into a file of its own
-        (`shard_path`).
-      skip: first rows that are answered elsewhere; those behind are shared.
+      session: session with the checkpoint.
+      source: file with one request per line, or one JSON list of requests; see
+        `request.parse_question`.
+      target: file to write; with several processes, see `shard_path`.
+      batch_size: maximum number of rows answered at the same time.
+      part: index of this process and number of processes; each answers every count-th row.
+      skip: number of rows at the start of the file that no process answers.
 
     Returns:
-      The number of bad rows in its file.
+      The number of bad rows in the file of this process.
 
     Raises:
-      UserError: no rows, or a `target` that answers other rows or was made with other flags.
+      UserError: the source has no rows, or `target` has answers to other rows or with other
+        settings.
     """
     target = shard_path(target, part)
     requests = RequestFile(source, session.settings, part, skip)
     with open_output(target) as out:
         total, done, bad = resume(requests, out, target)
         if done:
-            print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
+            print(f"{target}: {done} of {total} rows are already answered", file=sys.stderr)
         bad += BatchRun(session, requests).write(out, batch_size, done, total)
     print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
     return bad
@@ -98,10 +103,10 @@ def answer_batch(
 
 @contextlib.contextmanager
 def open_output(target: Path) -> Iterator[BinaryIO]:
-    """A file of answers, to be read and continued by this process alone.
+    """Opens and locks a file of answers, to read it and append to it.
 
     Raises:
-      UserError: another process has it.
+      UserError: another process has locked it.
     """
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(target.open("a+b"))
@@ -113,7 +118,12 @@ def open_output(target: Path) -> Iterator[BinaryIO]:
 
 
 def shard_path(target: Path, part: tuple[int, int]) -> Path:
-    """The file of one process: `answers-00001-of-00004.jsonl`; of a single one the name itself."""
+    """Path of the file of one process: `answers-00001-of-00004.jsonl`.
+
+    Args:
+      target: path of the joined file; a single process writes it directly.
+      part: index of the process and number of processes.
+    """
     index, count = part
     if count == 1:
         return target
@@ -121,7 +131,7 @@ def shard_path(target: Path, part: tuple[int, int]) -> Path:
 
 
 class RequestFile:
-    """The rows of a file that one process is asked, and how each is known again.
+    """The rows of a file that one process answers, with a key for each.
 
     Attributes:
       source: the file.
@@ -132,7 +142,8 @@ class RequestFile:
     ):
         """
         Args:
-          settings: all that answers depend on besides their rows.
+          source: the file.
+          settings: all settings that the answers depend on.
           part, skip: see `answer_batch`.
         """
         self.source = source
@@ -140,12 +151,12 @@ class RequestFile:
         self._part, self._skip = part, skip
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Numbers (from 1) and lines; blank ones do not count."""
+        """Yields line number (from 1) and line of the rows of this process, without blank lines."""
         index, count = self._part
         return itertools.islice(_lines(self.source), self._skip + index, None, count)
 
     def key(self, line: bytes) -> str:
-        """By which an answer is known to be that of a line, with these settings."""
+        """Hash of a line and the settings, by which its answer is recognised."""
         return hashlib.blake2b(self._settings + b"\0" + line.strip(), digest_size=8).hexdigest()
 
     def check(self) -> None:
@@ -155,7 +166,7 @@ class RequestFile:
 
 
 def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbers (from 1) and lines of a file; blank ones do not count."""
+    """Yields line number (from 1) and line of all rows of a file, without blank lines."""
     with source.open("rb") as lines:
         entries = lines if (listed := _list(source)) is None else map(_line, listed)
         yield from ((number, line) for number, line in enumerate(entries, 1) if line.strip())
@@ -166,9 +177,9 @@ def _line(entry: Any) -> bytes:
 
 
 def _list(source: Path) -> list[Any] | None:
-    """The rows of a file that is one JSON list of them, as LLaVA's are; None if it has lines.
+    """Reads a file that is one JSON list of rows, as in LLaVA; returns None if it has JSON lines.
 
-    A list of messages is a line.
+    A list of messages is a single row, so it is not such a list.
     """
     with source.open("rb") as file:
         if not file.read(1024).lstrip().startswith(b"["):
@@ -182,10 +193,18 @@ def _list(source: Path) -> list[Any] | None:
 
 
 def resume(requests: RequestFile, out: BinaryIO, target: Path) -> tuple[int, int, int]:
-    """Rows in all, rows answered before, and bad ones of these; cuts off half a line.
+    """Checks the answers of an interrupted run and removes an incomplete last line.
+
+    Args:
+      requests: the rows.
+      out: file of answers, open for reading and appending.
+      target: its path, for messages.
+
+    Returns:
+      Number of rows, number of answered rows, and number of bad rows among them.
 
     Raises:
-      UserError: no rows, or `out` answers others, or with other settings.
+      UserError: the source has no rows, or `out` has answers to other rows or with other settings.
     """
     requests.check()
     out.seek(0)
@@ -204,7 +223,7 @@ def resume(requests: RequestFile, out: BinaryIO, target: Path) -> tuple[int, int
         done, end, bad = total, end + len(answer), bad + ("error" in found)
     if next(written, b"").endswith(b"\n"):
         raise UserError(
-            f"{target} answers more rows than {requests.source} has; choose another --out"
+            f"{target} has answers to more rows than {requests.source}; choose another --out"
         )
     out.truncate(end)
     return total, done, bad
@@ -219,7 +238,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 class BatchRun:
-    """The rows under way, in order."""
+    """Answers rows and writes the answers in the order of the rows."""
 
     def __init__(
         self,
@@ -229,7 +248,10 @@ class BatchRun:
     ):
         """
         Args:
-          check_equal: called with what this process has read of each row, and a name of the row.
+          session: session with the checkpoint.
+          requests: the rows.
+          check_equal: called with a digest and a name of each row, to check that all processes have
+            read the same; None: no check.
         """
         self._session, self._requests, self._check_equal = (
             session,
@@ -240,9 +262,17 @@ class BatchRun:
         self._tokens = 0
 
     def write(self, out: BinaryIO | None, batch_size: int, done: int, total: int) -> int:
-        """Answers all rows but the first `done`; the number of bad ones among them.
+        """Answers all rows except for the first `done` ones.
 
-        Without `out` nothing is written: another process has the same answers and does that.
+        Args:
+          out: file of answers; None: writes nothing, because another process writes the same
+            answers.
+          batch_size: maximum number of rows answered at the same time.
+          done: number of rows that are already answered.
+          total: number of rows.
+
+        Returns:
+          The number of bad rows among those that it answered.
         """
         if done == total:
             return 0
@@ -256,7 +286,7 @@ class BatchRun:
                 while self._rows and self._rows[0].done:
                     row = self._rows.popleft()
                     if out is not None:
-                        # Half a surrogate pair in an id is written as the escape it was read as.
+                        # An unpaired surrogate in an id is written as its escape sequence.
                         out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
                         out.flush()
                     ended, bad = ended + 1, bad + (row.sequence is None)
@@ -265,11 +295,11 @@ class BatchRun:
         return bad
 
     def _answers(self, engine: Engine, skip: int) -> Iterator[Sequence]:
-        """The good rows; all rows go to the end of the queue on their way."""
+        """Reads rows, appends them to the queue, and yields the sequences of good rows."""
         requests = self._requests
         for number, line in itertools.islice(requests.lines(), skip, None):
             names: dict[str, Any] = {"row": number, "key": requests.key(line)}
-            if (identity := _parsed(line).get("id")) is not None:  # of a bad row as well
+            if (identity := _parsed(line).get("id")) is not None:  # bad rows have it, too
                 names["id"] = identity
             try:
                 request = parse_question(line, requests.source.parent)

@@ -1,9 +1,10 @@
-"""`--batch` by several processes of one run.
+"""`--batch` with several processes of one run.
 
-With shards, each process answers its rows into a file of its own (`batch.shard_path`); when all are
-done, process 0 puts these in the order of the rows behind what OUT has, and removes them.
-Together, all answer every row, and process 0 writes OUT.  Either way OUT is at any moment a
-beginning of the result, and a run that ended early goes on.
+If the rows are sharded, each process writes the answers to its rows to its own file
+(`batch.shard_path`).  When all processes are done, process 0 appends these answers to OUT, in the
+order of the rows, and removes the files.  If the processes work together on one mesh, all of them
+answer every row, and process 0 writes OUT.  In both cases, OUT always contains a prefix of the
+result, and an interrupted run can be resumed.
 """
 
 import contextlib
@@ -31,14 +32,21 @@ from vl2jax.parallel.processes import (
 def answer_batch_by_processes(
     session: Session, source: Path, target: Path, batch_size: int, shard: Shard
 ) -> int:
-    """Like `answer_batch`, called by all processes of a run.
+    """Answers the rows of a file; all processes of a run must call it.
+
+    Args:
+      session: session with the checkpoint.
+      source: file of requests, the same on all processes.
+      target: file to write, on a file system that all processes share.
+      batch_size: maximum number of rows that a process answers at the same time.
+      shard: mesh and share of this process.
 
     Returns:
-      The number of bad rows in all, on every process.
+      The number of bad rows in the whole file, on every process.
 
     Raises:
-      UserError: as `answer_batch`; part files of another number of processes; processes that read
-        different rows.
+      UserError: see `answer_batch`; also if there are files of another number of processes, or if
+        the processes read different rows.
     """
     with source.open("rb") as file:
         assert_equal_across_processes(
@@ -55,7 +63,7 @@ def answer_batch_by_processes(
             broadcast_from_process_0("rows done before", json.dumps(begun))
         )
         if done:
-            print(f"{target}: {done} of {total} rows are answered already", file=sys.stderr)
+            print(f"{target}: {done} of {total} rows are already answered", file=sys.stderr)
         if shard.together:
             bad += BatchRun(session, requests, assert_equal_across_processes).write(
                 out, batch_size, done, total
@@ -79,20 +87,20 @@ def _parts(target: Path, count: int) -> list[Path]:
 
 
 def _refuse_other_parts(target: Path, count: int) -> None:
-    """Raises UserError where files are left of a run by another number of processes."""
+    """Raises UserError if there are files of a run with another number of processes."""
     form = re.escape(target.stem) + r"-\d{5}-of-\d{5}" + re.escape(target.suffix)
     own = {path.name for path in _parts(target, count)}
     for path in sorted(target.parent.iterdir()):
         if re.fullmatch(form, path.name) and path.name not in own:
             others = int(path.stem[-5:])
             raise UserError(
-                f"{path} was begun by {others} processes and is not joined yet; go on with as many,"
-                " or remove it"
+                f"{path} was written by an unfinished run with {others} processes; resume with the"
+                " same number, or remove the file"
             )
 
 
 def _append_parts(target: Path, out: BinaryIO, count: int) -> None:
-    """Puts the rows of all parts behind those of `out`, at once: a kill leaves it as it was."""
+    """Appends the answers of all processes to `target` atomically, in the order of the rows."""
     partial = target.with_name(f".{target.name}.partial")
     with contextlib.ExitStack() as stack:
         joined = stack.enter_context(partial.open("wb"))
@@ -102,12 +110,12 @@ def _append_parts(target: Path, out: BinaryIO, count: int) -> None:
         for index, path in enumerate(_parts(target, count)):
             if not path.is_file():
                 raise UserError(
-                    f"{path} is not here, but process {index} has written it: --out must be on a"
-                    " file system that all processes share"
+                    f"{path} does not exist here, but process {index} has written it; --out must be"
+                    " on a file system that all processes share"
                 )
             parts.append(stack.enter_context(path.open("rb")))
         while any(lines := [part.readline() for part in parts]):
-            joined.writelines(lines)  # of those that have no more rows nothing
+            joined.writelines(lines)  # readline returns b"" at the end of a part
         joined.flush()
         os.fsync(joined.fileno())
     os.replace(partial, target)

@@ -1,4 +1,4 @@
-"""An interactive chat about pictures, on standard input and output."""
+"""An interactive chat about images, on standard input and output."""
 
 import contextlib
 import json
@@ -16,51 +16,51 @@ from vl2jax.processing.image import load_image
 from vl2jax.processing.prompt import with_placeholders
 
 HELP = """\
-  /image PATH   add a picture to the next message; where <image> stands in it, else in front
-  /reset        forget the conversation
-  /save FILE    write the conversation as JSON, for --messages
-  /help         this text
-  /quit         leave; so does the end of input (Ctrl-D)
-  Ctrl-C        stops an answer; at the prompt, twice in a row, leaves"""
+  /image PATH   add an image to the next message, at <image> or at the beginning
+  /reset        start a new conversation
+  /save FILE    save the conversation as JSON, for --messages
+  /help         show this text
+  /quit         exit, like the end of input (Ctrl-D)
+  Ctrl-C        stop the answer; at the prompt, press it twice to exit"""
 
 
 def say(text: str) -> None:
-    """Tells the user something that is not part of an answer."""
+    """Prints a line to standard error, because standard output is for answers."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Chat:
-    """A conversation and the pictures that wait for its next message."""
+    """A conversation, and the images for its next message."""
 
     def __init__(
         self, session: Session, output: Output, *, system: str | None = None, images: Sequence = ()
     ):
         """
         Args:
-          session: answers.
-          output: takes the answers.
-          system: a system message that begins every conversation.
-          images: paths of pictures for the first message.
+          session: session with the checkpoint.
+          output: prints the answers.
+          system: system message of every conversation; None: none.
+          images: paths of images for the first message.
 
         Raises:
-          UserError: one of them cannot be read.
+          UserError: an image cannot be read.
         """
         self._session, self._output = session, output
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._history: list[dict[str, Any]] = [*self._system]
         self._images: list[str] = []
         self._saved: set[Path] = set()
-        self._interrupted = False  # and nothing was said since
+        self._interrupted = False  # whether Ctrl-C was pressed since the last message
         for image in images:
             self._add_image(image)
 
     def run(self) -> None:
-        """Reads and answers messages until the end."""
+        """Reads and answers messages until /quit, the end of input, or Ctrl-C twice."""
         self._session.load()
         if sys.stdin.isatty():
-            with contextlib.suppress(ImportError):  # absent on Windows
-                import readline  # noqa: F401  # gives `input` editing and a history
-        say("ask about pictures; /help lists the commands")
+            with contextlib.suppress(ImportError):  # Windows does not have it
+                import readline  # noqa: F401  # adds line editing and a history to `input`
+        say("ask about images; /help lists the commands")
         while True:
             try:
                 line = self._read_line()
@@ -84,7 +84,7 @@ class Chat:
             if self._interrupted or not is_person:
                 raise
             self._interrupted = True
-            say("\nonce more, /quit or Ctrl-D leaves")
+            say("\npress Ctrl-C again to exit")
             return ""
         except UnicodeDecodeError as error:
             raise UserError(f"the input is not valid {error.encoding} text") from error
@@ -99,15 +99,15 @@ class Chat:
             self._save(argument.strip())
         elif line == "/reset":
             self._history, self._images = [*self._system], []
-            say("the conversation is forgotten")
+            say("started a new conversation")
         elif line == "/help":
             say(HELP)
         elif line:
-            raise UserError(f"there is no command {line!r:.60}; /help lists them")
+            raise UserError(f"unknown command {line!r:.60}; /help lists the commands")
 
     def _add_image(self, path: str) -> None:
         if not path:
-            raise UserError("/image needs the path of a picture")
+            raise UserError("/image needs the path of an image")
         path = os.path.abspath(os.path.expanduser(path))
         picture = load_image(path, exif=self._session.exif)
         self._images.append(path)
@@ -132,9 +132,9 @@ class Chat:
             self._interrupted = True
             self._output.interrupt()
             say("stopped")
-            if not any(shown):  # as if it had not been asked
+            if not any(shown):  # without an answer, the question is not added to the conversation
                 return
-        # A model may write the placeholder, but only questions have images.
+        # The model may generate the placeholder, but only questions have images.
         answer = "".join(shown).replace(token, "")
         self._history = [*asked, {"role": "assistant", "content": answer}]
         self._images = []

@@ -1,4 +1,4 @@
-"""What all command lines share: flags that name a mistake, and errors on one line."""
+"""Shared by all command lines: the flag parser, and one-line error messages."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ _INT32 = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises instead of printing the usage and leaving; flags are not abbreviated."""
+    """An argument parser that raises UserError instead of exiting; flags cannot be abbreviated."""
 
     def __init__(self, prog: str, description: str | None):
         form = argparse.RawDescriptionHelpFormatter
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole(low: int, high: int = _INT32) -> Callable[[str], int]:
-    """A flag's type: whole numbers from `low` to `high`."""
+    """Returns a parser of whole numbers from `low` to `high`, as the type of a flag."""
 
     def parse(text: str) -> int:
         try:
@@ -42,19 +42,19 @@ def whole(low: int, high: int = _INT32) -> Callable[[str], int]:
 def run_cli(
     body: Callable[[], int | None], *, out_of_memory: str = "", interrupted: str = "interrupted"
 ) -> int:
-    """Runs a command line; a user's mistake is one message, never a traceback.
+    """Runs a command line and prints user errors without a traceback.
 
     Args:
-      body: the work; an exit code, or None for 0.
-      out_of_memory: what to try when the device has not enough memory; "" leaves that error alone.
-      interrupted: what Ctrl-C is answered with.
+      body: the program; it returns an exit code, or None for 0.
+      out_of_memory: advice to print if the device runs out of memory; "": that error is raised.
+      interrupted: message after Ctrl-C.
 
     Returns:
       The exit code: that of `body`, 1 after an error, 130 after Ctrl-C.
     """
     try:
         return body() or 0
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -70,5 +70,5 @@ def run_cli(
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What was added to an error on its way."""
+    """Notes added to an error with `add_note`."""
     return getattr(error, "__notes__", [])

@@ -1,4 +1,4 @@
-"""Answers on standard output, as text or as JSON, and on a picture."""
+"""Writes answers to standard output as text or JSON, and draws their boxes on an image."""
 
 import json
 import sys
@@ -13,13 +13,13 @@ from vl2jax.processing import grounding
 from vl2jax.processing.collate import Sample
 from vl2jax.processing.image import load_image
 
-# Control characters as their pictures: an answer must not drive the terminal.
+# Control characters are shown as symbols, so that an answer cannot control the terminal.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 class Output:
-    """Writes answers to standard output and nothing else there; draws their boxes on a picture."""
+    """Writes answers, and nothing else, to standard output; draws their boxes on an image."""
 
     def __init__(
         self,
@@ -32,17 +32,17 @@ class Output:
     ):
         """
         Args:
-          as_json: one JSON object per answer instead of its text.
-          stream: show text as it comes.
-          draw: the picture with boxes to write; None: none.
-          draw_on: image (from 1) whose pixels the boxes count; None: the last.
-          exif: whether pictures are turned as their EXIF orientation says.
+          as_json: whether to print one JSON object per answer instead of its text.
+          stream: whether to print text while it is generated.
+          draw: path of the image with boxes to write; None: none.
+          draw_on: number of the image (from 1) that the boxes refer to; None: the last.
+          exif: whether images are rotated as their EXIF orientation says.
         """
         self._as_json, self._streams = as_json, stream and not as_json
         self._draw, self._draw_on, self._exif = draw, draw_on, exif
 
     def check(self, sample: Sample) -> None:
-        """Raises UserError where the boxes of an answer to `sample` could not be drawn as asked."""
+        """Raises UserError if boxes could not be drawn on the requested image of `sample`."""
         images = len(sample.image_sizes)
         if self._draw is None and self._draw_on is None:
             return
@@ -55,12 +55,12 @@ class Output:
             )
 
     def show(self, text: str) -> None:
-        """Takes a new piece of an answer."""
+        """Prints new text of an answer, if streaming."""
         if self._streams and text:
             print(_printable(text), end="", flush=True)
 
     def finish(self, generation: Generation, sample: Sample) -> None:
-        """Takes the whole answer."""
+        """Prints the complete answer, or the end of a streamed one, and draws its boxes."""
         if self._as_json:
             print(json_line(record(generation, sample, self._draw_on)), flush=True)
         else:
@@ -73,24 +73,30 @@ class Output:
             print(f"{self._draw}: {grounding.summary(found)}", file=sys.stderr)
 
     def interrupt(self) -> None:
-        """Ends an answer that will not be finished."""
+        """Ends the line of an interrupted answer."""
         if self._streams:
             print(flush=True)
 
 
 def _printable(text: str) -> str:
-    """Text that is safe for a terminal; unchanged where it goes elsewhere."""
+    """Makes text safe for a terminal; returns it unchanged if the output is not a terminal."""
     return text.translate(_VISIBLE) if sys.stdout.isatty() else text
 
 
 def text_of(generation: Generation) -> str:
-    """The text of an answer that a session gave: it has a tokenizer."""
+    """The text of an answer; a session always has a tokenizer, so it is not None."""
     assert generation.text is not None
     return generation.text
 
 
 def record(generation: Generation, sample: Sample, draw_on: int | None = None) -> dict[str, Any]:
-    """An answer as a JSON object; `boxes` are pixels of image `draw_on`, by default the last."""
+    """Converts an answer to a JSON object.
+
+    Args:
+      generation: the answer.
+      sample: its prompt.
+      draw_on: number of the image (from 1) for whose pixels `boxes` are computed; None: the last.
+    """
     found = grounding.parse_answer(text_of(generation), sample.image_sizes, draw_on)
     return {
         "text": generation.text,
@@ -106,16 +112,16 @@ def record(generation: Generation, sample: Sample, draw_on: int | None = None) -
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """JSON on one line, readable in any language."""
+    """Encodes JSON on one line, with non-ASCII characters as they are."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def check_drawing(path: Path) -> None:
-    """Raises UserError unless a picture can be written there."""
+    """Raises UserError unless an image can be written to `path`."""
     PIL.Image.init()
     kind = PIL.Image.registered_extensions().get(path.suffix.lower())
     if kind not in PIL.Image.SAVE:
-        raise UserError(f"--draw {path}: no picture format is named so; use .png or .jpg")
+        raise UserError(f"--draw {path}: unknown image format; use .png or .jpg")
     check_folder("--draw", path)
 
 

@@ -1,8 +1,8 @@
-"""Several processes that answer: all together on every row, or each by itself on its own rows.
+"""Decides whether several processes share the rows or answer every row together.
 
-Which of these it is, the mesh tells.  One whose sizes multiply to no more than the devices of one
-process leaves the others free: each process has a mesh of its own and takes its share of the rows.
-A larger one spans the processes: all run the same programs on the same rows, and process 0 writes.
+This depends on the size of the mesh.  If it fits the devices of one process, each process makes its
+own mesh and answers its share of the rows.  A larger mesh spans all processes: they run the same
+programs on the same rows, and process 0 writes the answers.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from vl2jax.parallel.sharding import parse_mesh, read_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """This process's part in answering.
+    """The mesh of this process and its share of the rows.
 
     Attributes:
-      mesh: of the parameters; None: the default device has them.
-      index, count: it answers every count-th row, from `index` on; all of them if `count` is 1.
+      mesh: mesh of the parameters; None: the default device.
+      index, count: this process answers the rows `index`, `index + count`, ...
     """
 
     mesh: jax.sharding.Mesh | None
@@ -30,29 +30,30 @@ class Shard:
 
     @property
     def together(self) -> bool:
-        """Whether other processes answer the same rows, in step with this one."""
+        """Whether all processes answer the same rows together."""
         return self.count < jax.process_count()
 
 
 def add_distributed_flags(parser: argparse.ArgumentParser, whole) -> None:
-    """Adds the flags by which processes find each other, as train.py has them.
+    """Adds the flags of `jax.distributed`, the same as in train.py.
 
     Args:
-      whole: makes the type of a flag of whole numbers (`cli.whole`).
+      parser: parser to add them to.
+      whole: `command.whole`.
     """
     add = parser.add_argument
     add("--distributed", action="store_true", help="join the processes of this SLURM, GKE, TPU job")
-    add("--coordinator", default="", metavar="HOST:PORT", help="of process 0, to join by hand")
-    add("--num_processes", type=whole(1), default=-1, metavar="N", help="with --coordinator")
-    add("--process_id", type=whole(0), default=-1, metavar="I", help="this one's, from 0")
+    add("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")
+    add("--num_processes", type=whole(1), default=-1, metavar="N", help="number of processes")
+    add("--process_id", type=whole(0), default=-1, metavar="I", help="id of this process, from 0")
     add("--join_timeout", type=whole(1), default=300, metavar="S", help="seconds to wait (300)")
 
 
 def read_distributed_options(args: argparse.Namespace) -> DistributedOptions:
-    """How the processes find each other.
+    """Reads the flags of `add_distributed_flags`.
 
     Raises:
-      UserError: flags that need each other.
+      UserError: a flag needs another one.
     """
     return DistributedOptions(
         auto=args.distributed,
@@ -64,23 +65,25 @@ def read_distributed_options(args: argparse.Namespace) -> DistributedOptions:
 
 
 def choose_shard(mesh: str, *, rows: bool) -> Shard:
-    """Reads `--mesh`, and says what this process is to do.
+    """Makes the mesh of `--mesh` and chooses the rows of this process.
 
     Args:
-      mesh: the flag; "": the default device of a process.
-      rows: there are many rows, which can be shared; else all processes answer the same prompt.
+      mesh: the flag; "": the default device of each process.
+      rows: whether there are many rows, which processes can share; if not, all processes answer the
+        same prompt together.
 
     Raises:
-      UserError: sizes that do not fit, or no mesh where processes are to work on one prompt.
+      UserError: the mesh does not fit the devices, or several processes have one prompt and no
+        mesh.
     """
     processes, local = jax.process_count(), jax.local_device_count()
     if processes == 1:
         return Shard(read_mesh(mesh))
     if not mesh and not rows:
         raise UserError(
-            f"{processes} processes answer a prompt together, on a mesh of all their"
-            f" {jax.device_count()} devices: give it, --mesh expert={jax.device_count()} or another"
-            " of that size; or start one process"
+            f"{processes} processes answer one prompt together and need a mesh of all their"
+            f" {jax.device_count()} devices; give --mesh, for example expert={jax.device_count()},"
+            " or start only one process"
         )
     if rows and parse_mesh(mesh)[1] <= local:
         own = read_mesh(mesh, jax.local_devices())

@@ -1,4 +1,4 @@
-"""The command line of train.py: a configuration file and its overrides, with readable refusals."""
+"""The command line of train.py: a configuration file, overrides, and clear error messages."""
 
 import contextlib
 import difflib
@@ -13,30 +13,36 @@ from vl2jax.common.errors import UserError
 from vl2jax.parallel.processes import DistributedOptions
 
 FLAGS = flags.FLAGS
-# Loading a file that fails is told by a traceback in the message; its last line is what happened.
+# If a configuration file fails, the message contains a traceback; the last line is the error.
 _LAST_LINE = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception): )?(\S.*)$", re.MULTILINE)
 
 
 def define_flags() -> None:
-    """Defines --config, --workdir, --compilation_cache, those of several processes, and --help."""
+    """Defines --config, --workdir, --compilation_cache, --help and those of `jax.distributed`."""
     app.define_help_flags()
-    what = "a file in configs/, with its argument if it takes one: FILE[:arg]"
+    what = "configuration file, with its argument if it has one: configs/FILE.py[:ARG]"
     config_flags.DEFINE_config_file("config", None, what)
-    flags.DEFINE_string("workdir", None, "where the run lives; default runs/<name of the config>")
+    flags.DEFINE_string("workdir", None, "directory of the run; default: runs/<config.name>")
     flags.DEFINE_string("compilation_cache", None, "directory of compiled programs, or off")
     flags.DEFINE_bool("distributed", False, "join the processes of this SLURM, GKE or TPU job")
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, to join processes by hand")
-    flags.DEFINE_integer("num_processes", -1, "of the run, with --coordinator")
-    flags.DEFINE_integer("process_id", -1, "of this process, from 0, with --coordinator")
+    flags.DEFINE_integer("num_processes", -1, "number of processes, with --coordinator")
+    flags.DEFINE_integer("process_id", -1, "id of this process, from 0, with --coordinator")
     flags.DEFINE_integer("join_timeout", 300, "seconds to wait for all processes")
 
 
 def read_flags(argv: Sequence[str]) -> Mapping:
-    """Parses the command line; the configuration as a plain nested dict.
+    """Parses the command line.
+
+    Args:
+      argv: the command line, with the name of the program.
+
+    Returns:
+      The configuration with its overrides, as a nested dict.
 
     Raises:
-      UserError: no or a broken configuration file, an unknown flag or field, a value of another
-        type.
+      UserError: the configuration file is missing or fails, a flag or field does not exist, or a
+        value has the wrong type.
     """
     overrides = [arg for arg in argv[1:] if arg.lstrip("-").startswith("config.")]
     others = [arg for arg in argv[1:] if arg not in overrides]
@@ -44,13 +50,13 @@ def read_flags(argv: Sequence[str]) -> Mapping:
         with _command_line([argv[0], *others]):
             surplus = FLAGS([argv[0], *others])[1:]
             config = FLAGS.config
-            _ = config is not None and config.to_dict()  # where a file that is not there fails
+            _ = config is not None and config.to_dict()  # fails if the file does not exist
     except (flags.Error, AttributeError, OSError) as error:
         raise UserError(_LAST_LINE.findall(str(error))[-1]) from error
     if config is None:
-        raise UserError("give a configuration: --config=configs/tiny.py")
+        raise UserError("no configuration; give one, for example --config=configs/tiny.py")
     if surplus:
-        raise UserError(f"{surplus[0]!r} is no flag; fields are set by --config.NAME=VALUE")
+        raise UserError(f"{surplus[0]!r} is not a flag; set fields with --config.NAME=VALUE")
     for override in overrides:
         _check_field(config, override)
     FLAGS.unparse_flags()
@@ -63,10 +69,10 @@ def read_flags(argv: Sequence[str]) -> Mapping:
 
 
 def read_distributed_options() -> DistributedOptions:
-    """How the processes of the run find each other, once flags are read.
+    """Reads the flags of `jax.distributed`; call it after `read_flags`.
 
     Raises:
-      UserError: flags that need each other.
+      UserError: a flag needs another one.
     """
     return DistributedOptions(
         auto=FLAGS.distributed,
@@ -79,7 +85,7 @@ def read_distributed_options() -> DistributedOptions:
 
 @contextlib.contextmanager
 def _command_line(argv: Sequence[str]) -> Iterator[None]:
-    """Replaces `sys.argv`, where config_flags looks for fields that are set."""
+    """Replaces `sys.argv` temporarily, because config_flags reads overrides from it."""
     before, sys.argv = sys.argv, list(argv)
     try:
         yield
@@ -88,7 +94,7 @@ def _command_line(argv: Sequence[str]) -> Iterator[None]:
 
 
 def _check_field(config, override: str) -> None:
-    """Raises UserError where `--config.a.b=value` names no field."""
+    """Raises UserError if the field of `--config.a.b=value` does not exist."""
     names = override.lstrip("-").partition("=")[0].split(".")[1:]
     for depth, name in enumerate(names):
         fields = list(config) if hasattr(config, "keys") else []

@@ -1,5 +1,5 @@
-"""What every package may use: errors that users see, progress on a terminal, the look of plots,
-peaks of chips, file locks, and the cache of compiled programs.
+"""Utilities of all packages: user errors, progress bars, plot style, chip data sheets, file locks,
+and the cache of compiled programs.
 
-Imports nothing of the library.  Start with `errors.py`.
+Imports no other package of the library.  Start with `errors.py`.
 """

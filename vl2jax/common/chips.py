@@ -1,6 +1,6 @@
-"""Accelerators: how fast they compute; of TPUs also memory, its speed, and that of their links.
+"""Peak FLOP/s of accelerators; for TPUs also memory size, memory bandwidth and link bandwidth.
 
-Operations are dense bfloat16 ones per second, from the makers' data sheets.
+Peaks are of dense bfloat16 operations, from the vendors' data sheets.
 """
 
 import dataclasses
@@ -9,11 +9,11 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """One accelerator.
 
     Attributes:
-      kinds: words of JAX's `device_kind` by which it is known.
-      flops: operations per second.
+      kinds: names that identify it in JAX's `device_kind`.
+      flops: peak operations per second, dense bfloat16.
     """
 
     kinds: tuple[str, ...]
@@ -22,13 +22,14 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class TPU(Chip):
-    """One TPU chip, as Google Cloud's documentation of the version describes it.
+    """One TPU chip; numbers from Google Cloud's documentation of each version.
 
     Attributes:
-      hbm: bytes of main memory.
-      bandwidth: bytes per second of main memory.
-      link: bytes per second of one link in one direction.
-      wraps: an axis of the slice of a multiple of this length is a ring.
+      hbm: size of the main memory in bytes.
+      bandwidth: main memory bandwidth in bytes per second.
+      link: bandwidth of one interconnect link in one direction, in bytes per second.
+      wraps: an axis of a slice is a ring (has wraparound links) if its length is a multiple of
+        this.
     """
 
     hbm: float
@@ -38,9 +39,9 @@ class TPU(Chip):
 
 
 _GIB = 2.0**30
-# By the name that topologies have. docs.cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e}, "System
-# architecture". The link is what the page gives as ICI bandwidth of a chip in one direction, shared
-# among its 4 (2D) or 6 (3D) links.
+# By the name in topologies (`v5p:4x4x4`).  Source: docs.cloud.google.com/tpu/docs/{v4, v5e, v5p,
+# v6e}, "System architecture".  Link bandwidth is the page's ICI bandwidth of a chip in one
+# direction, divided by its 4 (2D torus) or 6 (3D torus) links.
 TPUS = {
     "v4": TPU(("TPU v4",), 275e12, 32 * _GIB, 1228e9, 2400e9 / 8 / 6, 4),
     "v5e": TPU(("TPU v5 lite", "TPU v5e"), 197e12, 16 * _GIB, 819e9, 1600e9 / 8 / 4, 16),
@@ -57,18 +58,19 @@ GPUS = (
 
 
 def peak_flops(device_kind: str, dtype) -> float | None:
-    """The most operations a device can do in a second on dense matrices.
+    """Looks up the peak throughput of a device for dense matrix products.
 
     Args:
-      device_kind: as JAX names it, "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-      dtype: of the computation; only 16-bit types have one peak whatever the precision asked for.
+      device_kind: JAX's name of the device, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
+      dtype: dtype of the computation.
 
     Returns:
-      Operations per second, or None where it is not known.
+      Operations per second; None if the device is unknown or a MIG slice, or if the dtype is not
+      bfloat16 or float16 (the peak of other dtypes depends on the matmul precision).
     """
     if str(getattr(dtype, "__name__", dtype)) not in ("bfloat16", "float16"):
         return None
-    if re.search(r"\bMIG\b", device_kind):  # a part of a device
+    if re.search(r"\bMIG\b", device_kind):  # a slice of a GPU
         return None
     found = [
         (len(kind), chip.flops)
@@ -76,4 +78,4 @@ def peak_flops(device_kind: str, dtype) -> float | None:
         for kind in chip.kinds
         if re.search(rf"\b{kind}\b", device_kind)
     ]
-    return max(found)[1] if found else None  # of the most special name
+    return max(found)[1] if found else None  # the longest matching name is the most specific

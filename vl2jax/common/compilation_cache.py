@@ -1,4 +1,4 @@
-"""Compiled programs, kept on the disk for the next run."""
+"""JAX's persistent compilation cache: where it is, and a log of compilations."""
 
 import logging
 import os
@@ -9,7 +9,15 @@ import jax
 
 
 def set_compilation_cache(directory: str | None) -> None:
-    """Keeps compiled programs on the disk for the next run, unless `directory` is "off"."""
+    """Turns on JAX's persistent compilation cache, so that later runs reuse compiled programs.
+
+    Args:
+      directory: the cache directory; "off" changes nothing; None: the directory that JAX is already
+        configured with, else `default_directory()`.
+
+    Raises:
+      OSError: the given directory cannot be made.
+    """
     if directory == "off" or (directory is None and jax.config.values["jax_compilation_cache_dir"]):
         return
     path = Path(directory) if directory else default_directory()
@@ -18,26 +26,27 @@ def set_compilation_cache(directory: str | None) -> None:
     except OSError:
         if directory is not None:
             raise
-        return  # it works without
+        return  # the cache is optional
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
 def default_directory() -> Path:
-    """Where compiled programs are kept if nobody says where."""
+    """Returns the default cache directory, `$XDG_CACHE_HOME/vl2jax/jax` or under `~/.cache`."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "vl2jax", "jax")
 
 
 def show_compilations() -> None:
-    """Says on standard error what is compiled, how long it took, and why it was needed anew."""
+    """Logs compilations to standard error: the program, the time it took, and the cache miss."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             text = record.getMessage().strip()
-            # Misses inside a program are part of tracing it; those where one is called tell why.
+            # A miss inside a program is part of tracing it.  A miss at the engine's call of a
+            # program tells why it is compiled again.
             called = text.startswith("TRACING CACHE MISS") and "engine.py" in text.split("\n")[0]
-            if called or text.startswith(_TOLD):
+            if called or text.startswith(_LOGGED):
                 print(f"compile: {text}", file=sys.stderr)
 
     jax.config.update("jax_log_compiles", True)
@@ -46,4 +55,4 @@ def show_compilations() -> None:
     logger.handlers, logger.propagate = [Handler()], False
 
 
-_TOLD = ("Finished XLA compilation", "Persistent compilation cache hit")
+_LOGGED = ("Finished XLA compilation", "Persistent compilation cache hit")

@@ -1,19 +1,24 @@
-"""The errors a user can cause; command lines print them as one line and exit with 1."""
+"""Errors that a user can cause.  Command lines print them as one line and exit with status 1."""
 
 import errno
 from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Bad input: the message names the thing, what was expected, and the fix."""
+    """Invalid input; the message names the input, what was expected, and the fix."""
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether an error of the system or of a storage library means that no space is left."""
+    """Returns whether an error of the OS or of a storage library means that the disk is full."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def listed(problems: Sequence[str], most: int = 20) -> str:
-    """Problems below each other, each on its line."""
+    """Formats problems as a list, one per line.
+
+    Args:
+      problems: the problems.
+      most: maximum number of problems to show; a last line counts the others.
+    """
     shown = [f"  - {problem}" for problem in problems[:most]]
     return "\n".join(shown + [f"  - and {len(problems) - most} more"] * (len(problems) > most))

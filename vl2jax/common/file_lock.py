@@ -1,4 +1,4 @@
-"""Directories that one process at a time may write."""
+"""Locks on directories, so that only one process writes to each."""
 
 import contextlib
 import os
@@ -6,16 +6,20 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a Unix: two processes in one place are then not told apart
+except ImportError:  # not Unix: no locking
     fcntl = None
 
 
 def lock_directory(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Takes a directory for this process, until `stack` closes or the process ends, however.
+    """Locks a directory until `stack` closes or the process ends, even if it is killed.
+
+    Args:
+      directory: an existing directory.
+      stack: releases the lock when it closes.
 
     Raises:
-      BlockingIOError: another process has it.
-      OSError: the file system has no locks.
+      BlockingIOError: another process holds the lock.
+      OSError: the file system does not support locks.
     """
     if fcntl is None:
         return

@@ -1,29 +1,33 @@
-"""How our plots look: palette, axes, and figures of panels; drawn by matplotlib, the extra `plots`.
+"""Plot style: palette, axes, and figures of panels.  Needs matplotlib (the extra `plots`).
 
-Figures are objects of their own: nothing here touches pyplot, its windows or its settings.
+Figures are made without pyplot, so its global state and settings are not touched.
 """
 
 import math
 
 from vl2jax.common.errors import UserError
 
-INK, SOFT, GRID = "#262a33", "#6b7280", "#e5e7eb"  # titles; labels and the axis; the grid
+INK, SOFT, GRID = "#262a33", "#6b7280", "#e5e7eb"  # titles; labels and axis line; grid
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
 PANEL = 5.6, 3.8  # inches
 DPI = 150
 
 
 def make_panels(count: int, columns: int):
-    """A figure of panels, row by row.
+    """Makes a figure with a grid of panels.
+
+    Args:
+      count: number of panels.
+      columns: panels per row.
 
     Returns:
-      A `matplotlib.figure.Figure`, which `savefig` writes, and its `count` axes.
+      A `matplotlib.figure.Figure`, and its `count` axes, row by row.
 
     Raises:
       UserError: matplotlib is not installed.
     """
     try:
-        # Half a second, which only those who draw pay.
+        # Imported here because it takes half a second.
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
@@ -36,7 +40,7 @@ def make_panels(count: int, columns: int):
 
 
 def style_axes(axes, title: str, xlabel: str = "") -> None:
-    """A title on the left, a light grid below the data, one axis line, no ticks."""
+    """Styles axes: title on the left, light grid behind the data, only the bottom axis line."""
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
     axes.set_xlabel(xlabel, fontsize=10, color=SOFT)
     axes.tick_params(length=0, labelsize=10, labelcolor=SOFT, pad=6)
@@ -47,7 +51,7 @@ def style_axes(axes, title: str, xlabel: str = "") -> None:
 
 
 def add_legend(axes, **options) -> None:
-    """A legend without a frame, which hides the grid behind it."""
+    """Adds a legend without a frame, on a white background that hides the grid."""
     box = dict(facecolor="white", edgecolor="none", framealpha=1, borderpad=0.2, borderaxespad=0)
     text = dict(fontsize=10, labelcolor=SOFT, handletextpad=0.5, columnspacing=1.4)
     axes.legend(**box | text | options)

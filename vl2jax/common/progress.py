@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, plain lines now and then elsewhere."""
+"""Progress of a long job: a progress bar on a terminal, periodic plain lines elsewhere."""
 
 import collections
 import os
@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-_BAR = 24  # characters, where the terminal has room
-_RATE_OVER = 60.0  # seconds that the rate is taken over
+_BAR = 24  # characters of the bar if the terminal is wide enough
+_RATE_OVER = 60.0  # seconds over which the rate is averaged
 
 
 def human_bytes(count: float) -> str:
-    """Writes a number of bytes as people read it: `6.74 GB`."""
+    """Formats a number of bytes: `6.74 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -21,7 +21,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_count(count: float, digits: int = 3) -> str:
-    """Writes a number in a few digits: `850`, `12.3k`, `1.2M`."""
+    """Formats a number with `digits` significant digits: `850`, `12.3k`, `1.2M`."""
     for unit in ("", "k", "M"):
         if abs(count) < 999.5:
             return f"{count:.{digits}g}{unit}"
@@ -30,17 +30,18 @@ def human_count(count: float, digits: int = 3) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Writes a duration: `3:07`, `1:02:30`."""
+    """Formats a duration: `3:07`, `1:02:30`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Progress:
-    """How far a job is, how fast, and how long it will take.
+    """Shows the progress of a job, its rate, and the estimated time left.
 
-    On a terminal one line with a bar, rewritten in place; elsewhere a plain line now and then.  Use
-    it as a context manager: the last state is shown and stays, unless an error ends the job.
+    On a terminal it shows one line with a bar, updated in place; elsewhere it prints a line every
+    few seconds.  Use it as a context manager: when the block ends, the final state is shown, unless
+    the block raised an error.
     """
 
     def __init__(
@@ -54,16 +55,17 @@ class Progress:
         stream: TextIO | None = None,
         every: float = 10.0,
     ):
-        """
+        """Starts the clock; nothing is shown yet.
+
         Args:
-          label: what is being done.
-          total: how much there is to do, with what is done already.
-          unit: what is counted; of bytes the rate is shown too.
-          done: what was done before.
-          warm_up: the first update is slower than the others, since it compiles: it is shown at
-            once, and the time left is reckoned from there on.
-          stream: where to write; standard error by default.
-          every: seconds between lines where the stream is not a terminal.
+          label: name of the job.
+          total: amount of work, including `done`.
+          unit: name of what is counted; for "bytes" the rate is shown too.
+          done: amount of work that was done before this job started.
+          warm_up: whether the first update is slower than the others because it compiles.  Then it
+            is shown immediately, and the time left is estimated from the later updates alone.
+          stream: where to write; None: standard error.
+          every: seconds between lines if the stream is not a terminal.
         """
         self._label, self._total, self._unit = label, total, unit
         self._stream = stream or sys.stderr
@@ -72,8 +74,8 @@ class Progress:
         self._start = self._shown = time.monotonic()
         self._begun = self._done = done
         self._detail = self._text = ""
-        self._fresh = True  # there is more to say than was shown
-        # When how much was done, of late: what the time left is reckoned from.
+        self._fresh = True  # whether the state has changed since it was last shown
+        # Recent (time, work done) pairs, from which the rate is estimated.
         self._marks = collections.deque([] if warm_up else [(self._start, done)])
 
     def __enter__(self) -> "Progress":
@@ -84,14 +86,15 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the job began."""
+        """Seconds since the job started."""
         return max(time.monotonic() - self._start, 1e-6)
 
     def update(self, count: int = 1, detail: str = "") -> None:
-        """Counts what has been done since the last update, and shows the line when it is time.
+        """Adds to the work done, and shows the line if it is due.
 
         Args:
-          detail: what else the line is to say.
+          count: work done since the last update.
+          detail: text to add to the line.
         """
         now, due = time.monotonic(), False
         self._done, self._detail = self._done + count, detail
@@ -104,14 +107,18 @@ class Progress:
             self._show()
 
     def note(self, text: str) -> None:
-        """Prints a line that stays; on a terminal it comes above the one that changes."""
+        """Prints a permanent line; on a terminal it appears above the progress line."""
         if not self._terminal:
             return self._write(f"{text}\n")
         again = self._in_place(self._text) if self._text else ""
         self._write(f"\r{text}\x1b[K\n{again}")
 
     def close(self, *, show: bool = True) -> None:
-        """Leaves the line on the screen, with the last state if it is to be shown."""
+        """Ends the progress line.
+
+        Args:
+          show: whether to show the final state first.
+        """
         if show and self._fresh:
             self._show()
         if self._terminal:
@@ -119,7 +126,7 @@ class Progress:
             self._text = ""
 
     def line(self) -> str:
-        """The line as it is now."""
+        """Returns the progress line for the current state."""
         part = self._done / self._total if self._total else 1.0
         head, facts = f"{self._label} {part:4.0%}", ", ".join(self._facts())
         if not self._terminal:
@@ -131,7 +138,7 @@ class Progress:
         return f"{head}{bar} {facts}"
 
     def _facts(self) -> Iterator[str]:
-        """What the line says behind its bar."""
+        """Parts of the line after the bar."""
         ended = self._done >= self._total
         rate = (self._done - self._begun) / self.seconds if ended else self._rate()
         if self._unit == "bytes":
@@ -147,24 +154,24 @@ class Progress:
             yield f"{human_time((self._total - self._done) / rate) if rate else '?'} left"
 
     def _rate(self) -> float:
-        """How much is done in a second, of late; 0 where nothing is known."""
+        """Recent work per second; 0 if unknown."""
         if len(self._marks) < 2:
             return 0.0
         (begin, low), (end, high) = self._marks[0], self._marks[-1]
         return (high - low) / max(end - begin, 1e-6)
 
     def _show(self) -> None:
-        """Shows the line, and remembers when."""
+        """Writes the current line."""
         self._text, self._shown, self._fresh = self.line(), time.monotonic(), False
         self._write(self._in_place(self._text) if self._terminal else f"{self._text}\n")
 
     def _in_place(self, text: str) -> str:
-        """The codes that put a line in the place of the last; one that wrapped would stay."""
+        """Escape codes that replace the line; cut to the width, for a wrapped line would stay."""
         columns = self._columns()
         return f"\r{text[: columns - 1] if columns > 1 else text}\x1b[K"
 
     def _columns(self) -> int:
-        """Of the terminal; 0 where there is no real one behind the stream."""
+        """Width of the terminal in characters; 0 if the stream has no real terminal."""
         try:
             return os.get_terminal_size(self._stream.fileno()).columns
         except OSError:

@@ -1,7 +1,7 @@
-"""What a model is: names, defaults and checks of an architecture, and the released sizes.
+"""Configurations: the architecture with its defaults and checks, and the released sizes.
 
-Reads and writes the Hugging Face `config.json` and `processor_config.json`.  Imports `common`
-alone.  Start with `architecture.py`; `schema.py` reads, `checks.py` refuses.
+Reads and writes Hugging Face's `config.json`, and reads `processor_config.json`.  Imports only
+`common`.  Start with `architecture.py`; `schema.py` reads the JSON, `checks.py` validates it.
 """
 
 from vl2jax.config.architecture import (

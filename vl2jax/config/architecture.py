@@ -1,8 +1,8 @@
-"""Architecture of DeepSeek-VL2 as frozen dataclasses with the Hugging Face field names.
+"""Architecture of DeepSeek-VL2 as frozen dataclasses with Hugging Face field names.
 
-`VL2Config.from_hf` reads a released `config.json`; fields that the file leaves out take the
-defaults of the original configuration classes.  What the released models do not use and this
-project does not build is refused by name, never ignored.
+`VL2Config.from_hf` reads a released `config.json`.  Fields that the file omits take the defaults of
+the original configuration classes.  Values that this project does not support are rejected by name,
+never ignored.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def given(value: T | None) -> T:
-    """A field that this kind of model must have; `checks.py` refuses one without it."""
+    """Returns an optional field that this kind of model must have; `checks.py` has validated it."""
     assert value is not None
     return value
 
@@ -43,7 +43,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches per tile side; pixels beyond the last whole patch are not seen."""
+        """Patches per tile side; pixels after the last whole patch are cut off."""
         return self.image_size // self.patch_size
 
     @property
@@ -69,7 +69,7 @@ class AdaptorConfig:
 
     @property
     def layer_sizes(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of each linear layer; the original builds two even for depth 1."""
+        """(inputs, outputs) of each linear layer; at least two, as in the original."""
         hidden = self.n_embed * self.mlp_ratio
         first = (self.input_dim * self.downsample_ratio**2, hidden)
         return (first, *[(hidden, hidden)] * (self.depth - 2), (hidden, self.n_embed))
@@ -77,7 +77,7 @@ class AdaptorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """RoPE scaling of the original: `linear`, `dynamic` (NTK) or `yarn`."""
+    """RoPE scaling: `linear`, `dynamic` (NTK) or `yarn`, as in the original."""
 
     type: str
     factor: float
@@ -89,7 +89,14 @@ class RopeScaling:
 
 
 class LayerRun(NamedTuple):
-    """Consecutive decoder layers of one kind: one stack of parameters, one scan."""
+    """Consecutive decoder layers of one kind, which share one parameter stack and one scan.
+
+    Attributes:
+      name: kind and first layer, such as "moe_1".
+      is_moe: whether the layers route to experts.
+      first: index of the first layer.
+      count: number of layers.
+    """
 
     name: str
     is_moe: bool
@@ -142,13 +149,13 @@ class DecoderConfig:
     attention_bias: bool = False
     attention_dropout: float = 0.0
     use_mla: bool = True
-    lm_head: bool | None = None  # in the released files, read by no code
+    lm_head: bool | None = None  # in the released files, but unused
     rm_head: bool | None = None  # likewise
     torch_dtype: str | None = None
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head, the part that rotates included."""
+        """Width of a query or key head, including the part that RoPE rotates."""
         if self.use_mla:
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.hidden_size // self.num_attention_heads
@@ -163,7 +170,7 @@ class DecoderConfig:
 
     @property
     def layer_runs(self) -> tuple[LayerRun, ...]:
-        """Layers grouped into maximal runs of one kind, named by kind and first layer."""
+        """All layers, grouped into maximal runs of one kind."""
         runs: list[LayerRun] = []
         for layer in range(self.num_hidden_layers):
             moe = self.is_moe(layer)
@@ -176,12 +183,16 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VL2Config:
-    """The whole model."""
+    """The whole model.
+
+    Raises:
+      ConfigError: a value is not supported, or sizes are inconsistent; lists all problems.
+    """
 
     vision: VisionConfig = VisionConfig()
     adaptor: AdaptorConfig = AdaptorConfig()
     decoder: DecoderConfig = DecoderConfig()
-    # The original class defaults to the placeholder string "tile_tag", which it then refuses.
+    # The original's default is the placeholder string "tile_tag", which the original rejects.
     tile_tag: str = "2D"
     global_view_pos: str = "head"
     candidate_resolutions: tuple[tuple[int, int], ...] = ((384, 384),)  # (width, height)
@@ -204,10 +215,13 @@ class VL2Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "VL2Config":
-        """Reads the Hugging Face schema (a parsed `config.json`).
+        """Reads a configuration in the Hugging Face schema.
+
+        Args:
+          config: the parsed `config.json`.
 
         Raises:
-          ConfigError: an unknown field, a wrong type, or something that is not built.
+          ConfigError: a field is unknown, missing, of the wrong type, or has an unsupported value.
         """
         top = dict(config)
         if not isinstance(top.get("language_config"), Mapping):
@@ -228,7 +242,7 @@ class VL2Config:
             )
         decoder = read(DecoderConfig, language, "language_config", "deepseek_v2")
         if "tile_tag" not in top:
-            raise ConfigError("config: 'tile_tag' is absent; the original has no usable default")
+            raise ConfigError("config: 'tile_tag' is absent; set it to '2D'")
         if "candidate_resolutions" in top:
             try:
                 pairs = tuple((int(w), int(h)) for w, h in top["candidate_resolutions"])
@@ -241,7 +255,7 @@ class VL2Config:
         return read(cls, top, "", "deepseek_vl_v2")
 
     def to_hf(self) -> dict[str, Any]:
-        """Writes the Hugging Face schema, every field spelled out: `from_hf` is its inverse."""
+        """Returns the Hugging Face schema with every field; `from_hf` is the inverse."""
         top = write(self)
         vision = {"model_type": "vision", **write(top.pop("vision"))}
         projector = {"model_type": "mlp_projector", **write(top.pop("adaptor"))}
@@ -279,7 +293,7 @@ RELEASED_RESOLUTIONS = tuple(
 
 
 def _released(**decoder) -> VL2Config:
-    """What the three released sizes share, and the decoder fields in which they differ."""
+    """A released size: shared fields plus the decoder fields that differ between sizes."""
     shared = dict(
         n_shared_experts=2,
         num_experts_per_tok=6,

@@ -1,10 +1,14 @@
-"""What makes a configuration unbuildable, all reasons at once; see `VL2Config`."""
+"""Validation of configurations; `VL2Config` reports all problems together."""
 
 from typing import Any
 
 
 def unsupported(config) -> list[str]:
-    """What the original has (or names) and this project does not build."""
+    """Returns one message for each value that the original knows but this project does not support.
+
+    Args:
+      config: a `VL2Config`.
+    """
     vision, adaptor, decoder = config.vision, config.adaptor, config.decoder
     moe = decoder.n_routed_experts is not None
     rows: list[tuple[str, Any, tuple]] = [
@@ -30,14 +34,18 @@ def unsupported(config) -> list[str]:
         kinds = ("linear", "dynamic", "yarn") if decoder.use_mla else ("linear", "dynamic")
         rows.append(("language_config.rope_scaling.type", decoder.rope_scaling.type, kinds))
     return [
-        f"{name} = {value!r} is not built (only {', '.join(map(repr, allowed))})"
+        f"{name} = {value!r} is not supported (only {', '.join(map(repr, allowed))})"
         for name, value, allowed in rows
         if value not in allowed
     ]
 
 
 def inconsistent(config) -> list[str]:
-    """Sizes that do not fit together."""
+    """Returns one message for each group of sizes that contradict each other.
+
+    Args:
+      config: a `VL2Config`.
+    """
     vision, adaptor, decoder = config.vision, config.adaptor, config.decoder
     rows = [
         (
@@ -71,8 +79,8 @@ def inconsistent(config) -> list[str]:
             ),
             f"multi-head attention needs hidden_size {decoder.hidden_size} divisible by"
             f" num_attention_heads {decoder.num_attention_heads} and as many"
-            f" num_key_value_heads (got {decoder.num_key_value_heads}; grouped queries are not"
-            " built)",
+            f" num_key_value_heads (got {decoder.num_key_value_heads}; grouped-query attention is"
+            " not supported)",
         ),
         (
             not decoder.use_mla or bool(decoder.kv_lora_rank),
@@ -80,7 +88,7 @@ def inconsistent(config) -> list[str]:
         ),
         (
             (decoder.qk_rope_head_dim if decoder.use_mla else decoder.qk_head_dim) % 2 == 0,
-            "the rotated width of a head must be even",
+            "the width of a head that RoPE rotates must be even",
         ),
     ]
     if decoder.n_routed_experts is not None:
@@ -95,7 +103,7 @@ def inconsistent(config) -> list[str]:
             groups, kept = decoder.n_group, decoder.topk_group
             fits = groups and kept and experts % groups == 0 and kept <= groups
             if fits and decoder.topk_method == "noaux_tc":
-                fits = experts // groups >= 2  # a group scores by its two best
+                fits = experts // groups >= 2  # a group's score is the sum of its two best experts
             rows.append(
                 (
                     bool(fits) and top_k is not None and top_k <= experts // groups * kept,

@@ -1,4 +1,4 @@
-"""`processor_config.json`: the settings of the host side."""
+"""`processor_config.json`: settings of the processor, which runs on the host."""
 
 import dataclasses
 import difflib
@@ -9,15 +9,19 @@ from vl2jax.common.errors import UserError
 
 CONFIG_FILE = "processor_config.json"
 
-FORMATS = ("deepseek", "plain", "alignment")  # of chats, see `processing.prompt`
+FORMATS = ("deepseek", "plain", "alignment")  # chat formats, see `processing.prompt`
 
-# Fields of the original that change nothing here: targets are a mask, not ids.
+# Fields of the original that have no effect here; `ignore_id` because targets are given by a mask.
 _UNREAD = frozenset(["processor_class", "auto_map", "add_special_token", "ignore_id"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
-    """`processor_config.json`; the defaults are those of the original class."""
+    """The fields of `processor_config.json`, with the defaults of the original class.
+
+    Raises:
+      UserError: a value is not supported.
+    """
 
     candidate_resolutions: tuple[tuple[int, int], ...]  # (width, height)
     patch_size: int
@@ -32,21 +36,26 @@ class ProcessorConfig:
 
     def __post_init__(self):
         half = (0.5, 0.5, 0.5)
-        for name, value, built in (
+        for name, value, supported in (
             ("image_mean", tuple(self.image_mean), half),
             ("image_std", tuple(self.image_std), half),
             ("normalize", self.normalize, True),
         ):
-            if value != built:
-                raise UserError(f"{CONFIG_FILE}: {name} = {value!r} is not built (only {built!r})")
+            if value != supported:
+                raise UserError(
+                    f"{CONFIG_FILE}: {name} = {value!r} is not supported (only {supported!r})"
+                )
         check_format(self.sft_format)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProcessorConfig":
-        """Reads the parsed file.
+        """Reads the parsed `processor_config.json`.
+
+        Args:
+          values: the JSON object.
 
         Raises:
-          UserError: a field is unknown, absent or of the wrong type, or its value is not built.
+          UserError: a field is unknown, missing, of the wrong type, or has an unsupported value.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         kept = {name: value for name, value in values.items() if name not in _UNREAD}
@@ -73,8 +82,8 @@ class ProcessorConfig:
 
 
 def check_format(sft_format: str) -> None:
-    """Raises UserError unless the chat format is built."""
+    """Raises UserError if the chat format is not supported."""
     if sft_format not in FORMATS:
         raise UserError(
-            f"sft_format {sft_format!r} is not built; expected one of {', '.join(FORMATS)}"
+            f"sft_format {sft_format!r} is not supported; expected one of {', '.join(FORMATS)}"
         )

@@ -1,4 +1,4 @@
-"""Reading and writing dataclasses as JSON objects of the Hugging Face schema."""
+"""Reads and writes dataclasses as JSON objects in the Hugging Face schema."""
 
 import dataclasses
 import difflib
@@ -9,10 +9,10 @@ from vl2jax.common.errors import UserError
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be built: names the field, what was expected, and the fix."""
+    """An invalid configuration; the message names the field, what was expected, and the fix."""
 
 
-# Fields that transformers writes into any config.json and that the original model never reads.
+# Fields that transformers writes into any config.json and the original model never reads.
 _INERT = frozenset(
     [
         "_name_or_path",
@@ -74,7 +74,7 @@ _INERT = frozenset(
         "use_bfloat16",
     ]
 )
-# The same, where a sub-config or the top level repeats a field that only the decoder reads.
+# Fields that transformers repeats in configs that do not use them.
 _GENERIC = frozenset(
     [
         "bos_token_id",
@@ -89,7 +89,17 @@ _GENERIC = frozenset(
 
 
 def read(cls, values: Mapping[str, Any], where: str, model_type: str | None):
-    """Builds dataclass `cls` from a mapping, refusing unknown fields and wrong types."""
+    """Builds a dataclass from a JSON object.
+
+    Args:
+      cls: the dataclass.
+      values: the JSON object.
+      where: name of the object in error messages; "" at the top level.
+      model_type: required value of the field `model_type` if it is present; None: any.
+
+    Raises:
+      ConfigError: a field is unknown, missing or of the wrong type; lists all problems.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     kept, problems = {}, []
@@ -109,12 +119,12 @@ def read(cls, values: Mapping[str, Any], where: str, model_type: str | None):
         raise ConfigError("config: " + "; ".join(problems))
     try:
         return cls(**kept)
-    except TypeError as error:  # a required field is absent
+    except TypeError as error:  # a required field is missing
         raise ConfigError(f"config: {where}: {error}") from error
 
 
 def _type_fits(value: Any, expected: Any) -> bool:
-    """Whether a JSON value fits an annotation; an int is a float, a bool is not an int."""
+    """Whether a JSON value has the annotated type; an int counts as float, a bool not as int."""
     if isinstance(value, bool):
         return expected in (bool, bool | None)
     if isinstance(value, int) and expected is float:
@@ -130,7 +140,10 @@ def _union(value: Any, expected: Any) -> bool:
 
 
 def write(config) -> dict[str, Any]:
-    """Fields of a dataclass; those that only some files carry are left out when unset."""
+    """Returns the fields of a dataclass, without optional fields that are None.
+
+    Optional fields are those that only some released files have.
+    """
     optional = {"lm_head", "rm_head", "torch_dtype", "transformers_version"}
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {k: v for k, v in values.items() if not (k in optional and v is None)}

@@ -1,6 +1,6 @@
-"""Training data: files of many formats become rows, rows become samples, samples packed batches.
+"""Training data: reads files of several formats, tokenizes their rows, and packs them into batches.
 
-Everything before packing has random access, so that a run resumes exactly.  Imports `common` and
-`processing`.  Start with `formats.py` for what is read, `pipeline.py` for the order of
-it all; `row.py` is the one form that every file is read into.
+All stages before packing have random access, so that a run resumes exactly.  Imports `common` and
+`processing`.  Start with `formats.py` for the formats and `pipeline.py` for the stages; `row.py`
+has the record that every format is converted to.
 """

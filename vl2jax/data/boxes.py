@@ -1,4 +1,4 @@
-"""Objects beside a conversation (ms-swift): names and pixel boxes become the model's own text."""
+"""Grounding data in the format of ms-swift: inserts names and boxes into the text."""
 
 import math
 import re
@@ -10,28 +10,31 @@ from vl2jax.processing.grounding import SCALE
 
 NAME, BOX = "<ref-object>", "<bbox>"
 _MARKS = re.compile(f"{NAME}|(?:{BOX})+")
-# Extent of a picture in the units of each type; None for its pixels.
+# Width and height of the image in the units of each `bbox_type`; None: its size in pixels.
 _EXTENTS = {"real": None, "norm1000": 1000, "norm1": 1}
 
 ImageSize = Callable[[int], tuple[int, int]]
 
 
 def fill_objects(texts: Sequence[str], objects: Any, images: int, size: ImageSize) -> list[str]:
-    """Puts names and boxes where the texts have `<ref-object>` and `<bbox>`, in order.
+    """Replaces `<ref-object>` and `<bbox>` in texts by names and boxes, in order.
 
-    A name becomes `<|ref|>name<|/ref|>`, a run of boxes `<|det|>[[x1, y1, x2, y2], ...]<|/det|>`
-    with integers from 0 to 999 over the picture's width and height.
+    A name becomes `<|ref|>name<|/ref|>`, consecutive boxes `<|det|>[[x1, y1, x2, y2], ...]<|/det|>`
+    with integers from 0 to 999 over the width and height of the image.
 
     Args:
-      texts: those of a conversation, in order.
+      texts: the texts of a conversation, in order.
       objects: `{"ref": [name, ...], "bbox": [[x1, y1, x2, y2], ...]}`, and optionally `bbox_type`
-        (a key of `_EXTENTS`, "real" if absent) and `image_id` (which picture a box is in, from 0;
-        the first if absent).  None where the row has no objects.
-      images: how many pictures the row has.
-      size: (width, height) in pixels of picture i, from 0; asked only where a box is in pixels.
+        ("real", "norm1000" or "norm1"; default "real", pixels) and `image_id` (the number of each
+        box's image, from 0; default 0).  None: no objects.
+      images: number of images of the row.
+      size: returns (width, height) in pixels of image i, from 0; called only for boxes in pixels.
+
+    Returns:
+      The texts with names and boxes.
 
     Raises:
-      UserError: marks and objects differ in number, or an object is malformed.
+      UserError: placeholders and objects differ in number, or an object is malformed.
     """
     if objects is None:
         objects = {}
@@ -63,7 +66,7 @@ def fill_objects(texts: Sequence[str], objects: Any, images: int, size: ImageSiz
 def _scaled(
     boxes: Sequence[Any], objects: Mapping[str, Any], images: int, size: ImageSize
 ) -> list[list[int]]:
-    """Boxes in 0..999."""
+    """Converts boxes to integers in 0..999."""
     kind = objects.get("bbox_type", "real")
     if not isinstance(kind, str) or kind not in _EXTENTS:
         raise UserError(f"bbox_type {kind!r:.40} is not one of {', '.join(_EXTENTS)}")

@@ -1,7 +1,7 @@
-"""Files of training data as sources of rows: JSON, JSON lines, parquet, ArrayRecord, or many.
+"""Data files as sources of rows: JSON, JSON lines, Parquet and ArrayRecord, one file or several.
 
-A source is read from several threads at once and sent to worker processes: it opens its file
-anew where it reads, and holds nothing that cannot be pickled.
+Several threads read a source at once, and it is pickled for worker processes.  So a source opens
+its file at each read, and has only attributes that can be pickled.
 """
 
 import array
@@ -22,34 +22,35 @@ from vl2jax.common.errors import UserError
 from vl2jax.data.formats import read_row
 from vl2jax.data.row import Row, Source
 
-# Row groups of a parquet file that are kept: rows that are near each other are read together.
+# Parquet row groups in the cache of a file; rows of the same group are read from disk together.
 CACHED_GROUPS = 4
 
 
 def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | None = None) -> Source:
-    """Opens a data file, all data files of a folder, or those that a pattern matches.
+    """Opens a data file, all data files of a folder, or all files that match a pattern.
 
-    - `.json`: a list of rows, or an object with that list under `data`; held in memory.
-    - `.jsonl`: one row per line, blank lines left out; only where lines begin is held in memory.
-    - `.parquet`: read one row group at a time; needs pyarrow.  A picture is a record with `bytes`.
-      Shuffled reading costs a whole group for a row: write small groups (100 rows).
-    - `.array_record`, also `.array_record-00000-of-00010`: each record a row in JSON (UTF-8), with
-      pictures as paths, `data:` URLs or `{"bytes": "<base64>"}`.
+    - `.json`: a list of rows, or an object with the list under `data`; kept in memory.
+    - `.jsonl`: one row per line, blank lines are skipped; only the line offsets are kept in memory.
+    - `.parquet`: read one row group at a time; needs pyarrow.  An image is a record with `bytes`.
+      Shuffled reading reads a whole group for each row, so write small groups (100 rows).
+    - `.array_record`, also `.array_record-00000-of-00010`: each record is a row in JSON (UTF-8),
+      with images as paths, `data:` URLs or `{"bytes": "<base64>"}`.
 
-    Files of a folder or a pattern follow one another, sorted by name.
+    Several files are concatenated, sorted by name.
 
     Args:
-      images_root: where relative image paths begin; None for the folder of each data file.
+      path: a file, a folder or a glob pattern.
+      images_root: folder of relative image paths; None: the folder of each data file.
 
     Raises:
-      UserError: no such file, an unknown kind, no rows, a JSON file that cannot be parsed, or
-        pyarrow is not installed.  A malformed row raises it when it is read.
+      UserError: a file does not exist, has an unknown extension, has no rows or cannot be parsed,
+        or pyarrow is not installed.  A malformed row raises it when it is read.
     """
     sources = []
     for file in _find(os.fspath(path)):
         root = file.parent if images_root is None else pathlib.Path(images_root)
         kind = _opener(file)
-        assert kind is not None  # else it was not found
+        assert kind is not None  # `_find` returns only files of known kinds
         source = kind(file, root)
         if not len(source):
             raise UserError(f"{file}: no rows; expected at least one")
@@ -58,7 +59,7 @@ def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | Non
 
 
 class _Json:
-    """Rows of a JSON file, parsed at once."""
+    """Rows of a JSON file, which is parsed when it is opened."""
 
     def __init__(self, path: pathlib.Path, root: pathlib.Path):
         self._path, self._root = path, root
@@ -83,7 +84,7 @@ class _Json:
 
 
 class _JsonLines:
-    """Rows of a JSON lines file, read when they are asked for."""
+    """Rows of a JSON lines file; each line is read and parsed on access."""
 
     def __init__(self, path: pathlib.Path, root: pathlib.Path):
         self._path, self._root = path, root
@@ -109,7 +110,7 @@ class _JsonLines:
 
 
 class _Parquet:
-    """Rows of a parquet file; a few row groups are kept."""
+    """Rows of a Parquet file, with a cache of row groups."""
 
     def __init__(self, path: pathlib.Path, root: pathlib.Path):
         self._path, self._root = path, root
@@ -133,7 +134,7 @@ class _Parquet:
         index = _checked(index, self)
         where = f"{self._path} row {index + 1}"
         group = bisect.bisect_right(self._ends, index)
-        with self._lock:  # else threads that come together each read the same group
+        with self._lock:  # so that threads do not read the same group several times
             table = self._group(group, where)
         row = table.slice(index - self._ends[group] + table.num_rows, 1).to_pylist()[0]
         return read_row(row, where=where, root=self._root)
@@ -148,10 +149,10 @@ class _Parquet:
 
 
 class _ArrayRecord:
-    """Rows of an ArrayRecord file, each a JSON text."""
+    """Rows of an ArrayRecord file; each record is a row in JSON."""
 
     def __init__(self, path: pathlib.Path, root: pathlib.Path):
-        import grain  # here, because it is slow to import and no other kind of file needs it
+        import grain  # slow to import, and other kinds of files do not need it
 
         self._path, self._root = path, root
         try:
@@ -173,7 +174,7 @@ class _ArrayRecord:
 
 
 class _Joined:
-    """Sources one after the other."""
+    """Concatenation of sources."""
 
     def __init__(self, sources: Sequence[Source]):
         self._sources = sources
@@ -199,12 +200,12 @@ _KINDS = ".json, .jsonl, .parquet and .array_record"
 
 
 def _opener(path: pathlib.Path) -> Callable[[pathlib.Path, pathlib.Path], Source] | None:
-    """How a file is opened, by the end of its name."""
+    """The class that opens a file, by its extension; None if it is unknown."""
     return next((kind for end, kind in _OPENERS if re.search(f"{end}$", path.name)), None)
 
 
 def _find(path: str) -> list[pathlib.Path]:
-    """Data files that a path or a pattern means, sorted."""
+    """Sorted data files of a path or glob pattern."""
     if os.path.isdir(path):
         found = [file for file in pathlib.Path(path).iterdir() if _opener(file) and file.is_file()]
         if not found:
@@ -223,7 +224,7 @@ def _find(path: str) -> list[pathlib.Path]:
 
 
 def _parse_json(text: bytes, path: pathlib.Path) -> Any:
-    """A whole JSON file; a message names line and column."""
+    """Parses a JSON file; errors name the line and column."""
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -249,7 +250,7 @@ def _parse_row(text: bytes, where: str) -> Any:
             f"{where}: not valid JSON ({error.msg} at column {error.colno}); expected one whole"
             " JSON object"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond all measure
+    except (ValueError, RecursionError) as error:  # a number too long or nesting too deep
         raise UserError(f"{where}: not valid JSON ({error}); expected a JSON object") from error
 
 
@@ -259,7 +260,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _checked(index: int, source: Source) -> int:
-    """A number from 0, counted from the end if negative, as of a list."""
+    """Index from 0; negative indices count from the end, as for a list."""
     place, count = operator.index(index), len(source)
     if not -count <= place < count:
         raise IndexError(f"row {place} of a source with {count} rows")

@@ -1,16 +1,15 @@
-"""One row of a data file becomes a `Row`, whichever of the usual formats it is in.
+"""Converts a row of a data file to a `Row`; the keys of the row decide its format.
 
-The keys decide, no flag does:
+- `messages`, `conversations` or `conversation`: a list of turns; or the row itself is that list.  A
+  turn is `{"role", "content"}` or `{"from", "value"}` (LLaVA, ShareGPT).  Its content is a text or
+  a list of OpenAI's parts, and it may have its own `images` (DeepSeek-VL2).
+- `text`, instead of turns: a document, which is supervised as a whole.  A single turn of the
+  assistant is a document too.
+- `images` or `image`: one image or a list, see `pictures.picture`.
+- `system`: a system message outside of the turns (LLaMA-Factory).
+- `objects`: names and boxes (ms-swift), see `boxes.fill_objects`.
 
-- turns under `messages`, `conversations` or `conversation`, or the row itself a list of turns;
-  a turn is `{"role", "content"}` or `{"from", "value"}` (LLaVA, ShareGPT), with content a text or
-  OpenAI's parts, and may have its own `images` (the original);
-- or a document under `text`, all of it supervised; so is a single turn of the assistant;
-- pictures under `images` or `image`: one or a list, see `pictures.picture`;
-- `system`: a system message beside the turns (LLaMA-Factory);
-- `objects`: names and boxes in pixels (ms-swift), see `boxes.fill_objects`.
-
-A key whose value is null counts as absent; other keys mean nothing.
+Keys whose value is null, and other keys, are ignored.
 """
 
 import dataclasses
@@ -40,19 +39,19 @@ _EXPECTED = (
 
 
 def read_row(value: Any, *, where: str, root: pathlib.Path) -> Row:
-    """Reads a row of any format; pictures are looked for, but not decoded.
+    """Reads a row of any format; checks that image files exist, but does not decode them.
 
     Args:
-      value: what JSON or parquet gives.
-      where: how a message names the row.
-      root: where relative image paths begin.
+      value: the row, as parsed from JSON or Parquet.
+      where: name of the row in messages.
+      root: folder of relative image paths.
 
     Returns:
-      Turns of the user and the assistant in alternation, the assistant's last, after at most one
-      system message; or a document.
+      A document; or a conversation: an optional system message, then alternating turns of the user
+      and the assistant, the last one the assistant's.
 
     Raises:
-      UserError: a malformed row; the message begins with `where`.
+      UserError: the row is malformed; the message begins with `where`.
     """
     try:
         row = _read(_without_nulls(value), where, root)
@@ -66,12 +65,17 @@ def read_row(value: Any, *, where: str, root: pathlib.Path) -> Row:
 
 
 def read_question(value: Any, *, root: pathlib.Path) -> Row:
-    """Reads a row of any format as a question to be answered: the answer at its end is left out.
+    """Reads a row of any format as a question for inference, without the answer at its end.
 
-    Args as of `read_row`.
+    Args:
+      value: the row, as parsed from JSON or Parquet.
+      root: folder of relative image paths.
+
+    Returns:
+      A conversation as `read_row` returns it, but ending with a turn of the user.
 
     Raises:
-      UserError: a malformed row, or one that asks nothing.
+      UserError: the row is malformed or has no question.
     """
     try:
         row = _read(_without_nulls(value), "", root)
@@ -87,7 +91,7 @@ def read_question(value: Any, *, root: pathlib.Path) -> Row:
 
 
 def _read(value: Any, where: str, root: pathlib.Path) -> Row:
-    """A row whose turns may come in any order."""
+    """Reads a row without checking the order of its turns."""
     row = {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, Mapping):
         raise UserError(f"{_EXPECTED}; got {type(value).__name__}")
@@ -111,23 +115,23 @@ def _read(value: Any, where: str, root: pathlib.Path) -> Row:
 
 
 def _document(text: Any) -> dict[str, str]:
-    """A document as if it were one turn of the assistant."""
+    """Represents a document as a single turn of the assistant."""
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"'text' must be a text that is not empty, got {text!r:.80}")
     return {"role": ASSISTANT, "content": text}
 
 
 def _read_turns(turns: Any, system: Any) -> tuple[list[dict[str, str]], list[Any]]:
-    """Messages with text alone, and the pictures that they name, None for one without a source."""
+    """Messages with plain text, and the images that they name (None for a part without source)."""
     if not isinstance(turns, list | tuple):
         raise UserError(f"the conversation must be a list of turns, got {type(turns).__name__}")
     entries = [_entry(number, turn) for number, turn in enumerate(turns, 1)]
     if system is not None and system != "":
         if any(entry["role"] == SYSTEM for entry in entries):
-            raise UserError("a system message both beside the turns and among them; give it once")
+            raise UserError("a system message both in the turns and under 'system'; give it once")
         entries.insert(0, {"role": SYSTEM, "content": system})
     if len(entries) == 1 and entries[0]["role"] == ASSISTANT:
-        # A document: there alone an assistant's text may have pictures, so it is read as a user's.
+        # A document.  It may have images, which only a user's message may, so it is read as one.
         read, named = read_conversation([entries[0] | {"role": USER}], image_token=PLACEHOLDER)
         return [{"role": ASSISTANT, "content": _answer(1, read[0].text)}], named
     read, named = read_conversation(entries, image_token=PLACEHOLDER)
@@ -135,7 +139,7 @@ def _read_turns(turns: Any, system: Any) -> tuple[list[dict[str, str]], list[Any
 
 
 def _entry(number: int, turn: Any) -> dict[str, Any]:
-    """A turn as `read_conversation` takes it."""
+    """Converts a turn to a message for `read_conversation`."""
     where = f"message {number}"
     if not isinstance(turn, Mapping):
         raise UserError(
@@ -151,14 +155,14 @@ def _entry(number: int, turn: Any) -> dict[str, Any]:
 
 
 def _part(part: Any) -> Any:
-    """A part of the content; one whose image is a record gets it where a source belongs."""
+    """A part of the content; an image that is a record moves to the key `url`."""
     if isinstance(part, Mapping) and isinstance(part.get("image"), Mapping):
         return {"type": "image", "url": part["image"]}
     return part
 
 
 def _given_images(row: Mapping[str, Any]) -> list[Any]:
-    """The pictures that stand beside the turns."""
+    """Images given by the row, outside of its turns."""
     found = [key for key in ("images", "image") if row.get(key) not in (None, [])]
     if len(found) > 1:
         raise UserError("'image' and 'images' are both given; give one of them")
@@ -167,12 +171,12 @@ def _given_images(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _choose(given: list[Any], named: list[Any]) -> list[Any]:
-    """The pictures in order: those beside the turns, or those that the turns name."""
+    """All images in order: those given by the row, else those that its turns name."""
     named_count = sum(source is not None for source in named)
     if given and named_count:
-        raise UserError("pictures both beside the turns and among them; give them in one place")
+        raise UserError("images both in the turns and outside of them; give them in one place")
     if not given and named_count < len(named):
-        raise UserError("a part of type image has no source; give it, or 'images' beside the turns")
+        raise UserError("a part of type image has no source; give it there or under 'images'")
     return given or named
 
 
@@ -184,7 +188,7 @@ def _named_picture(number: int, value: Any, root: pathlib.Path) -> ImageSource:
 
 
 def _add_placeholders(messages: list[dict[str, str]], images: int) -> None:
-    """Puts all pictures in front of the first question, or the document, if no text has any."""
+    """Prepends all placeholders to the first question or document, if no text has any."""
     if any(PLACEHOLDER in message["content"] for message in messages):
         return
     first = next((message for message in messages if message["role"] == USER), messages[0])
@@ -208,7 +212,7 @@ def _fill(messages: list[dict[str, str]], objects: Any, images: list[ImageSource
 
 
 def _check_turns(messages: Sequence[Mapping[str, str]]) -> None:
-    """Raises UserError unless question and answer alternate, none empty, the answer last."""
+    """Raises UserError unless non-empty questions and answers alternate and an answer is last."""
     if not any(message["role"] == ASSISTANT for message in messages):
         raise UserError("no turn of the assistant, so nothing to learn; add its answer")
     _check_order(messages)
@@ -220,7 +224,7 @@ def _check_turns(messages: Sequence[Mapping[str, str]]) -> None:
 
 
 def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
-    """Raises UserError unless question and answer alternate, none empty."""
+    """Raises UserError unless non-empty questions and answers alternate."""
     first = int(messages[0]["role"] == SYSTEM)
     for place, (number, message) in enumerate(list(enumerate(messages, 1))[first:]):
         expected = (USER, ASSISTANT)[place % 2]
@@ -252,7 +256,7 @@ def _one_key(value: Mapping[str, Any], keys: Sequence[str], expected: str) -> st
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without keys that have null, at any depth: parquet gives all keys to all rows."""
+    """Removes keys that are null, at any depth, because Parquet adds all keys to all rows."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):

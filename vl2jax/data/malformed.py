@@ -1,4 +1,4 @@
-"""What becomes of malformed rows: raised, or counted, reported once, and passed over."""
+"""Handling of malformed rows: raise an error, or skip them and report each once."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,22 +9,40 @@ REPAIR = "repair it, or leave it out of config.data"
 
 
 class Malformed:
-    """Malformed rows: each is reported once, and a source without any other is given up."""
+    """Counts and reports malformed rows; raises an error for a source without any valid row.
+
+    Attributes:
+      given: whether there was any valid row.
+    """
 
     def __init__(self, rows: Sequence[int], process_count: int):
-        # At least one whole epoch, and for a share of a source such a number by chance never.
+        """
+        Args:
+          rows: number of rows of each source.
+          process_count: number of processes that share the sources.
+        """
+        # Maximum number of consecutive malformed rows of a source.  It covers at least one epoch,
+        # and is so large that valid rows are not missed by chance.
         self._patience = [2 * count * process_count + 64 for count in rows]
         self._in_a_row = [0] * len(rows)
         self._reported: set[str] = set()
-        self.given = False  # whether there ever was a good row
+        self.given = False
 
     def clear(self, source: int) -> None:
-        """Notes a good row."""
+        """Records a valid row of a source."""
         self._in_a_row[source] = 0
         self.given = True
 
     def add(self, item: BadRow, on_skip: Callable[[str], None] | None) -> None:
-        """Notes a malformed row, or raises it as UserError where there is no `on_skip`."""
+        """Records a malformed row.
+
+        Args:
+          item: the row.
+          on_skip: called with the row's error when it occurs for the first time; None: raise it.
+
+        Raises:
+          UserError: `on_skip` is None, or the source seems to have no valid row.
+        """
         if on_skip is None:
             raise UserError(item.error)
         if item.error not in self._reported:
@@ -39,7 +57,7 @@ class Malformed:
             )
 
     def end(self) -> None:
-        """Raises UserError where the data ended without any good row."""
+        """Raises UserError if the data has ended and no row was valid."""
         if self._reported and not self.given:
             raise UserError(
                 f"the data has no valid row, {len(self._reported)} are malformed; {REPAIR}"

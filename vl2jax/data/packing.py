@@ -1,4 +1,4 @@
-"""Samples of different lengths share rows and tile slots: choice of places, and the batch.
+"""Packing: puts several samples into each row of a batch, within its budgets of tokens and tiles.
 
 Axis legend: P pools, B rows per pool, T tokens per row, I tile slots per pool, S pixels per tile
 side.
@@ -15,22 +15,25 @@ from vl2jax.common.errors import UserError
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.collate import Sample, empty_batch, place
 
-# Samples that may wait for the next batch: what does not fit into the rest of one batch goes first
-# into the next, so more of them fill better, and each holds its tiles in memory.
+# Maximum number of samples that wait for the next batch because they did not fit into the current
+# one.  More of them fill batches better, but the tiles of each are kept in memory.
 WAITING = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchShape:
-    """Both budgets of a batch.
+    """Shape of a batch, which is its budget of tokens and tiles.
 
     Attributes:
-      pools: P, groups of rows with tile slots of their own: the parts of every microbatch that a
-        mesh splits the batch into.
-      rows: B, rows of each pool.
-      length: T, tokens of each row.
-      tiles: I, tile slots that the rows of a pool share.
-      segments: samples in a row at most; 1 packs nothing.
+      pools: P, number of groups of rows that have their own tile slots: one for each part into
+        which the mesh splits each microbatch.
+      rows: B, rows of a pool.
+      length: T, tokens of a row.
+      tiles: I, tile slots of a pool, which its rows share.
+      segments: maximum number of samples in a row; 1 turns packing off.
+
+    Raises:
+      UserError: a value is too small.
     """
 
     pools: int
@@ -46,25 +49,30 @@ class BatchShape:
                 raise UserError(f"config.batch.{field.name} is {value}, expected {least} or more")
 
     def check(self, sample: Sample) -> None:
-        """Raises UserError for a sample that no batch of this shape can hold."""
+        """Raises UserError if a sample does not fit into an empty batch of this shape."""
         tokens, tiles = len(sample), len(sample.tiles)
         if tokens > self.length:
             raise UserError(
-                f"the sample has {tokens} tokens, a row only {self.length}: raise"
+                f"the sample has {tokens} tokens, but a row only {self.length}: raise"
                 f" config.batch.length to {tokens}, or shorten the sample"
             )
         if tiles > self.tiles:
             raise UserError(
-                f"the sample has {tiles} tiles, a part of the batch only {self.tiles} slots: raise"
-                f" config.batch.tiles to {tiles} for each part, or give fewer images"
+                f"the sample has {tiles} tiles, but a part of the batch only {self.tiles} slots:"
+                f" raise config.batch.tiles to {tiles} for each part, or give fewer images"
             )
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Place:
-    """Where a sample lies in a batch: its pool and row, the first of its columns and tile slots.
+    """Place of a sample in a batch.
 
-    `segment` is its number in the row, from 1.
+    Attributes:
+      pool: its pool.
+      row: its row in the pool.
+      segment: its segment id, from 1.
+      offset: the first of its columns.
+      slot: the first of its tile slots.
     """
 
     pool: int
@@ -75,19 +83,27 @@ class Place:
 
 
 class Plan:
-    """The room left in one batch."""
+    """Assigns places in one batch to samples, and tracks the remaining budgets."""
 
     def __init__(self, shape: BatchShape):
         self._shape = shape
-        self._columns = np.zeros((shape.pools, shape.rows), np.int64)  # used, of each row
+        self._columns = np.zeros((shape.pools, shape.rows), np.int64)  # used columns of each row
         self._segments = np.zeros((shape.pools, shape.rows), np.int64)
-        self._slots = np.zeros(shape.pools, np.int64)  # used, of each pool
+        self._slots = np.zeros(shape.pools, np.int64)  # used tile slots of each pool
 
     def add(self, tokens: int, tiles: int) -> Place | None:
-        """Takes room for a sample; None where there is none.
+        """Reserves a place for a sample.
 
-        A sample goes into the row that it leaves least room in.  Pictures go into the pool with
-        most free slots, which balances the tiles; text goes where fewest are free.
+        A sample with images is placed in the pool with the most free tile slots, which balances the
+        tiles; a sample without, in the pool with the fewest.  In the pool, the sample is placed in
+        the fullest row into which it fits (best fit).
+
+        Args:
+          tokens: number of its tokens.
+          tiles: number of its tiles.
+
+        Returns:
+          The place; None if the sample does not fit.
         """
         free = self._shape.tiles - self._slots
         fits = self._open() & (self._columns + tokens <= self._shape.length)
@@ -111,16 +127,16 @@ class Plan:
 
     @property
     def full(self) -> bool:
-        """Whether no row can take another token."""
+        """Whether no row has room for another token."""
         return not (self._open() & (self._columns < self._shape.length)).any()
 
     def _open(self) -> np.ndarray:
-        """bool[P, B]: rows that may take another sample."""
+        """bool[P, B]: rows with fewer than the maximum number of samples."""
         return self._segments < self._shape.segments
 
 
 class Item(Protocol):
-    """What a packer packs: anything that carries a sample."""
+    """An item for the packer: an object with a sample."""
 
     @property
     def sample(self) -> Sample: ...
@@ -130,31 +146,36 @@ T = TypeVar("T", bound=Item)
 
 
 class Packer(Generic[T]):
-    """Chooses the samples of each batch; those that do not fit wait and are tried first next time.
+    """Chooses the samples of each batch.
+
+    Items that do not fit wait, and are the first to be placed in the next batch.
 
     Attributes:
-      waiting: the items that wait, oldest first.
+      waiting: the waiting items, oldest first.
     """
 
     def __init__(self, shape: BatchShape, waiting: int = WAITING):
-        """
+        """Makes a packer without waiting items.
+
         Args:
-          waiting: how many may wait; a batch is complete when so many do, or when it is full.
+          shape: shape of the batches.
+          waiting: maximum number of waiting items; a batch is complete when it is reached, or when
+            all rows are full.
         """
         self.waiting: list[T] = []
         self._shape, self._limit = shape, waiting
 
     def fill(self, stream: Iterator[T]) -> list[tuple[Place, T]]:
-        """Places items into one batch: first those that wait, then new ones.
+        """Fills one batch, first with waiting items, then with new ones.
 
-        The oldest that waits always finds room, so nothing waits for more batches than there are
-        others before it.
+        The oldest waiting item always fits, so an item waits for at most as many batches as items
+        were waiting before it.
 
         Args:
-          stream: gives items whose samples passed `BatchShape.check`; it is read as far as needed.
+          stream: items whose samples passed `BatchShape.check`; read as far as needed.
 
         Returns:
-          Items with their places, by pool, row and segment; [] when all came and went.
+          Places and items, sorted by pool, row and segment; [] if there are no more items.
         """
         plan, placed = Plan(self._shape), []
         retried, self.waiting = self.waiting, []
@@ -183,17 +204,18 @@ def assemble(
     tile_side: int,
     tokens_per_tile: int,
 ) -> Batch:
-    """Writes samples at their places.
+    """Makes a batch of samples and their places.
 
     Args:
-      placed: places of one batch, as a `Packer` gives them, each with its sample.
-      pad_id: token at padding.
+      placed: the places in one batch, as a `Packer` returns them, each with its sample.
+      shape: shape of the batch.
+      pad_id: token id of padding.
       tile_side: S.
-      tokens_per_tile: rows of the visual table per tile.
+      tokens_per_tile: visual tokens per tile.
 
     Returns:
-      A `Batch` of numpy arrays: tiles uint8[P, I, S, S, 3], tokens int32[P, B, T] and so on;
-      `image_index` points into the table of the pool.
+      A `Batch` of numpy arrays: tiles uint8[P, I, S, S, 3], the other fields [P, B, T].
+      `image_index` refers to the tiles of the same pool.
     """
     batch = empty_batch(
         shape.rows,
@@ -218,5 +240,12 @@ def assemble(
 
 
 def supervised(batch: Batch) -> np.ndarray:
-    """bool, shaped as the tokens: the targets that count; a sequence's first token is none."""
+    """Returns which tokens count in the loss: targets except the first token of a sequence.
+
+    Args:
+      batch: numpy arrays, of any leading axes.
+
+    Returns:
+      bool, in the shape of `batch.tokens`.
+    """
     return batch.loss_mask & (batch.segment_ids > 0) & (batch.positions > 0)

@@ -1,4 +1,4 @@
-"""Pictures as rows of data name them: paths, URLs, bytes, or records with one of these."""
+"""Image sources in rows of data files: paths, URLs, bytes, or records with one of these."""
 
 import base64
 import binascii
@@ -17,15 +17,16 @@ _FORMS = "a path, a file:// or data: URL, or {'bytes': ...}"
 
 
 def picture(value: Any, root: pathlib.Path) -> ImageSource:
-    """What `image.load_image` opens; a file must exist and hold something.
+    """Converts an image of a row to a source for `image.load_image`; checks that the file exists.
 
     Args:
-      value: a path, a URL, bytes, or a mapping with `bytes` (base64 where it is a text), `path` or
-        `url`, the first that is there.
-      root: where relative paths begin.
+      value: a path, a URL, bytes, a PIL image, or a mapping with `bytes` (base64 if it is a text),
+        `path` or `url`; the first of these keys is used.
+      root: folder of relative paths.
 
     Raises:
-      UserError: none of these, no such file, an empty one, or not base64.
+      UserError: the value is none of these, the file does not exist or is empty, or `bytes` is not
+        valid base64.
     """
     if isinstance(value, Mapping):
         key = next((key for key in ("bytes", "path", "url") if value.get(key) is not None), None)
@@ -38,7 +39,7 @@ def picture(value: Any, root: pathlib.Path) -> ImageSource:
         return value
     if isinstance(value, bytes):
         if not value:
-            raise UserError("no bytes; expected those of an image file, put them there")
+            raise UserError("no bytes; expected the content of an image file")
         return value
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise UserError(f"expected {_FORMS}, got {value!r:.80}")

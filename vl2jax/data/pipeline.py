@@ -1,7 +1,8 @@
-"""From sources of rows to packed batches, in an order that a checkpoint can take up again.
+"""The input pipeline: sources of rows to packed batches, resumable from a checkpoint (grain).
 
-Everything before packing has random access, so the state of the pipeline is a few integers: the
-number of the row that comes next, and those of the samples that were read and wait for room.
+All stages before packing have random access, so the state of the pipeline is a few integers: the
+position of the next row in the data order, and the positions of the samples that wait in the
+packer.
 """
 
 import dataclasses
@@ -22,22 +23,25 @@ from vl2jax.data.row import Source
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.processor import Processor
 
-# Samples read ahead by each thread or process.
+# Samples that each thread or worker process reads ahead.
 READ_AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """A batch, and what is in it.
+    """A packed batch, with the origin of its samples and its counts.
 
     Attributes:
-      batch: numpy arrays with a leading axis of pools (see `packing.assemble`).
-      rows: int64[samples]. Numbers of the samples in the order of the data, over all processes, by
-        pool, row and segment: they name the batch, and the same settings find its samples again.
-      names: where each sample comes from, as messages name it.
-      samples, images, tiles: how many are in it.
-      tokens: without padding; `supervised`: those that count in the loss.
-      pool_counts: int64[pools, 4]. Tokens, images, tiles and supervised tokens of each pool.
+      batch: numpy arrays with a leading axis of pools, see `packing.assemble`.
+      rows: int64[samples], position of each sample in the data order of all processes, sorted by
+        pool, row and segment.  With the same settings they identify the batch.
+      names: origin of each sample (file and row), as in messages.
+      samples: number of samples.
+      images: number of images.
+      tiles: number of tiles.
+      tokens: number of tokens without padding.
+      supervised: number of tokens that count in the loss.
+      pool_counts: int64[pools, 4]; tokens, images, tiles and supervised tokens of each pool.
     """
 
     batch: Batch
@@ -68,33 +72,36 @@ def make_pipeline(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset:
-    """Mixes, shuffles, reads and packs rows.
+    """Makes a dataset that mixes, shuffles, reads and packs the rows of several sources.
 
-    The state of its iterators (`get_state`, `set_state`) is a small JSON object; an iterator that
-    takes it up gives the same batches, bit for bit, whatever its threads, workers and prefetch.
+    The state of its iterators (`get_state`, `set_state`) is a small JSON object.  An iterator that
+    is restored from it produces the same batches bit for bit, for any threads, workers and
+    prefetch.
 
     Args:
-      sources: each with its weight. Without `repeat` every row comes once, source after source, and
-        weights mean nothing.
-      processor: makes rows into samples.
-      shape: of the batches of this process.
-      mask_prompt: whether only answers are supervised.
-      seed: of the order; each source and each of its epochs gets another one.
-      repeat: whether sources begin anew at their end, for ever; else the last batch may have room.
-      on_error: what happens at a malformed row: "raise" a UserError, or "skip" it.
-      on_skip: gets the message of each row that is skipped, once; called in a background thread.
-      threads: that read rows, decode pictures and tokenise, in each worker process.
-      workers: processes that do so; 0 for threads of this process only.  Sources must then survive
-        pickling, and the program's main module must be importable without running.
-      prefetch: finished batches held ready by a background thread.
-      process_index, process_count: this process takes its share of every source.
+      sources: pairs of source and weight.  Without `repeat`, the sources are concatenated, each row
+        is read once, and weights are ignored.
+      processor: makes samples of rows.
+      shape: shape of the batches of this process.
+      mask_prompt: whether only answers are targets.
+      seed: seed of the order; each source and each epoch is shuffled differently.
+      shuffle: whether to shuffle the rows of each source.
+      repeat: whether to repeat the sources forever; otherwise the last batch may be partly empty.
+      on_error: "raise" raises a UserError for a malformed row, "skip" skips the row.
+      on_skip: called once with each message about skipped rows, in a background thread.
+      threads: threads that read rows, decode images and tokenize, in each worker process.
+      workers: worker processes that do so; 0: only threads of this process.  With workers, sources
+        must be picklable, and importing the program's main module must not run the program.
+      prefetch: number of batches that a background thread prepares ahead.
+      process_index: number of this process; it reads its share of each source.
+      process_count: number of processes.
 
     Returns:
-      A dataset whose iterators give `PackedBatch`es.  Close them (`contextlib.closing`) before the
-      program ends: that ends their threads and processes.
+      A dataset whose iterators produce `PackedBatch`es.  Close the iterators (`contextlib.closing`)
+      before the program ends, to end their threads and processes.
 
     Raises:
-      UserError: no source, an empty one, or a setting out of its range.
+      UserError: there is no source, a source is empty, or a setting is out of range.
     """
     weights = [float(weight) for _, weight in sources]
     opened = [source for source, _ in sources]
@@ -129,7 +136,15 @@ def make_pipeline(
 
 
 class PackedDataset(grain.IterDataset):
-    """Packs the samples of a random-access dataset of `ReadRow`s into batches."""
+    """Packs the samples of a random-access dataset of `ReadRow`s into batches.
+
+    Attributes:
+      samples: the dataset, in the data order.
+      shape: shape of the batches.
+      on_skip: called with messages about malformed rows; None: they are raised.
+      identity: settings that determine the data order.
+      assemble: makes a `Batch` of placed samples.
+    """
 
     def __init__(
         self,
@@ -144,9 +159,14 @@ class PackedDataset(grain.IterDataset):
     ):
         """
         Args:
-          samples: what each number of the order is.
-          on_skip: gets messages about malformed rows; None to raise them.
-          identity: what the order depends on, fit for JSON; a state with another one is refused.
+          samples: dataset of `ReadRow`s and `BadRow`s, in the data order.
+          shape: shape of the batches.
+          processor: has the padding id and the sizes of tiles.
+          threads: threads that read ahead, in each worker process.
+          workers: worker processes; 0: none.
+          on_skip: called with messages about malformed rows; None: raise them.
+          identity: settings that determine the data order, as JSON values; a state with other
+            settings is rejected.
         """
         super().__init__(samples)
         self.samples, self.shape = samples, shape
@@ -164,13 +184,14 @@ class PackedDataset(grain.IterDataset):
         return PackedIterator(self)
 
     def read_from(self, index: int) -> grain.DatasetIterator:
-        """Reads ahead from a number of the order on."""
+        """Returns an iterator that reads ahead, starting at a position of the data order."""
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=READ_AHEAD * self._threads
         )
         ahead = self.samples[index:].to_iter_dataset(options)
         if self._workers:
-            if not flags.FLAGS.is_parsed():  # Grain hands flags to its workers; a library has none
+            # Grain passes absl flags to its workers, which fails if they are not parsed.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=READ_AHEAD
@@ -180,9 +201,9 @@ class PackedDataset(grain.IterDataset):
 
 
 class PackedIterator(grain.DatasetIterator):
-    """Gives `PackedBatch`es; its state is what comes next and what waits."""
+    """Produces `PackedBatch`es; its state is the next position and those of waiting samples."""
 
-    _ahead: grain.DatasetIterator | None = None  # opened by the first batch
+    _ahead: grain.DatasetIterator | None = None  # created by the first `__next__`
 
     def __init__(self, dataset: PackedDataset):
         super().__init__()
@@ -221,15 +242,19 @@ class PackedIterator(grain.DatasetIterator):
         )
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` takes, fit for JSON."""
+        """Returns the state after the last batch, as JSON values."""
         waiting = [item.index for item in self._packer.waiting]
         return {"next": self._next, "waiting": waiting, "data": self._dataset.identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch that the state was taken after.
+        """Continues after the batch at which the state was taken.
+
+        Args:
+          state: see `get_state`.
 
         Raises:
-          UserError: the order of the data is another one, or a row that waited cannot be read.
+          UserError: the settings of the data differ from those of the state, or a row whose sample
+            was waiting can no longer be read.
         """
         _check_identity(state["data"], self._dataset.identity)
         waiting = []
@@ -243,7 +268,7 @@ class PackedIterator(grain.DatasetIterator):
         self._errors.given |= self._next > 0
 
     def close(self) -> None:
-        """Ends the threads and processes that read ahead."""
+        """Ends the threads and worker processes."""
         self._stop_reading()
         super().close()
 
@@ -253,7 +278,7 @@ class PackedIterator(grain.DatasetIterator):
         self._ahead = None
 
     def _good(self, ahead: Iterator[ReadRow | BadRow]) -> Iterator[ReadRow]:
-        """Rows that are samples; malformed ones are raised or reported."""
+        """Valid rows; malformed rows are raised or reported."""
         for item in ahead:
             self._next = item.index + 1
             if isinstance(item, BadRow):
@@ -264,11 +289,11 @@ class PackedIterator(grain.DatasetIterator):
 
 
 def _ignore(message: str) -> None:
-    """Takes a message and does nothing with it."""
+    """Ignores a message."""
 
 
 def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError where a state belongs to another order of the data."""
+    """Raises UserError if the state was saved with other settings of the data."""
     for name, value in current.items():
         if saved.get(name) != value:
             raise UserError(
@@ -278,7 +303,7 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _check_sources(sources: Sequence[Source], weights: Sequence[float]) -> None:
-    """Raises UserError where there is nothing to read."""
+    """Raises UserError if there is no source, or one is empty or has a bad weight."""
     if not sources:
         raise UserError("there is no data source; name at least one in config.data")
     for number, (source, weight) in enumerate(zip(sources, weights, strict=True), 1):
@@ -289,7 +314,7 @@ def _check_sources(sources: Sequence[Source], weights: Sequence[float]) -> None:
 
 
 def _check_settings(on_error: str, seed: int, threads: int, workers: int, prefetch: int) -> None:
-    """Raises UserError for a setting out of its range."""
+    """Raises UserError if a setting is out of range."""
     if on_error not in ("raise", "skip"):
         raise UserError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
     for name, value, least in (

@@ -1,4 +1,4 @@
-"""Packed samples as text and pictures, so that people look before they train."""
+"""Preview of packed batches as text and an image, to check the data before training."""
 
 import itertools
 import os
@@ -18,10 +18,10 @@ from vl2jax.processing.batch import FIRST_TILE_ROW, VIEW_SEPERATOR, Batch
 from vl2jax.processing.processor import Processor
 
 PICTURE = "preview.png"
-_COLUMNS = 8  # tiles across the picture at most
-_LEAST_SIDE, _MOST_SIDE = 112, 192  # pixels of a tile in the picture
+_COLUMNS = 8  # maximum number of tiles side by side
+_LEAST_SIDE, _MOST_SIDE = 112, 192  # range of the side of a tile in pixels
 _MARGIN, _LABEL = 6, 14
-_BACKGROUND = (208, 208, 208)  # tells where a white tile ends
+_BACKGROUND = (208, 208, 208)  # grey, so that the edges of white tiles are visible
 
 
 def preview(
@@ -31,18 +31,20 @@ def preview(
     count: int,
     stream: TextIO | None = None,
 ) -> list[str]:
-    """Shows the first samples of packed batches as the model will see them.
+    """Prints the first samples of packed batches, and writes their tiles to preview.png.
 
-    What is supervised is green and underlined on a terminal, else within ⟦ ⟧; each run of image
-    tokens is one placeholder. The tiles of the samples are written to `out_dir`/preview.png.
+    Supervised text is green and underlined on a terminal, and between ⟦ and ⟧ elsewhere.  Each run
+    of visual tokens is shown as one placeholder.
 
     Args:
-      batches: read as far as needed.
-      count: samples to show.
-      stream: where the text is written; standard output by default.
+      batches: packed batches; read as far as needed.
+      processor: its tokenizer decodes the text.
+      out_dir: folder of preview.png, which is not written if the samples have no tiles.
+      count: number of samples.
+      stream: where to write the text; None: standard output.
 
     Returns:
-      One block of text for each sample.
+      The text of each sample.
     """
     out = sys.stdout if stream is None else stream
     marks = ("\x1b[4;32m", "\x1b[0m") if out.isatty() else ("⟦", "⟧")
@@ -57,7 +59,7 @@ def preview(
     if tiles:
         path = pathlib.Path(out_dir) / PICTURE
         path.parent.mkdir(parents=True, exist_ok=True)
-        _contact(tiles).save(path)
+        _contact_sheet(tiles).save(path)
         out.write(f"{len(tiles)} tiles: {path}\n")
     else:
         out.write("these samples have no pictures\n")
@@ -65,7 +67,7 @@ def preview(
 
 
 def _samples(batches: Iterable[PackedBatch]) -> Iterator[tuple[str, Batch]]:
-    """Samples cut out of packed batches: a title, and a batch of [T] with its pool's tiles."""
+    """The title of each sample, and its part of the batch: fields [T], and its pool's tiles."""
     for number, packed in enumerate(batches, 1):
         names = zip(packed.names, packed.rows, strict=True)
         pools, rows, _ = packed.batch.tokens.shape
@@ -85,13 +87,13 @@ def _samples(batches: Iterable[PackedBatch]) -> Iterator[tuple[str, Batch]]:
 
 
 def _slots(image_index: np.ndarray, tokens_per_tile: int) -> list[int]:
-    """Tile slots that a sample reads, in order."""
+    """Tile slots of a sample, in order."""
     rows = image_index[image_index >= FIRST_TILE_ROW]
     return np.unique((rows - FIRST_TILE_ROW) // tokens_per_tile).tolist()
 
 
 def _text(sample: Batch, processor: Processor, marks: tuple[str, str]) -> str:
-    """Decoded tokens, each supervised run between marks, each run of image tokens in short."""
+    """Decoded tokens; supervised runs are between marks, visual tokens become a placeholder."""
     kinds = np.where(sample.image_index >= 0, 2, supervised(sample))
     cuts = np.flatnonzero(np.diff(kinds)) + 1
     parts = []
@@ -108,8 +110,8 @@ def _text(sample: Batch, processor: Processor, marks: tuple[str, str]) -> str:
     return "".join(parts)
 
 
-def _contact(tiles: list[tuple[str, np.ndarray]]) -> PIL.Image.Image:
-    """Tiles in lines of `_COLUMNS`, each with its label above."""
+def _contact_sheet(tiles: list[tuple[str, np.ndarray]]) -> PIL.Image.Image:
+    """Contact sheet of tiles, `_COLUMNS` per row, each with its label above."""
     side = int(np.clip(tiles[0][1].shape[0], _LEAST_SIDE, _MOST_SIDE))
     across, down = min(_COLUMNS, len(tiles)), -(-len(tiles) // _COLUMNS)
     step_x, step_y = side + _MARGIN, side + _MARGIN + _LABEL

@@ -1,7 +1,7 @@
-"""Rows of several sources as one long order with random access: which row a number is, as a sample.
+"""The data order: the rows of several sources as one dataset of samples with random access.
 
-Whatever reads the order, in whatever threads and processes, gets the same sample for a number; so
-a place in the data is one integer.
+A position in the data order always gives the same sample, in any thread or process.  So one integer
+is enough to resume.
 """
 
 import dataclasses
@@ -24,9 +24,10 @@ class ReadRow:
     """A row that was read.
 
     Attributes:
-      index: its number in the order.
+      index: its position in the data order.
       source: number of its source.
-      where: how messages name it.
+      where: its name in messages.
+      sample: its sample.
     """
 
     index: int
@@ -37,7 +38,13 @@ class ReadRow:
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-    """A malformed row: its number in the order, that of its source, and what is wrong with it."""
+    """A malformed row.
+
+    Attributes:
+      index: its position in the data order.
+      source: number of its source.
+      error: the error message.
+    """
 
     index: int
     source: int
@@ -45,7 +52,7 @@ class BadRow:
 
 
 class Reader:
-    """Makes a number of the order, and the source and row that lie there, into a `ReadRow`."""
+    """Reads the row at a position of the data order, and makes a sample of it."""
 
     def __init__(
         self,
@@ -63,7 +70,8 @@ class Reader:
             row = self._sources[source][number]
             sample = self._sample(row)
         except UserError as error:
-            # As a value: it reaches the packer in its turn, from threads and processes alike.
+            # Returned, not raised, so that it reaches the packer in order from any thread or
+            # process.
             return BadRow(index, source, str(error))
         return ReadRow(index, source, row.where, sample)
 
@@ -86,11 +94,22 @@ def mixed_order(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.MapDataset:
-    """(number of the source, number of the row), by number of this process's order.
+    """Makes the data order of one process.
 
-    Each source is shuffled anew in each epoch, unless it says `ordered`, and divided among
-    processes before it is mixed, so that all processes see the same mixture. Without `repeat`
-    sources follow one another.
+    Each source is shuffled (unless it is `ordered`), repeated, and split among the processes.  Then
+    the sources are mixed, so that all processes have the same mixture.
+
+    Args:
+      sources: the sources.
+      weights: weight of each source in the mixture.
+      seed: seed of shuffling; each source and each epoch is shuffled differently.
+      shuffle: whether to shuffle.
+      repeat: whether to repeat the sources forever; otherwise they are concatenated, not mixed.
+      process_index: number of this process.
+      process_count: number of processes.
+
+    Returns:
+      A dataset of (number of the source, number of the row).
     """
     parts = []
     for number, source in enumerate(sources):

@@ -1,4 +1,4 @@
-"""What every source of training data gives: one conversation with its pictures."""
+"""`Row`: the record that every data format is converted to; `Source`: a sequence of rows."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ from vl2jax.processing.image import ImageSource
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One training example before tokenisation.
+    """One training example before tokenization.
 
     Attributes:
-      messages: turns as `prompt.read_conversation` takes them: `{"role": "user", "content": ...}`,
-        images as `<image>` in the text; empty where the row is plain text.
-      images: sources of the pictures, one for each `<image>`, in order.
-      where: how a message about this row names it: "captions.jsonl:17".
-      text: a document without turns (pre-training), all of it supervised; then no messages.
+      messages: the messages of a conversation, `{"role": "user", "content": ...}`, with `<image>`
+        placeholders in the text, see `prompt.read_conversation`; empty for a document.
+      images: source of the image of each placeholder, in order.
+      where: name of the row in messages, such as "captions.jsonl:17".
+      text: a document (pre-training), which is supervised as a whole; None for a conversation.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()
@@ -26,9 +26,9 @@ class Row:
 
 
 class Source(Protocol):
-    """Rows by number.  `source[i]` raises `UserError` for a malformed row, naming `where`.
+    """A sequence of rows.  `source[i]` raises UserError, naming the row, if it is malformed.
 
-    One with an attribute `ordered` that is true is read in order, never shuffled.
+    A source with a true attribute `ordered` is read in order, never shuffled.
     """
 
     def __len__(self) -> int: ...

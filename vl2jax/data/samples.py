@@ -1,4 +1,4 @@
-"""A `Row` becomes a `Sample`: the one place where training data is tokenised and decoded."""
+"""Makes a `Sample` of a `Row`: all training data is tokenized and decoded here."""
 
 import dataclasses
 
@@ -9,14 +9,16 @@ from vl2jax.processing.processor import Processor
 
 
 def read_sample(row: Row, processor: Processor, *, mask_prompt: bool | None = None) -> Sample:
-    """Tokenises a row and decodes its pictures.
+    """Tokenizes a row and decodes its images.
 
     Args:
-      mask_prompt: whether questions are no targets; None as the processor's settings say.  Of a
-        document all text is a target.
+      row: a conversation or a document; all text of a document is a target.
+      processor: the processor.
+      mask_prompt: whether only answers are targets; None: the processor's setting.
 
     Raises:
-      UserError: the row does not fit the model, or a picture is damaged; begins with `row.where`.
+      UserError: the row does not fit the model, or an image cannot be loaded; the message begins
+        with `row.where`.
     """
     try:
         if row.text is not None:
@@ -26,4 +28,4 @@ def read_sample(row: Row, processor: Processor, *, mask_prompt: bool | None = No
             sample = processor.sample(row.messages, row.images, **options)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
-    return dataclasses.replace(sample, image_sources=())  # whose bytes may be in memory
+    return dataclasses.replace(sample, image_sources=())  # frees images that are bytes in memory

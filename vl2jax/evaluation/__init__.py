@@ -1,5 +1,5 @@
-"""Scores: how an answer is judged, and how scores are shown and compared.
+"""Evaluation: scores answers against expected ones, and shows and compares scores.
 
-It scores text and boxes and knows no model.  Imports `common`, `processing` and `synthetic`.
+It works on texts and boxes and never runs a model.  Imports `common`, `processing` and `synthetic`.
 Start with `scoring.py`.
 """

@@ -1,14 +1,17 @@
-"""Scores of a model beside those of the same model with quantised weights."""
+"""Compares the scores of a model with those of the same model with quantised weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 
 def difference(whole: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What each measure of `other` has more than `whole`, family by family, and in summary.
+    """Subtracts the scores of `whole` from those of `other`.
 
     Args:
-      whole, other: `families` and `summary` of the same questions, as scores.json has them.
+      whole, other: `families` and `summary` for the same questions, as in scores.json.
+
+    Returns:
+      `families` and `summary` with the difference of each measure; None if a measure is undefined.
     """
     families = {}
     for name, measures in whole["families"].items():
@@ -30,13 +33,13 @@ def side_by_side(
     measures: Mapping[str, str],
     figure: Callable[[str, float], str],
 ) -> str:
-    """Both columns and the difference, for people.
+    """Formats a table with both scores and their difference.
 
     Args:
-      scores: as scores.json has them, with those of `kind` and the `difference`.
-      kind: of quantisation.
-      measures: key -> name.
-      figure: (key, value) -> how it is written.
+      scores: content of scores.json, including the scores of `kind` and the `difference`.
+      kind: kind of quantisation.
+      measures: names of the measures, by key.
+      figure: formats a value: (key, value) -> text.
     """
     other, more = scores[kind], scores["difference"]
 

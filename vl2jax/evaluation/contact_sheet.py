@@ -1,4 +1,4 @@
-"""Questions, pictures and answers on one picture: what is right and what is wrong, at one look."""
+"""Contact sheets: one image that shows questions with their images, answers and verdicts."""
 
 import dataclasses
 import re
@@ -10,8 +10,8 @@ import PIL.ImageDraw
 from vl2jax.processing.grounding import SCALE, clamp, fit_text
 
 CARD_WIDTH = 260
-PICTURE_SIZE = (CARD_WIDTH - 16, 150)  # room for the pictures of a card
-LARGEST_SCALE = 3  # small pictures are enlarged so much at most
+PICTURE_SIZE = (CARD_WIDTH - 16, 150)  # maximum size of the images of a card
+LARGEST_SCALE = 3  # maximum enlargement of small images
 RIGHT, WRONG = (22, 122, 60), (192, 38, 38)
 _PAPER, _CARD, _INK, _PALE = (226, 228, 232), (255, 255, 255), (30, 30, 30), (110, 110, 110)
 _GAP, _PAD, _HEAD = 10, 8, 24
@@ -19,23 +19,24 @@ _TEXT, _TITLE = 13, 20  # font sizes
 _LINE = 17
 _MOST_LINES = {"Q": 5, "expected": 5, "answer": 6}
 
-# What is never cut: a run of ASCII characters, or a single other one.
+# Lines are broken between units: runs of ASCII characters, or single other characters.
 _UNITS = re.compile(r"[!-~]+|\s+|.", re.DOTALL)
-# Whole labels and lists of boxes read better without their tags; what is malformed keeps them.
+# Well-formed labels and boxes are shown without their tags; malformed ones keep them.
 _PAIR = re.compile(r"<\|ref\|>([^<]*)<\|/ref\|><\|det\|>([^<]*)<\|/det\|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One question and what became of it.
+    """One question and its answer.
 
     Attributes:
-      name: of the question.
-      correct: whether the answer is right.
-      pictures: what was asked about, in order.
+      name: name of the question.
+      correct: whether the answer is correct.
+      pictures: images of the question, in order.
       question, expected, answer: texts.
-      note: a few words on the score, or nothing.
-      true_boxes, answered_boxes: edges from 0 to 999 over picture number `boxes_image`.
+      note: short remark on the score; "": none.
+      true_boxes, answered_boxes: x0, y0, x1, y1 in 0 to 999, for image number `boxes_image`.
+      boxes_image: number of the image with the boxes, from 0.
     """
 
     name: str
@@ -51,14 +52,14 @@ class Card:
 
 
 def draw_sheet(title: str, rows: Sequence[Sequence[Card]]) -> PIL.Image.Image:
-    """Lays out cards in rows.
+    """Draws cards in rows.
 
     Args:
-      title: one line above them.
-      rows: may differ in length.
+      title: one line above the cards.
+      rows: rows of cards, which may differ in length.
 
     Returns:
-      A picture, mode RGB; as wide as the longest row.
+      An RGB image.
     """
     drawn = [[draw_card(card) for card in row] for row in rows if row]
     heights = [max(card.height for card in row) for row in drawn]
@@ -79,7 +80,7 @@ def draw_sheet(title: str, rows: Sequence[Sequence[Card]]) -> PIL.Image.Image:
 
 
 def _title(title: str, width: int) -> PIL.Image.Image:
-    """The band at the top: the title, and what the colours of the boxes mean."""
+    """Draws the header: the title and the legend of the boxes."""
     band = PIL.Image.new("RGB", (width, 64), _INK)
     pen = PIL.ImageDraw.Draw(band)
     text, font = fit_text(title, _TITLE)
@@ -92,7 +93,7 @@ def _title(title: str, width: int) -> PIL.Image.Image:
 
 
 def draw_card(card: Card) -> PIL.Image.Image:
-    """One card, `CARD_WIDTH` wide and as high as it needs to be."""
+    """Draws a card of width `CARD_WIDTH`; its height depends on the content."""
     width = CARD_WIDTH - 2 * _PAD
     colour = RIGHT if card.correct else WRONG
     texts = (("Q", card.question, _INK), ("expected", card.expected, _PALE))
@@ -112,7 +113,7 @@ def draw_card(card: Card) -> PIL.Image.Image:
 def _head(card: Card, colour: tuple[int, int, int]) -> PIL.Image.Image:
     band = PIL.Image.new("RGB", (CARD_WIDTH, _HEAD), colour)
     pen = PIL.ImageDraw.Draw(band)
-    verdict = ("right" if card.correct else "WRONG") + (f", {card.note}" if card.note else "")
+    verdict = ("correct" if card.correct else "WRONG") + (f", {card.note}" if card.note else "")
     text, font = fit_text(verdict, _TEXT)
     room = font.getlength(text)
     pen.text((CARD_WIDTH - _PAD - room, 4), text, font=font, fill=_CARD)
@@ -123,7 +124,7 @@ def _head(card: Card, colour: tuple[int, int, int]) -> PIL.Image.Image:
 
 
 def _pictures(card: Card) -> PIL.Image.Image | None:
-    """The pictures side by side with the boxes drawn; None if there is none."""
+    """Draws the images side by side, with boxes; returns None if there are no images."""
     if not card.pictures:
         return None
     gap = 6
@@ -137,7 +138,7 @@ def _pictures(card: Card) -> PIL.Image.Image | None:
         size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
         shown = picture.convert("RGB").resize(size, PIL.Image.Resampling.BICUBIC)
         if number == card.boxes_image:
-            # The wider line below, so that both are seen where they agree.
+            # The true boxes have wider lines, so that both are visible if the boxes are equal.
             _draw_boxes(shown, card.true_boxes, RIGHT, 4)
             _draw_boxes(shown, card.answered_boxes, WRONG, 2)
         strip.paste(shown, (x, 0))
@@ -154,7 +155,7 @@ def _draw_boxes(
     pen = PIL.ImageDraw.Draw(picture)
     for box in boxes:
         sides = (*picture.size, *picture.size)
-        # What lies far outside is cut before it is drawn.
+        # Clamp first, because drawing fails on huge coordinates.
         x0, y0, x1, y1 = (
             round(min(max(edge, -1), SCALE + 1) / SCALE * side)
             for edge, side in zip(box, sides, strict=True)
@@ -163,7 +164,7 @@ def _draw_boxes(
 
 
 def _text_block(label: str, text: str, colour: tuple[int, int, int], width: int) -> PIL.Image.Image:
-    """A label and a text, wrapped."""
+    """Draws a label and a text, wrapped to `width`."""
     readable = _PAIR.sub(r"\1 \2", text)
     text, font = fit_text(f"{label}: {readable}", _TEXT)
     lines = wrap(text, font, width, _MOST_LINES[label])
@@ -175,18 +176,20 @@ def _text_block(label: str, text: str, colour: tuple[int, int, int], width: int)
 
 
 def wrap(text: str, font, width: float, most: int) -> list[str]:
-    """Cuts a text into lines that are not wider than `width` pixels.
+    """Wraps a text.
 
     Args:
-      font: of Pillow, as `grounding.fit_text` gives.
-      most: lines; the last one ends in "..." where there is more.
+      text: the text.
+      font: Pillow font, from `grounding.fit_text`.
+      width: maximum width of a line in pixels.
+      most: maximum number of lines; a truncated text ends in "...".
 
     Returns:
-      One line at least, empty for an empty text.
+      The lines; one empty line for an empty text.
     """
     lines = [""]
     for unit in _UNITS.findall(text):
-        # A unit wider than a line is cut anywhere.
+        # A unit wider than a line is broken at any character.
         for piece in unit if font.getlength(unit) > width else [unit]:
             if lines[-1] and font.getlength(lines[-1] + piece) > width:
                 if len(lines) == most:

@@ -1,8 +1,9 @@
-"""Right or wrong: what an answer is worth, question by question and in all.
+"""Scores answers, and aggregates the scores.
 
-A text is right where it matches exactly, up to what `normalise` levels.  Boxes are right where
-there are as many as expected, each over its own expected one with an IoU of 0.5 or more; their
-labels do not count.  What is absent is refused by the expected sentence and nothing else.
+A text answer is correct if it equals the expected text after `normalise`.  A box answer is correct
+if it has as many boxes as expected, and each matches a different expected box with an IoU of at
+least 0.5; labels are not compared.  If the object in the question is absent, only the expected
+sentence is correct.
 """
 
 import dataclasses
@@ -15,19 +16,19 @@ from vl2jax.common.errors import UserError
 from vl2jax.processing import grounding
 from vl2jax.synthetic.scene import ALLOWED
 
-THRESHOLD = 0.5  # the IoU from which on a box is right
-_FINE = 10**6  # pixels per unit, so that being whole numbers costs the parsed edges nothing
+THRESHOLD = 0.5  # minimum IoU of a correct box
+_FINE = 10**6  # pixels per unit; `grounding.parse` rounds to pixels, so this keeps decimal places
 
 Rect = tuple[float, float, float, float]
 
 
 class Asked(Protocol):
-    """What scoring needs to know of a question; `synthetic.Question` is one.
+    """Protocol of a question to be scored; `synthetic.Question` implements it.
 
     Attributes:
-      answer: the expected text.
-      kind: a name of `SCORERS`.
-      boxes: expected x0, y0, x1, y1 from 0 to 999; empty unless kind is "box".
+      answer: expected text.
+      kind: key of `SCORERS`.
+      boxes: expected x0, y0, x1, y1 in 0 to 999; empty unless `kind` is "box".
     """
 
     answer: str
@@ -37,14 +38,15 @@ class Asked(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What one answer is worth.
+    """Score of one answer.
 
     Attributes:
-      correct: by the measure of the question's kind.
-      exact: whether the text matches exactly, whatever the kind.
-      iou: of boxes, 0 to 1; None for other kinds.
-      acc50: whether the boxes are right; None for other kinds.
-      refused: whether it says that the thing is absent; None for other kinds.
+      correct: whether the answer is correct by the rule of its kind.
+      exact: whether the text matches, for all kinds.
+      iou: mean IoU of the boxes, 0 to 1, where missing and surplus boxes count 0; None for other
+        kinds.
+      acc50: whether the boxes are correct; None for other kinds.
+      refused: whether the answer says that the object is absent; None for other kinds.
     """
 
     correct: bool
@@ -55,23 +57,23 @@ class Score:
 
 
 def score(question: Asked, text: str) -> Score:
-    """Scores an answer by the kind of its question.
+    """Scores an answer by the rule of its question's kind.
 
     Args:
-      question: what was asked, with what was expected.
-      text: the answer with its grounding tokens, without the end token.
+      question: the question, with the expected answer.
+      text: the answer, with its grounding tokens and without the end token.
     """
     return SCORERS[question.kind](question, text)
 
 
 def score_text(question: Asked, text: str) -> Score:
-    """Right where the text matches exactly."""
+    """Correct if the text matches, see `matches`."""
     exact = matches(question.answer, text)
     return Score(exact, exact)
 
 
 def score_boxes(question: Asked, text: str) -> Score:
-    """Right where there are as many boxes as expected and each pair has `THRESHOLD` or more."""
+    """Correct if the number of boxes is right and each pair has an IoU of at least `THRESHOLD`."""
     answered = answered_boxes(text)
     found = match_boxes(question.boxes, answered)
     count = max(len(question.boxes), len(answered))
@@ -81,13 +83,13 @@ def score_boxes(question: Asked, text: str) -> Score:
 
 
 def score_absent(question: Asked, text: str) -> Score:
-    """Right where the text is the expected refusal, and so has no box."""
+    """Correct if the text is the expected refusal, without boxes."""
     exact = matches(question.answer, text)
     refused = exact and not answered_boxes(text)
     return Score(refused, exact, refused=refused)
 
 
-# Kind of a question -> what scores it.
+# Kind of a question -> the function that scores it.
 SCORERS: Mapping[str, Callable[[Asked, str], Score]] = {
     "text": score_text,
     "box": score_boxes,
@@ -96,20 +98,22 @@ SCORERS: Mapping[str, Callable[[Asked, str], Score]] = {
 
 
 def matches(expected: str, text: str) -> bool:
-    """Whether two texts are the same once normalised."""
+    """Whether two texts are equal after `normalise`."""
     return normalise(expected) == normalise(text)
 
 
 def normalise(text: str) -> str:
-    """Levels what does not count: width of characters, case, white space, the last full stop."""
+    """Normalises character width (NFKC), case and white space, and removes a final full stop."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text[:-1].rstrip() if text.endswith((".", "。")) else text
 
 
 def answered_boxes(text: str) -> tuple[Rect, ...]:
-    """Boxes of an answer as it wrote them, from 0 to 999 where they lie in the picture.
+    """Parses the boxes of an answer.
 
-    Empty if anything about them is malformed; see `grounding.parse`.
+    Returns:
+      x0, y0, x1, y1 of each box as the model wrote them; coordinates within the image are 0 to
+      999.  Empty if a box is malformed, see `grounding.parse`.
     """
     side = grounding.SCALE * _FINE
     boxes = grounding.parse(text, (side, side)).boxes
@@ -117,14 +121,15 @@ def answered_boxes(text: str) -> tuple[Rect, ...]:
 
 
 def _coarse(x0: int, y0: int, x1: int, y1: int) -> Rect:
-    """A box on the finer grid as one from 0 to 999."""
+    """Converts a box from the fine grid to coordinates from 0 to 999."""
     return round(x0 / _FINE, 3), round(y0 / _FINE, 3), round(x1 / _FINE, 3), round(y1 / _FINE, 3)
 
 
 def match_boxes(expected: Sequence[Rect], answered: Sequence[Rect]) -> list[float]:
-    """The IoU of each expected box with the answered one that it gets, 0 where it gets none.
+    """Matches boxes one to one, greedily by highest IoU.
 
-    Pairs are made one to one, the best first; the order of the boxes does not matter.
+    Returns:
+      The IoU of each expected box with its match; 0 without a match.
     """
     pairs = [(iou(a, b), i, j) for i, a in enumerate(expected) for j, b in enumerate(answered)]
     found, taken = [0.0] * len(expected), set()
@@ -136,7 +141,7 @@ def match_boxes(expected: Sequence[Rect], answered: Sequence[Rect]) -> list[floa
 
 
 def iou(a: Rect, b: Rect) -> float:
-    """Area that two rectangles share, as a part of the area that they cover together."""
+    """Intersection over union of two rectangles; 0 if they do not overlap."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -146,11 +151,11 @@ def iou(a: Rect, b: Rect) -> float:
 
 
 def aggregate(scores: Sequence[Score]) -> dict[str, Any]:
-    """Means over scores.
+    """Averages scores.
 
     Returns:
-      `questions`, their number, and from 0 to 1: `correct`, `exact_match`, `acc50`, `mean_iou`,
-      `refused`; None where there is nothing to take the mean of.
+      `questions`, the number of scores, and the means `correct`, `exact_match`, `acc50`, `mean_iou`
+      and `refused`, 0 to 1.  A mean is None if no score has this measure.
     """
 
     def mean(name: str) -> float | None:
@@ -165,13 +170,13 @@ def aggregate(scores: Sequence[Score]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Questions with known answers.
+    """A data set of questions with known answers.
 
     Attributes:
-      families: kinds of questions, name -> what they ask.
-      splits: names; the first is the usual one.
-      question: (family, index, split=, seed=) -> a question as `synthetic.Question`.
-      summary: measure of `aggregate` -> the families whose mean stands for the whole.
+      families: description of each family of questions, by name.
+      splits: names of the splits; the first is the default.
+      question: (family, index, split=, seed=) -> question.
+      summary: families over which each measure of `aggregate` is averaged for the summary.
     """
 
     families: Mapping[str, str]
@@ -180,13 +185,13 @@ class Dataset:
     summary: Mapping[str, Sequence[str]]
 
     def check_split(self, split: str) -> str:
-        """The split; UserError for an unknown one."""
+        """Returns the split; raises UserError if it does not exist."""
         if split not in self.splits:
             raise UserError(f"no split {split!r}; there are {', '.join(self.splits)}")
         return split
 
     def check_families(self, names: Sequence[str]) -> list[str]:
-        """The families, each once; UserError for an unknown one, or none."""
+        """Returns the families without duplicates; raises UserError if one is unknown or none."""
         unknown = [name for name in names if name not in self.families]
         if unknown or not names:
             what = f"no family {unknown[0]!r}" if unknown else "no family is named"
@@ -194,13 +199,14 @@ class Dataset:
         return list(dict.fromkeys(names))
 
     def summarise(self, scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
-        """The few numbers that matter, of those families that were asked.
+        """Computes the measures of `summary` over the families that were evaluated.
 
         Args:
-          scores: of each family.
+          scores: scores by family.
 
         Returns:
-          Measure -> `value`, 0 to 1, over all `questions` of the `families`.
+          By measure: `value`, the mean over all questions of these families (0 to 1), `questions`,
+          their number, and `families`, their names.
         """
         found = {}
         for measure, names in self.summary.items():
@@ -227,7 +233,7 @@ DATASETS: Mapping[str, Dataset] = {
 
 
 def find_dataset(name: str) -> Dataset:
-    """A data set by its name; UserError for an unknown one."""
+    """Returns a data set by name; raises UserError if it does not exist."""
     if name not in DATASETS:
         raise UserError(f"no data {name!r}; there is {', '.join(DATASETS)}")
     return DATASETS[name]

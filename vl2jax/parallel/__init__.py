@@ -1,5 +1,5 @@
-"""Many devices and many processes: the mesh in force, the sharding rules, processes of one run.
+"""Parallelism: device meshes, sharding rules, and runs of several processes.
 
-Imports `common` alone; it knows a model only by the names of its parameters.  Start with
-`sharding.py`, whose tables say where every parameter and cache lies.
+Imports only `common`; it depends on the model only through the names of parameters.  Start with
+`sharding.py`, whose tables give the sharding of each parameter and cache.
 """

@@ -1,9 +1,9 @@
-"""The mesh in force while a program is traced, and where activations lie on it.
+"""The current mesh while a program is traced, and sharding constraints on activations.
 
-Mesh axes: `data` (copies of the parameters), `fsdp` (every large parameter split), `expert`
-(experts placed), `tensor` (heads, ffn width, vocabulary). A mesh may leave axes out. Model code
-knows no mesh: `jax.set_mesh` puts one in force around the call of a jitted function, and without
-one everything here does nothing.
+Mesh axes: `data` (replicates the parameters), `fsdp` (shards every large parameter), `expert`
+(shards the experts), `tensor` (shards heads, ffn width and vocabulary).  A mesh may omit axes.
+Model code takes no mesh argument: callers of a jitted function set the mesh with `jax.set_mesh`.
+Without a mesh, the functions here do nothing.
 """
 
 import contextlib
@@ -16,41 +16,41 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # the axes that rows and tiles are split over
+BATCH_AXES = ("data", "fsdp", "expert")  # the axes that shard rows and tiles
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh in force; None without one, and where it has a single device."""
+    """Returns the current mesh; None if there is none or it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def batch_axes(mesh) -> tuple[str, ...]:
-    """The axes of a mesh that rows and tiles are split over."""
+    """Returns the axes of a mesh that shard rows and tiles."""
     return tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
 def batch_shards(mesh) -> int:
-    """In how many parts a batch is split."""
+    """Returns the number of parts into which a mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def axis_size(mesh, axis: str) -> int:
-    """Devices along an axis; 1 where the mesh leaves it out."""
+    """Returns the number of devices along an axis; 1 if the mesh omits it."""
     return mesh.shape.get(axis, 1)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """Says where an activation lies.
+    """Constrains the sharding of an activation.
 
     Args:
       x: any array.
-      axes: for each of its leading axes the mesh axis (or axes) it is split over; None, and what is
-        left out: not split. Axes that the mesh lacks are ignored.
+      axes: for each leading axis of `x` the mesh axis or axes that shard it; None, and axes that
+        are not given: replicated.  Mesh axes that the mesh omits are ignored.  An axis whose size
+        is not divisible is replicated.
 
     Returns:
-      The same array; as it was where there is no mesh. An axis whose size the mesh does not divide
-      is not split.
+      `x` with the constraint; `x` unchanged if there is no mesh.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -65,9 +65,13 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def mesh_of(tree) -> contextlib.AbstractContextManager:
-    """Puts the mesh in force that the arrays of a tree lie on, where they lie on one.
+    """Context manager that makes the mesh of a tree's arrays the current mesh.
 
-    A mesh that is in force already stays; so does none where the arrays are traced.
+    It does nothing if there is already a current mesh, if the arrays are traced, or if they are not
+    on a mesh of several devices.
+
+    Args:
+      tree: pytree; its first array determines the mesh.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     if not leaves or isinstance(leaves[0], Tracer) or current_mesh() is not None:
@@ -80,9 +84,16 @@ def mesh_of(tree) -> contextlib.AbstractContextManager:
 
 
 def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
-    """`run` on each device's part, for the compiler cannot split a kernel by itself.
+    """Wraps a function in `shard_map`, because the compiler cannot partition a kernel by itself.
 
-    Without a mesh, or inside a `shard_map` over all of its axes, `run` itself.
+    Args:
+      run: function of the arrays on one device.
+      in_specs: `PartitionSpec`s of its arguments.
+      out_specs: `PartitionSpec`s of its results.
+
+    Returns:
+      The wrapped function; `run` itself if there is no mesh or the code is already inside a
+      `shard_map` over all its axes.
     """
     mesh = current_mesh()
     if mesh is None or all(kind == AxisType.Manual for kind in mesh.axis_types):
@@ -91,7 +102,15 @@ def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
 
 
 def dividing_axes(size: int, *axes: str) -> tuple[str, ...] | None:
-    """The mesh axes, of those given, over which an axis of this size is split; None: not at all."""
+    """Returns which of the given mesh axes can shard an array axis.
+
+    Args:
+      size: size of the array axis.
+      axes: mesh axes.
+
+    Returns:
+      Those that the current mesh has; None if there are none or they do not divide the size.
+    """
     mesh = current_mesh()
     if mesh is None:
         return None

@@ -1,8 +1,8 @@
-"""Many processes as one run: they find each other, are of one mind, and end together.
+"""Runs of several processes: they connect, check that they agree, exchange messages, end together.
 
-JAX joins the processes (`jax.distributed`). Beside it each keeps a connection to process 0: when a
-process ends, however, its connection closes, and all others say so and end at once, where JAX
-alone would wait for a heartbeat that does not come, inside an operation that does not return.
+`jax.distributed` connects the processes.  In addition, each process keeps a TCP connection to
+process 0.  When a process ends for any reason, its connection closes, and all others print an error
+and exit immediately.  With JAX alone they would hang in a collective until a heartbeat times out.
 """
 
 import contextlib
@@ -22,21 +22,26 @@ import jax
 from vl2jax.common.errors import UserError
 
 _BYE = b"bye\n"
-_LINK, _TOLD = "vl2jax/link", "vl2jax/told"  # keys in JAX's store of the run
-_LONG = 30 * 24 * 3600 * 1000  # milliseconds; of a process that is lost the link tells
-_PIECE = 2**18  # characters of a message that are sent together
-_JAX_GIVES_UP_LATER = 60  # seconds; it ends the process without a word that helps
+_LINK, _MESSAGES = "vl2jax/link", "vl2jax/told"  # keys in JAX's key-value store
+_LONG_TIMEOUT = 30 * 24 * 3600 * 1000  # milliseconds; `_Link` detects processes that ended
+_CHUNK = 2**18  # maximum number of characters per value in the store
+# Seconds by which JAX's timeout is longer than ours, because its error message does not help.
+_JAX_EXTRA_TIMEOUT = 60
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedOptions:
-    """How processes find each other.
+    """Options for connecting processes, see `jax.distributed.initialize`.
 
     Attributes:
-      auto: from SLURM, Open MPI, Kubernetes or Cloud TPU, as `jax.distributed.initialize` does.
-      coordinator: host:port of process 0; "" for `auto`, or for a single process.
-      num_processes, process_id: of all, and this one's; -1 where `auto` is to find them.
-      timeout: seconds to wait for the others.
+      auto: whether to detect the options from SLURM, Open MPI, Kubernetes or Cloud TPU.
+      coordinator: host:port of process 0; "" with `auto` or for a single process.
+      num_processes: number of processes; -1: detected with `auto`.
+      process_id: number of this process; -1: detected with `auto`.
+      timeout: seconds to wait for the other processes.
+
+    Raises:
+      UserError: the options contradict each other.
     """
 
     auto: bool = False
@@ -67,12 +72,16 @@ class DistributedOptions:
 
 @contextlib.contextmanager
 def distributed(options: DistributedOptions) -> Iterator[None]:
-    """Joins the processes of a run; they part when it is over. Does nothing for a single one.
+    """Context manager that connects the processes of a run; does nothing for a single process.
 
-    Must come before anything is computed. While it lasts the end of one process ends all.
+    Enter it before any JAX computation.  Inside, the end of one process ends all processes.  At the
+    end of the block all processes wait for each other and disconnect.
+
+    Args:
+      options: how to connect.
 
     Raises:
-      UserError: nothing to join is found where `auto` asks for it.
+      UserError: `auto` is set, but no supported cluster is detected.
     """
     if not options.auto and not options.coordinator:
         yield
@@ -86,12 +95,13 @@ def distributed(options: DistributedOptions) -> Iterator[None]:
             with _own_output():
                 yield
         except jax.errors.JaxRuntimeError:
-            time.sleep(5)  # of a lost peer the link knows more, and ends this process meanwhile
+            # If a process was lost, `_Link` prints a better error and exits in the meantime.
+            time.sleep(5)
             raise
         gather_to_process_0("end", "")
         broadcast_from_process_0("end")
         link.close()
-    jax.distributed.shutdown()  # what comes later need not know of the others
+    jax.distributed.shutdown()
 
 
 def _initialize(options: DistributedOptions) -> None:
@@ -99,14 +109,14 @@ def _initialize(options: DistributedOptions) -> None:
     count = f"all {options.num_processes} processes" if known else "all processes"
     name = f"process {options.process_id}" if options.process_id >= 0 else "this process"
 
-    def late() -> None:
+    def exit_on_timeout() -> None:
         _end(
             f"{name} waited {options.timeout} s and not {count} came together; start every process"
             " of the run with the same command, coordinator"
             f" {options.coordinator or 'as detected'}, and its own --process_id from 0 on"
         )
 
-    alarm = threading.Timer(options.timeout, late)
+    alarm = threading.Timer(options.timeout, exit_on_timeout)
     alarm.daemon = True
     alarm.start()
     given = {
@@ -114,13 +124,13 @@ def _initialize(options: DistributedOptions) -> None:
         "num_processes": options.num_processes if known else None,
         "process_id": options.process_id if options.process_id >= 0 else None,
     }
-    # JAX would take SIGTERM for itself, and a program that does not ask it would not stop.
+    # Otherwise JAX handles SIGTERM, and programs that do not poll its preemption service go on.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             **given,
             cluster_detection_method=None if options.auto else "deactivate",
-            initialization_timeout=options.timeout + _JAX_GIVES_UP_LATER,
+            initialization_timeout=options.timeout + _JAX_EXTRA_TIMEOUT,
         )
     except ValueError as error:
         raise UserError(
@@ -132,14 +142,14 @@ def _initialize(options: DistributedOptions) -> None:
 
 
 def assert_equal_across_processes(what: Mapping[str, Any], name: str = "config") -> None:
-    """Refuses to go on where processes were started with different settings, or read other things.
+    """Checks that all processes have the same settings or data.
 
     Args:
-      what: nested settings, fit for JSON.
-      name: of what is compared; no two have the same.
+      what: nested dict of JSON values.
+      name: name of what is compared; each call needs a new one.
 
     Raises:
-      UserError: this process has others than process 0.
+      UserError: the values of this process differ from those of process 0.
     """
     if jax.process_count() == 1:
         return
@@ -147,68 +157,75 @@ def assert_equal_across_processes(what: Mapping[str, Any], name: str = "config")
     theirs = json.loads(broadcast_from_process_0(f"agree/{name}", json.dumps(what)))
     ours, theirs = _flat(ours, name), _flat(theirs, name)
     different = [
-        f"{name} is {ours.get(name)!r}, there {theirs.get(name)!r}"
+        f"{name} is {ours.get(name)!r}, but {theirs.get(name)!r} on process 0"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
     if not different:
         return
     more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-    how, fix = f"has read {name} otherwise than process 0", "all need the same files"
+    how, fix = f"has read another {name} than process 0", "all processes need the same files"
     if name in ("config", "flags"):
-        how = f"was started with {name} other than process 0's"
-        fix = "start all with the same command"
+        how = f"was started with {name} different from process 0's"
+        fix = "start all processes with the same command"
     raise UserError(f"process {jax.process_index()} {how}: {', '.join(different[:3])}{more}; {fix}")
 
 
 def broadcast_from_process_0(name: str, text: str = "") -> str:
-    """What process 0 says, on every process.
+    """Broadcasts a text from process 0.
 
     Args:
-      name: of the message; no two have the same.
-      text: the message; counts on process 0 only.
+      name: name of the message; each call needs a new one.
+      text: the message; ignored on other processes.
+
+    Returns:
+      The text of process 0, on every process.
     """
     if jax.process_count() == 1:
         return text
     if is_process_0():
-        _store().key_value_set(f"{_TOLD}/{name}", text)
+        _store().key_value_set(f"{_MESSAGES}/{name}", text)
         return text
-    return _store().blocking_key_value_get(f"{_TOLD}/{name}", _LONG)
+    return _store().blocking_key_value_get(f"{_MESSAGES}/{name}", _LONG_TIMEOUT)
 
 
 def gather_to_process_0(name: str, text: str) -> list[str]:
-    """What every process says, on process 0, which waits for it; nothing on the others.
+    """Gathers a text of each process on process 0, which waits for all of them.
 
     Args:
-      name: of the message; no two have the same.
-      text: of any length.
+      name: name of the message; each call needs a new one.
+      text: the text of this process, of any length.
+
+    Returns:
+      On process 0 the texts in the order of the processes; [] on the others.
     """
     me, count = jax.process_index(), jax.process_count()
     if me:
-        pieces = [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
+        pieces = [text[at : at + _CHUNK] for at in range(0, len(text), _CHUNK)]
         for number, piece in enumerate(pieces):
-            _store().key_value_set(f"{_TOLD}/{name}/{me}/{number}", piece)
-        _store().key_value_set(f"{_TOLD}/{name}/{me}", str(len(pieces)))
+            _store().key_value_set(f"{_MESSAGES}/{name}/{me}/{number}", piece)
+        _store().key_value_set(f"{_MESSAGES}/{name}/{me}", str(len(pieces)))
         return []
 
-    def said(process: int) -> str:
-        key = f"{_TOLD}/{name}/{process}"
-        pieces = int(_store().blocking_key_value_get(key, _LONG))
+    def receive(process: int) -> str:
+        key = f"{_MESSAGES}/{name}/{process}"
+        pieces = int(_store().blocking_key_value_get(key, _LONG_TIMEOUT))
         return "".join(
-            _store().blocking_key_value_get(f"{key}/{number}", _LONG) for number in range(pieces)
+            _store().blocking_key_value_get(f"{key}/{number}", _LONG_TIMEOUT)
+            for number in range(pieces)
         )
 
-    return [text, *(said(process) for process in range(1, count))]
+    return [text, *(receive(process) for process in range(1, count))]
 
 
 def is_process_0() -> bool:
-    """Whether this process speaks for the run: it prints, logs and writes single files."""
+    """Returns whether this is process 0, which prints, logs and writes shared files."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def print_on_process_0() -> Iterator[None]:
-    """Drops what other processes than process 0 print; an error that is raised comes through."""
+    """Context manager that discards the output of all processes but 0; exceptions propagate."""
     if is_process_0():
         yield
         return
@@ -222,7 +239,7 @@ def print_on_process_0() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_output() -> Iterator[None]:
-    """Leaves standard output to Python: what libraries print there (gloo) goes to the errors."""
+    """Redirects output that libraries (gloo) write to file descriptor 1 to standard error."""
     sys.stdout.flush()
     kept = sys.stdout
     with os.fdopen(os.dup(1), "w", encoding=kept.encoding, errors=kept.errors) as own:
@@ -236,7 +253,7 @@ def _own_output() -> Iterator[None]:
 
 
 def sync_processes(name: str) -> None:
-    """Returns when all processes have called it."""
+    """Blocks until all processes have called it with the same name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -244,17 +261,23 @@ def sync_processes(name: str) -> None:
 
 
 def must_wait_for_steps() -> bool:
-    """Whether every step must have ended before the next begins.
+    """Returns whether each step must be finished before the next is dispatched.
 
-    Over gloo (CPU), steps of several processes that are never waited for come to hang.
+    This is so for several processes on CPU, where gloo deadlocks if steps are dispatched ahead.
     """
     return jax.process_count() > 1 and jax.default_backend() == "cpu"
 
 
 def exit_process(code: int) -> int:
-    """What a program ends with: where it has not parted from the others it does not wait for them.
+    """Exits at once if the processes are still connected, which is so after an error.
 
-    That is so after an error; those that are left are then told by the connection that closes.
+    Python's normal exit would wait for the other processes.  The closed connection ends them.
+
+    Args:
+      code: the exit code.
+
+    Returns:
+      The exit code, if the processes are not connected.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -264,14 +287,13 @@ def exit_process(code: int) -> int:
 
 
 def _end(message: str) -> None:
-    print(
-        f"error: {message}", file=sys.__stderr__, flush=True
-    )  # whatever `print_on_process_0` does
+    # `sys.__stderr__` is not redirected by `print_on_process_0`.
+    print(f"error: {message}", file=sys.__stderr__, flush=True)
     os._exit(1)
 
 
 def _store() -> Any:
-    """JAX's key-value store of the run; there is no public way to it."""
+    """JAX's key-value store, which has no public API."""
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -287,7 +309,7 @@ def _flat(tree: Any, path: str) -> dict[str, Any]:
 
 
 class _Link:
-    """Connections between process 0 and all others, watched by a thread."""
+    """TCP connections between process 0 and all others; a thread detects when one closes."""
 
     def __init__(self, timeout: int):
         self._me, self._count = jax.process_index(), jax.process_count()
@@ -300,7 +322,7 @@ class _Link:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self) -> None:
-        """Parts in peace: the others are told before the connection closes."""
+        """Announces a regular exit, so that the closed connection is not taken for a lost one."""
         self._closing = True
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
@@ -310,7 +332,7 @@ class _Link:
         from jax._src import distributed
 
         address = distributed.global_state.coordinator_address
-        assert address is not None  # processes have joined
+        assert address is not None  # `jax.distributed` is initialized
         host = address.rpartition(":")[0]
         server = socket.create_server(("", 0))
         server.settimeout(timeout)
@@ -341,13 +363,13 @@ class _Link:
         while self._selector.get_map():
             for key, _ in self._selector.select():
                 try:
-                    heard = self._peers[key.data].recv(64)
+                    received = self._peers[key.data].recv(64)
                 except OSError:
-                    heard = b""
-                if heard.endswith(_BYE):
+                    received = b""
+                if received.endswith(_BYE):
                     self._selector.unregister(key.fileobj)
-                elif heard:
-                    self._lost(int(heard))
+                elif received:
+                    self._lost(int(received))
                 elif not self._closing:
                     self._lost(key.data)
                 else:
@@ -359,5 +381,6 @@ class _Link:
                 peer.sendall(f"{number}\n".encode())
         _end(
             f"process {number} of {self._count} has ended, so process {self._me} ends too; its own"
-            " output says why. Start all processes again: the run goes on from what it has saved"
+            " output has the reason. Start all processes again: the run resumes from what it has"
+            " saved"
         )

@@ -1,6 +1,7 @@
-"""Where parameters live on a mesh: one table, strict about what it does not cover.
+"""Sharding of parameters, caches, batches and optimizer state; meshes and the `--mesh` flag.
 
-The axes of a mesh are explained in `mesh.py`.
+One table gives the sharding of each parameter; a parameter without a rule is an error.  `mesh.py`
+explains the mesh axes.
 """
 
 import math
@@ -16,7 +17,8 @@ from vl2jax.parallel.mesh import AXES, BATCH_AXES, batch_shards
 
 _RUN = r"decoder/(dense|moe)_\d+/"
 
-# (path, spec), the first match wins; layer stacks have a leading axis that is never split.
+# (regex of the path, spec); the first match wins.  Layer stacks have a leading axis, which is never
+# sharded.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"image_newline|view_seperator", (None,)),  # D
     (r"vision/patch_embed/kernel", (None, None, None, "tensor")),  # p q 3 W
@@ -50,7 +52,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (_RUN + r"self_attn/(q_a|kv_a|o)_proj/bias", (None, None)),  # n D
 )
 
-# Caches of decoding, axis by axis: n layers, B rows, S slots, H heads.
+# Specs of the KV caches: n layers, B rows, S slots, H heads.
 CACHE_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "keys": (None, BATCH_AXES, "tensor", None, None),  # n B H S K
     "values": (None, BATCH_AXES, "tensor", None, None),  # n B H S K
@@ -59,17 +61,17 @@ CACHE_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, neighbours on it being neighbours in the machine.
+    """Makes a mesh in which neighbours are close to each other in the network.
 
-    Where the devices form several slices, those of a slice are joined by a fast network and slices
-    by a slow one; `data` then goes over the slices, or else `fsdp`.
+    If the devices are in several slices, which are connected by a slower network, the axis `data`
+    goes across the slices if its size allows it, else `fsdp`.
 
     Args:
-      sizes: devices along each of `AXES`; one may be -1 and takes what is left.
-      devices: None: all there are.
+      sizes: number of devices along each of `AXES`; one size may be -1: all remaining devices.
+      devices: the devices; None: all.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     count, sizes = len(devices), {axis: sizes[axis] for axis in AXES}
@@ -79,14 +81,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if bad or len(free) > 1 or count % fixed or (not free and fixed != count):
         raise UserError(
             f"mesh {sizes} does not fit {count} devices: sizes must multiply to {count}, one may"
-            f" be -1; for instance {_written(_near(sizes, count))}"
+            f" be -1; for instance {_format_sizes(_nearest_sizes(sizes, count))}"
         )
     shape = [count // fixed if size == -1 else size for size in sizes.values()]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Auto,) * len(AXES)
     across = next((i for i in (0, 1) if shape[i] % slices == 0), None)
     if slices == 1 or across is None:
-        # An axis of 8 on a torus of 4x4x4 takes one of its axes and half of another.
+        # On a 4x4x4 torus an axis of size 8 is mapped to one of its axes and half of another.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, AXES, axis_types=types)
     between = [slices if i == across else 1 for i in range(len(shape))]
@@ -95,12 +97,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(grid, AXES, axis_types=types)
 
 
-def _near(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | None = None):
-    """A mesh like `sizes` that has `count` devices; `data` takes what is left.
-
-    Args:
-      divides: of some axes a number that they must divide.
-    """
+def _nearest_sizes(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | None = None):
+    """Sizes near `sizes` for `count` devices; an axis divides its number in `divides`, if any."""
     found, left = dict.fromkeys(AXES, 1), count
     for axis in ("tensor", "expert", "fsdp"):
         wanted = count if sizes[axis] == -1 else max(sizes[axis], 1)
@@ -111,20 +109,26 @@ def _near(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | Non
 
 
 def mesh_to_text(mesh: Mesh) -> str:
-    """A mesh as `--mesh` takes it, without axes of one device."""
-    return _written(dict(mesh.shape))
+    """Formats a mesh for `--mesh`, without axes of size 1."""
+    return _format_sizes(dict(mesh.shape))
 
 
-def _written(sizes: Mapping[str, int]) -> str:
-    """Sizes as they are given on a command line, without ones."""
+def _format_sizes(sizes: Mapping[str, int]) -> str:
+    """Formats sizes for `--mesh`, without axes of size 1."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
 
 
 def parse_mesh(text: str) -> tuple[dict[str, int], int]:
-    """Sizes of the axes that `--mesh` names, and what they multiply to, a -1 left out.
+    """Parses the flag `--mesh`.
+
+    Args:
+      text: the flag, such as "expert=4,tensor=2".
+
+    Returns:
+      The sizes of the given axes, and their product without -1.
 
     Raises:
-      UserError: an unknown axis, or no number.
+      UserError: an axis is unknown, or a size is not a number.
     """
     sizes = {}
     for part in text.split(",") if text else ():
@@ -139,16 +143,19 @@ def parse_mesh(text: str) -> tuple[dict[str, int], int]:
 
 
 def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
-    """The mesh that `--mesh` asks for: "expert=4,tensor=2"; None for "".
+    """Makes the mesh of the flag `--mesh`, such as "expert=4,tensor=2".
 
-    Axes that are left out are 1, but `data` takes the devices that are left.
+    Axes that are not given have size 1, except `data`, which takes the remaining devices.
 
     Args:
       text: the flag.
-      devices: None: all there are.
+      devices: the devices; None: all.
+
+    Returns:
+      The mesh; None for "".
 
     Raises:
-      UserError: an unknown axis, no number, or sizes that do not fit the devices.
+      UserError: an axis is unknown, a size is not a number, or the sizes do not fit the devices.
     """
     if not text:
         return None
@@ -158,15 +165,21 @@ def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every field of a batch with microbatches: [microbatches, rows or tiles, ...]."""
+    """Returns the sharding of every field of a batch, [microbatches, rows or tiles, ...]."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
 def optimizer_shardings(mesh: Mesh, opt_state):
-    """Shardings of an optimizer's state: whatever is kept per parameter lies where it does.
+    """Returns the shardings of an optimizer state.
 
     Args:
-      opt_state: tree whose leaves per parameter are in dicts by path, see `optim`.
+      mesh: the mesh.
+      opt_state: tree of arrays or shapes, with state per parameter in dicts by path, see
+        `training/optim.py`.
+
+    Returns:
+      The same tree of `NamedSharding`s.  State of a parameter is sharded like the parameter; other
+      state is replicated.
     """
 
     def sharding(path, leaf) -> NamedSharding:
@@ -177,10 +190,13 @@ def optimizer_shardings(mesh: Mesh, opt_state):
 
 
 def param_spec(path: str) -> PartitionSpec:
-    """Spec of one parameter, `path` as in `PARAM_RULES` or with its collection in front.
+    """Returns the partition spec of a parameter.
+
+    Args:
+      path: its path, as in `PARAM_RULES` or with its collection ("params/", "router/") in front.
 
     Raises:
-      ValueError: no rule covers it.
+      ValueError: no rule matches.
     """
     inner = re.sub(r"^(params|router)/", "", path)
     for pattern, spec in PARAM_RULES:
@@ -190,17 +206,17 @@ def param_spec(path: str) -> PartitionSpec:
 
 
 def param_shardings(mesh: Mesh, abstract):
-    """Shardings of all parameters.
+    """Returns the shardings of all parameters.
 
     Args:
-      mesh: with axes among `AXES`.
-      abstract: tree of arrays or `jax.ShapeDtypeStruct`, as `abstract_params` gives.
+      mesh: mesh with axes of `AXES`.
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`s, as `abstract_params` returns it.
 
     Returns:
-      The same tree with a `NamedSharding` per leaf.
+      The same tree of `NamedSharding`s.
 
     Raises:
-      UserError: an unknown mesh axis, or a size that the mesh does not divide.
+      UserError: a mesh axis is unknown, or a mesh axis does not divide the size it shards.
     """
     unknown = set(mesh.axis_names) - set(AXES)
     if unknown:
@@ -218,22 +234,22 @@ def param_shardings(mesh: Mesh, abstract):
     tree = jax.tree_util.tree_map_with_path(sharding, abstract)
     if problems:
         sizes = _sizes(mesh)
-        working = _written(_near(sizes, mesh.size, _common_divisors(abstract)))
+        working = _format_sizes(_nearest_sizes(sizes, mesh.size, _common_divisors(abstract)))
         shown = "; ".join(problems[:2]) + (f"; and {len(problems) - 2} more" * (len(problems) > 2))
         raise UserError(
-            f"mesh {_written(sizes)} does not divide the model: {shown};"
+            f"mesh {_format_sizes(sizes)} does not divide the model: {shown};"
             f" for instance {working} does"
         )
     return tree
 
 
 def _sizes(mesh: Mesh) -> dict[str, int]:
-    """The size of every axis; 1 where the mesh has none."""
+    """Size of each of `AXES`; 1 if the mesh omits it."""
     return {axis: mesh.shape.get(axis, 1) for axis in AXES}
 
 
 def _common_divisors(abstract) -> dict[str, int]:
-    """For each axis the greatest number that divides all sizes it is to split."""
+    """For each mesh axis the greatest common divisor of the sizes it shards."""
     found = dict.fromkeys(AXES, 0)
     for path, leaf in jax.tree.leaves_with_path(abstract):
         spec = param_spec(jax.tree_util.keystr(path, simple=True, separator="/"))
@@ -244,10 +260,16 @@ def _common_divisors(abstract) -> dict[str, int]:
 
 
 def check_batch(mesh: Mesh, *, rows: int, tiles: int, microbatches: int) -> None:
-    """Refuses a batch that the parts of the mesh cannot share.
+    """Checks that a mesh can shard a batch.
+
+    Args:
+      mesh: the mesh.
+      rows: rows of the batch.
+      tiles: tile slots of the batch.
+      microbatches: number of microbatches.
 
     Raises:
-      UserError: rows or tiles do not divide.
+      UserError: rows or tiles are not a multiple of microbatches x parts.
     """
     shards = batch_shards(mesh)
     for name, size in (("rows", rows), ("tiles", tiles)):
@@ -257,7 +279,7 @@ def check_batch(mesh: Mesh, *, rows: int, tiles: int, microbatches: int) -> None
             fits = math.gcd(size // microbatches, mesh.size) if name == "rows" else 0
             other = f", or a mesh like data={fits},tensor={mesh.size // fits}" if fits else ""
             raise UserError(
-                f"batch.{name} {size} cannot be shared by mesh {_written(sizes)}, which splits each"
-                f" of {microbatches} microbatches into {shards} parts: it must be a multiple of"
-                f" {parts}, for instance {-(-size // parts) * parts}{other}"
+                f"batch.{name} {size} cannot be split by mesh {_format_sizes(sizes)}, which splits"
+                f" each of {microbatches} microbatches into {shards} parts: it must be a multiple"
+                f" of {parts}, for instance {-(-size // parts) * parts}{other}"
             )

@@ -1,5 +1,5 @@
-"""People's input to integers, on the host: pictures to tiles, conversations to tokens to batches.
+"""Preprocessing on the host: images to tiles, conversations to tokens, samples to batches.
 
-Imports `common` and `config`; no JAX but for the `Batch` record.  Start with `processor.py`; the
-tile choice is in `image.py`, chat formats and roles are in `prompt.py`.
+Runs on numpy and PIL; only the `Batch` record uses Flax.  Imports `common` and `config`.  Start
+with `processor.py`; `image.py` chooses the tiling, `prompt.py` has chat formats and roles.
 """

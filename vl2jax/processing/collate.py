@@ -1,7 +1,7 @@
-"""Samples of different lengths become one `Batch`.
+"""Collates samples of different lengths into a `Batch`.
 
 Axis legend: B rows, T tokens, n views of a sample (global views and tiles), I tile slots, S pixels
-per tile side.
+per tile side, P pools.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from vl2jax.processing.image import ImageSource
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One conversation, not padded.
+    """One tokenized conversation, without padding.
 
     Attributes:
       tokens: int32[T].
-      image_index: int32[T], as in `Batch`, for a tile pool that holds this sample alone.
-      loss_mask: bool[T]. True where the token is a target.
-      tiles: uint8[n, S, S, 3]. Per image its global view, then its tiles row by row.
-      image_sizes: (width, height) in pixels of each image used.
-      image_tiles: (across, down) of each image used.
-      image_tokens: tokens that each image takes.
-      prompt_length: tokens before the text of the last answer; all where none has begun.
-      display: the conversation as one readable text, images as placeholders.
-      image_sources: where each image used comes from; empty in training data.
+      image_index: int32[T], as in `Batch`, for a tile pool with the tiles of this sample alone.
+      loss_mask: bool[T]; True for tokens that are targets of the loss.
+      tiles: uint8[n, S, S, 3]; for each image its global view, then its tiles row by row.
+      image_sizes: (width, height) of each image in pixels.
+      image_tiles: (columns, rows) of tiles of each image.
+      image_tokens: number of tokens of each image.
+      prompt_length: number of tokens before the answer at the end; all tokens if there is none.
+      display: the conversation as readable text, with placeholders for images.
+      image_sources: source of each image; empty in training data.
     """
 
     tokens: np.ndarray
@@ -55,20 +55,21 @@ def collate(
     length: int | None = None,
     tile_slots: int | None = None,
 ) -> Batch:
-    """Pads samples on the right and puts their tiles into one pool, in order.
+    """Pads samples on the right and concatenates their tiles.
 
     Args:
-      pad_id: token at padding.
+      samples: one sample per row.
+      pad_id: token id of padding.
       tile_side: S.
-      tokens_per_tile: rows of the visual table per tile.
-      length: T; None for the longest sample's.
-      tile_slots: I; None for as many as there are tiles.
+      tokens_per_tile: visual tokens per tile.
+      length: T; None: the length of the longest sample.
+      tile_slots: I; None: the number of tiles.
 
     Returns:
       A `Batch` of numpy arrays.
 
     Raises:
-      UserError: there is no sample, or they do not fit.
+      UserError: there is no sample, or the samples do not fit into `length` and `tile_slots`.
     """
     if not samples:
         raise UserError("a batch needs at least one sample")
@@ -98,12 +99,16 @@ def empty_batch(
     tile_side: int,
     pools: int | None = None,
 ) -> Batch:
-    """A batch of nothing but padding, to be written by `place`.
+    """Makes a batch of padding, which `place` fills.
 
     Args:
-      rows: B, `length` T, `tile_slots` I, `tile_side` S.
-      pad_id: token at padding.
-      pools: P for microbatches with tile slots of their own, as a leading axis; None for no axis.
+      rows: B.
+      length: T.
+      tile_slots: I.
+      pad_id: token id of padding.
+      tile_side: S.
+      pools: P, a leading axis of all fields, for groups of rows that have their own tile slots;
+        None: no such axis.
 
     Returns:
       A `Batch` of numpy arrays.
@@ -130,12 +135,16 @@ def place(
     offset: int = 0,
     segment: int = 1,
 ) -> None:
-    """Writes a sample into a batch of numpy arrays without an axis of pools.
+    """Writes a sample into a batch, in place.
 
     Args:
-      row: where its tokens go, from column `offset` on, as the row's sequence number `segment`.
-      slot: where its tiles go, from this slot on.
-      tokens_per_tile: rows of the visual table per tile.
+      batch: numpy arrays without the axis P.
+      sample: the sample.
+      row: row of its tokens.
+      slot: first of its tile slots.
+      tokens_per_tile: visual tokens per tile.
+      offset: first of its columns.
+      segment: its segment id, from 1.
     """
     span, index = slice(offset, offset + len(sample)), sample.image_index
     batch.tiles[slot : slot + len(sample.tiles)] = sample.tiles

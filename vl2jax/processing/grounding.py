@@ -1,10 +1,10 @@
-"""Boxes in an answer: a strict parser, and a drawing where every label can be read.
+"""Visual grounding: parses the boxes in an answer and draws them with readable labels.
 
-The model writes `<|ref|>label<|/ref|><|det|>[[x0, y0, x1, y1], ...]<|/det|>` with coordinates from
-0 to 999 over the picture's width and height.
+The model writes `<|ref|>label<|/ref|><|det|>[[x0, y0, x1, y1], ...]<|/det|>`, with coordinates
+scaled to 0..999 over the width and height of the image.
 
-Pillow's built-in font has Latin letters only.  Characters that it lacks are drawn with a system
-font that has them, or written as their code point (`U+72D7`) where there is none.
+Pillow's built-in font has only Latin letters.  Other characters are drawn with a system font that
+has them; if there is none, they are written as their code point (`U+72D7`).
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-SCALE = 999  # the coordinate of the right and the lower edge
+SCALE = 999  # coordinate of the right and the bottom edge
 
-_REF = re.compile(r"<\|ref\|>.*?<\|/ref\|>")  # the dot leaves out newlines, as in the original
+_REF = re.compile(r"<\|ref\|>.*?<\|/ref\|>")  # not across newlines, as in the original
 _DET = re.compile(r"<\|det\|>.*?<\|/det\|>")
 _TAGS = re.compile(r"<\|/?(?:ref|det)\|>")
 _LIST = re.compile(r"\[.*?\]")
 _INTEGER = re.compile(r"[+-]?(?:0+|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][+-]?[0-9]+)?")
 
-# Colours of the original's drawings, in its order.
+# The original's box colours, in its order.
 COLOURS = (
     *((255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 255, 255), (255, 255, 0), (255, 0, 255)),
     *((127, 127, 127), (255, 255, 127), (255, 127, 255), (127, 255, 255), (127, 127, 255)),
@@ -34,7 +34,7 @@ COLOURS = (
 )
 LINE_WIDTH = 3
 FONT_SIZE, SMALLEST_FONT = 20, 8
-# Looked up by name in the system's font folders; those with the most characters first.
+# Searched by name in the system's font folders; fonts with the most characters first.
 SYSTEM_FONTS = (
     *("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "SourceHanSansSC-Regular.otf"),
     *("wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "PingFang.ttc"),
@@ -46,7 +46,7 @@ Font = PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A labelled rectangle in pixels, edges as the model gave them: they may lie outside."""
+    """A labelled box in pixels; its coordinates are not clipped to the image."""
 
     label: str
     xyxy: tuple[int, int, int, int]
@@ -54,13 +54,12 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Grounding:
-    """What an answer says about places.
+    """The boxes of an answer.
 
     Attributes:
-      boxes: in the order of the answer; empty if anything was refused.
-      refused: why the answer's boxes cannot be trusted, one reason for each thing; also that there
-        are none.
-      notes: what was accepted but gives no box.
+      boxes: the boxes, in the order of the answer; empty if there is any error.
+      refused: one message for each error: missing, unpaired or malformed tags and boxes.
+      notes: one message for each valid list without a box.
     """
 
     boxes: tuple[Box, ...] = ()
@@ -69,14 +68,14 @@ class Grounding:
 
 
 def parse(text: str, size: tuple[int, int]) -> Grounding:
-    """Reads the boxes of an answer; one thing wrong refuses them all, as in the original.
+    """Parses the boxes of an answer; a single error discards all boxes, as in the original.
 
-    Nothing in the text is evaluated: a coordinate is a decimal number.  Accepted as the original
-    does: numbers beyond 0 to 999, fractions, more than four numbers (the rest is ignored).
+    A coordinate must be a decimal number; the text is never evaluated.  As in the original, numbers
+    outside 0..999, fractions and more than four numbers (the rest is ignored) are accepted.
 
     Args:
-      text: the answer, special tokens included.
-      size: (width, height) of the picture in pixels.
+      text: the answer, with special tokens.
+      size: (width, height) of the image in pixels.
     """
     refs, dets = _REF.findall(text), _DET.findall(text)
     if not refs and not dets:
@@ -106,12 +105,12 @@ def parse(text: str, size: tuple[int, int]) -> Grounding:
 def parse_answer(
     text: str, sizes: Sequence[tuple[int, int]], number: int | None = None
 ) -> Grounding:
-    """The boxes of an answer about several pictures; an answer without any tag refuses nothing.
+    """Parses the boxes of an answer about several images; no error if there are no tags at all.
 
     Args:
-      text: the answer, special tokens included.
-      sizes: (width, height) of each picture in pixels.
-      number: which picture (from 1) the boxes are on; None: the last.
+      text: the answer, with special tokens.
+      sizes: (width, height) of each image in pixels.
+      number: number of the image that the boxes refer to, from 1; None: the last image.
     """
     if not sizes or not ("<|ref|>" in text or "<|det|>" in text):
         return Grounding()
@@ -123,7 +122,7 @@ def _strip_tags(text: str, name: str) -> str:
 
 
 def _read_numbers(text: str) -> list[int | float]:
-    """Numbers of `[a, b, ...]`; a trailing comma is allowed."""
+    """Parses `[a, b, ...]`; a trailing comma is allowed."""
     parts = [part.strip(" \t") for part in text[1:-1].split(",")]
     if not parts[-1]:
         parts.pop()
@@ -142,7 +141,7 @@ def _read_number(text: str) -> int | float:
 
 
 def _to_pixels(numbers: list[int | float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Pixels of the first four numbers, truncated towards zero."""
+    """Converts the first four numbers to pixels, truncated towards zero."""
     sides = (*size, *size)
     try:
         x0, y0, x1, y1 = (
@@ -156,7 +155,7 @@ def _to_pixels(numbers: list[int | float], size: tuple[int, int]) -> tuple[int, 
 
 
 def summary(found: Grounding) -> str:
-    """What became of an answer's boxes, in a few words: `2 boxes drawn`."""
+    """Summarizes the result of `parse` in a few words: `2 boxes drawn`."""
     count = len(found.boxes)
     reasons = [*found.refused, *found.notes]
     if not reasons and not count:
@@ -166,13 +165,17 @@ def summary(found: Grounding) -> str:
 
 
 def draw(image: PIL.Image.Image, boxes: Iterable[Box]) -> PIL.Image.Image:
-    """Draws boxes and labels on a copy of a picture.
+    """Draws boxes and labels on a copy of an image.
 
-    A box is cut to the picture.  A label stands above its box, or inside where there is no room;
-    it is moved, then shrunk, then cut so that it never leaves the picture.
+    Boxes are clipped to the image.  A label is drawn above its box, or inside if there is no room,
+    and moved so that it stays in the image.  A label larger than the image is shrunk, then cut.
+
+    Args:
+      image: the image.
+      boxes: the boxes, in pixels.
 
     Returns:
-      A new picture of the same size, mode RGB.
+      A new image of the same size, mode RGB.
     """
     canvas = image.convert("RGB")
     if canvas is image:
@@ -189,7 +192,7 @@ def draw(image: PIL.Image.Image, boxes: Iterable[Box]) -> PIL.Image.Image:
 
 
 def clamp(xyxy: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The nearest rectangle of existing pixels."""
+    """Clips a box to the pixels of an image of (width, height) `size`."""
     right, bottom = size[0] - 1, size[1] - 1
     x0, y0, x1, y1 = xyxy
     return (
@@ -203,7 +206,13 @@ def clamp(xyxy: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, 
 def place_label(
     box: tuple[int, int, int, int], label: tuple[int, int], size: tuple[int, int]
 ) -> tuple[int, int]:
-    """Upper left corner of a label (width, height): above the box, else at its top, inside."""
+    """Chooses the top left corner of a label: above its box, else inside at the top.
+
+    Args:
+      box: the box, clipped to the image.
+      label: (width, height) of the label.
+      size: (width, height) of the image.
+    """
     x0, y0, _, _ = box
     x = min(x0, size[0] - label[0])
     y = y0 - label[1] if y0 >= label[1] else y0
@@ -213,7 +222,16 @@ def place_label(
 def render_label(
     label: str, colour: tuple[int, int, int], limit: tuple[int, int]
 ) -> PIL.Image.Image | None:
-    """A label as a small picture no larger than `limit`; None for a label without ink."""
+    """Renders a label on a coloured background.
+
+    Args:
+      label: the text.
+      colour: RGB of the background.
+      limit: maximum (width, height) in pixels; the font shrinks to fit, then the text is cut.
+
+    Returns:
+      An image of mode RGB; None if the text is blank.
+    """
     for font_size in range(FONT_SIZE, SMALLEST_FONT - 1, -1):
         text, font = fit_text(label, font_size)
         left, top, right, bottom = (round(edge) for edge in font.getbbox(text))
@@ -229,7 +247,15 @@ def render_label(
 
 
 def fit_text(label: str, size: int) -> tuple[str, Font]:
-    """The label as it can be written, and the font that lacks the fewest of its characters."""
+    """Chooses the font that lacks the fewest characters of a label.
+
+    Args:
+      label: the text.
+      size: font size.
+
+    Returns:
+      The text, with characters that the font lacks replaced by their code points; and the font.
+    """
     text = " ".join(label.split())
     font = _built_in(size)
     missing = _missing(text, font)
@@ -243,12 +269,12 @@ def fit_text(label: str, size: int) -> tuple[str, Font]:
 
 
 def _missing(text: str, font: Font) -> set[str]:
-    """Characters of a text for which a font has no glyph."""
+    """Characters for which a font has no glyph."""
     return {char for char in set(text) if not _has_glyph(char, font)}
 
 
 def _has_glyph(char: str, font: Font) -> bool:
-    """Whether a character looks different from one that no font has."""
+    """Whether a character is drawn differently from a code point that no font has."""
     if not isinstance(font, PIL.ImageFont.FreeTypeFont):
         return char.isascii() and char.isprintable()
     if char == " ":
@@ -259,7 +285,7 @@ def _has_glyph(char: str, font: Font) -> bool:
 
 
 def _glyph(char: str, font: PIL.ImageFont.FreeTypeFont) -> tuple[tuple[int, int], bytes]:
-    mask: Any = font.getmask(char)  # an image of Pillow's core, which its stubs leave out
+    mask: Any = font.getmask(char)  # an image type of Pillow's core without type stubs
     return mask.size, bytes(mask)
 
 
@@ -273,11 +299,11 @@ def _built_in(size: int) -> Font:
 
 @functools.cache
 def _system(size: int) -> tuple[PIL.ImageFont.FreeTypeFont, ...]:
-    """The fonts of `SYSTEM_FONTS` that this machine has."""
+    """Fonts of `SYSTEM_FONTS` that are installed."""
     found = []
     for name in SYSTEM_FONTS:
         try:
             found.append(PIL.ImageFont.truetype(name, size))
-        except (OSError, ImportError):  # not on this machine
+        except (OSError, ImportError):  # not installed
             continue
     return tuple(found)

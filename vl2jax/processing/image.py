@@ -1,6 +1,8 @@
-"""Pictures on the host: loading, choice of a resolution, padding, tiles, layout as integers.
+"""Images: loading, choice of the resolution, padding, tiling, and the layout of visual tokens.
 
-Axis legend: S pixels per tile side, Q projected tokens per tile, n views of one image.
+Dynamic tiling is described in DeepSeek-VL2, section 2.
+
+Axis legend: S pixels per tile side, Q visual tokens per tile, n views of one image.
 """
 
 import base64
@@ -24,23 +26,23 @@ from vl2jax.common.errors import UserError
 from vl2jax.processing.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
-URL_SCHEMES = ("data:", "file:", "http:", "https:")  # a source that begins so is no path
+URL_SCHEMES = ("data:", "file:", "http:", "https:")  # prefixes of sources that are not paths
 
-# A quarter of a gigabyte of RGB, Pillow's own threshold; beyond it a small file can fill memory.
+# Pillow's default threshold, 256 MiB as RGB.  A small file can decode to more and fill the memory.
 MAX_PIXELS = 89_478_485
-MEAN_COLOUR = (127, 127, 127)  # int(0.5 * 255): the released mean, the only one that is built
+MEAN_COLOUR = (127, 127, 127)  # int(0.5 * 255), the released mean, which is the only supported one
 
-# What Pillow's decoders raise for bytes that are not the picture they claim to be.
+# Exceptions of Pillow's decoders for damaged files.
 _DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
     *(OverflowError, struct.error, zlib.error, PIL.Image.DecompressionBombError),
 )
-# Formats that are decoded in this process; Pillow hands some others to outside programs.
+# Formats that Pillow decodes itself; for some others it starts external programs.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-# Of these the size is known before decoding; the others may correct it then.
+# Formats whose header has the final size; other formats may change it while decoding.
 _HEADER_TELLS_SIZE = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM")
 _EXIF_ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _TRANSPOSES = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -50,23 +52,24 @@ _TRANSPOSES = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
-# `warnings` state is global to the process: readers in threads take turns at the short header part.
+# `warnings` state is global to the process, so threads read headers one at a time.
 _HEADER_LOCK = threading.Lock()
 
 
 def load_image(source: ImageSource, *, exif: bool = True) -> PIL.Image.Image:
-    """Opens a picture and converts it to RGB; alpha is dropped and 16-bit gray is clipped.
+    """Loads an image and converts it to RGB; alpha is dropped and 16-bit gray is clipped.
 
     Args:
-      source: a path, a `file://` or base64 `data:` URL, the bytes of a file, or a PIL image (taken
-        as it is, only converted to RGB: its orientation is the caller's).
-      exif: whether to turn the picture as its EXIF orientation says; the original does not.
+      source: a path, a `file://` or base64 `data:` URL, the bytes of a file, or a PIL image.  A PIL
+        image is only converted to RGB; its EXIF orientation is ignored.
+      exif: whether to apply the EXIF orientation; the original does not.
 
     Returns:
       The first frame, mode RGB.
 
     Raises:
-      UserError: nothing there, not a picture, truncated, or more than `MAX_PIXELS` pixels.
+      UserError: the source cannot be opened, is not an image, is truncated, is empty, or has more
+        than `MAX_PIXELS` pixels.
     """
     with _reading(source) as (name, opened):
         if isinstance(opened, PIL.Image.Image):
@@ -80,13 +83,17 @@ def load_image(source: ImageSource, *, exif: bool = True) -> PIL.Image.Image:
 
 
 def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
-    """Size of what `load_image` gives; of most formats only the header is read.
+    """Returns the size of the image that `load_image` returns; mostly reads only the header.
+
+    Args:
+      source: see `load_image`.
+      exif: see `load_image`.
 
     Returns:
       (width, height) in pixels.
 
     Raises:
-      UserError: as for `load_image`, but for damage that only decoding shows.
+      UserError: as `load_image`, except for damage that is only found by decoding.
     """
     with _reading(source) as (name, opened):
         if isinstance(opened, PIL.Image.Image):
@@ -102,14 +109,17 @@ def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
 def select_best_resolution(
     size: tuple[int, int], candidates: Iterable[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Chooses the canvas that keeps most of the picture, then the one that wastes least.
+    """Chooses the canvas that keeps the most pixels of an image, then the one with least padding.
 
-    Floating-point scale and truncation are part of the definition: exact arithmetic chooses
-    otherwise for some sizes, (1523, 2285) for one.
+    The floating-point scale and the truncation are part of the original's definition: exact
+    arithmetic chooses another canvas for some sizes, for example (1523, 2285).
 
     Args:
-      size: (width, height) of the picture.
-      candidates: (width, height) of each canvas; the first of equals wins.
+      size: (width, height) of the image.
+      candidates: (width, height) of each canvas; the first of equal candidates is chosen.
+
+    Returns:
+      (width, height) of the chosen canvas.
     """
     width, height = size
     best, best_kept, best_wasted = None, 0, float("inf")
@@ -124,7 +134,15 @@ def select_best_resolution(
 
 
 def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """Size of a picture resized into a canvas with its aspect ratio, at least one pixel a side."""
+    """Returns the size of an image that is resized to fit a canvas, keeping its aspect ratio.
+
+    Args:
+      size: (width, height) of the image.
+      canvas: (width, height) of the canvas.
+
+    Returns:
+      (width, height), each at least 1.
+    """
     width, height = size
     ratio, canvas_ratio = width / height, canvas[0] / canvas[1]
     if ratio > canvas_ratio:
@@ -135,9 +153,13 @@ def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, in
 
 
 def pad_to(image: PIL.Image.Image, canvas: tuple[int, int]) -> PIL.Image.Image:
-    """Resizes (bicubic) into the middle of a canvas of the mean colour, as `PIL.ImageOps.pad`.
+    """Resizes an image (bicubic) and centres it on a canvas of the mean colour.
 
-    Unlike there, a picture too thin to survive the resizing stays one pixel wide or high.
+    Does the same as `PIL.ImageOps.pad`, except that no side becomes shorter than one pixel.
+
+    Args:
+      image: mode RGB.
+      canvas: (width, height) of the result.
     """
     width, height = fitted_size(image.size, canvas)
     resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
@@ -149,7 +171,7 @@ def pad_to(image: PIL.Image.Image, canvas: tuple[int, int]) -> PIL.Image.Image:
 
 
 def make_views(image: PIL.Image.Image, canvas: tuple[int, int], side: int) -> np.ndarray:
-    """Cuts one picture into its global view and its tiles, row by row.
+    """Makes the global view and the tiles of an image (DeepSeek-VL2, section 2, dynamic tiling).
 
     Args:
       image: mode RGB.
@@ -157,7 +179,7 @@ def make_views(image: PIL.Image.Image, canvas: tuple[int, int], side: int) -> np
       side: S.
 
     Returns:
-      uint8[n, S, S, 3], n = 1 + tiles: the global view comes first.
+      uint8[n, S, S, 3], n = 1 + number of tiles: the global view, then the tiles row by row.
     """
     overview = np.asarray(pad_to(image, (side, side)), np.uint8)
     local = np.asarray(pad_to(image, canvas), np.uint8)
@@ -167,7 +189,15 @@ def make_views(image: PIL.Image.Image, canvas: tuple[int, int], side: int) -> np
 
 
 def image_tokens(tiles_wide: int, tiles_high: int, tile_grid: int) -> int:
-    """Tokens of one image: both views with a newline after each row, and the separator."""
+    """Returns the number of tokens of an image.
+
+    They are the visual tokens of both views, a newline after each of their rows, and the separator.
+
+    Args:
+      tiles_wide: columns of tiles.
+      tiles_high: rows of tiles.
+      tile_grid: visual tokens per tile side.
+    """
     overview = tile_grid * (tile_grid + 1)
     local = tiles_high * tile_grid * (tiles_wide * tile_grid + 1)
     return overview + 1 + local
@@ -181,12 +211,13 @@ def image_layout(
     first_slot: int = 0,
     global_view_pos: str = "head",
 ) -> np.ndarray:
-    """Rows of the visual table that one image's tokens read, in the order of the tokens.
+    """Lays out the tokens of an image: values of `Batch.image_index`, in the order of the tokens.
 
     Args:
-      tiles_wide: tiles of the local view across; `tiles_high` down.
-      tile_grid: projected tokens per tile side, the square root of Q.
-      first_slot: slot of the image's global view in the tile pool; its tiles follow row by row.
+      tiles_wide: columns of tiles.
+      tiles_high: rows of tiles.
+      tile_grid: visual tokens per tile side, the square root of Q.
+      first_slot: tile slot of the image's global view; its tiles follow row by row.
       global_view_pos: "head" (global, separator, local) or "tail" (local, separator, global).
 
     Returns:
@@ -208,12 +239,12 @@ def image_layout(
 
 
 def _with_newlines(rows: np.ndarray) -> np.ndarray:
-    """Appends the newline's row to each line of int32[h, w] and flattens."""
+    """Appends the index of the newline to each row of int32[h, w] and flattens the result."""
     return np.pad(rows, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE).ravel()
 
 
 def _open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
-    """A name for messages and an open binary file."""
+    """The name of a source in messages, and an open binary file."""
     if isinstance(source, bytes):
         return "image bytes", io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
@@ -238,7 +269,7 @@ def _open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
 
 
 def _decode_data_url(url: str) -> bytes:
-    """Bytes of `data:image/...;base64,...`."""
+    """Decodes `data:image/...;base64,...`."""
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise UserError(
@@ -260,7 +291,7 @@ def _file_url_path(url: str) -> str:
 
 @contextlib.contextmanager
 def _reading(source: ImageSource) -> Iterator[tuple[str, IO[bytes] | PIL.Image.Image]]:
-    """A name for messages and the open source; what Pillow raises becomes UserError."""
+    """Opens a source, and converts Pillow's exceptions to UserError; also gives its name."""
     if isinstance(source, PIL.Image.Image):
         name, file = "PIL image", contextlib.nullcontext(source)
     else:
@@ -272,17 +303,18 @@ def _reading(source: ImageSource) -> Iterator[tuple[str, IO[bytes] | PIL.Image.I
         raise
     except PIL.UnidentifiedImageError as error:
         raise UserError(
-            f"{name}: not a picture in a format that can be read (JPEG, PNG, WebP, GIF, ...);"
-            " check the file, its name decides nothing"
+            f"{name}: not a picture in a supported format (JPEG, PNG, WebP, GIF, ...); check the"
+            " content of the file, its name does not matter"
         ) from error
     except _DECODING_ERRORS as error:
         raise UserError(f"{name}: damaged or truncated picture ({error}); get it again") from error
 
 
 def _read_header(name: str, file: IO[bytes]) -> PIL.Image.Image:
-    """The picture, not decoded yet."""
+    """Opens an image without decoding it."""
     with _HEADER_LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # size is checked below, oddities in metadata do not matter
+        # The size is checked below, and odd metadata does no harm.
+        warnings.simplefilter("ignore")
         try:
             PIL.Image.init()
             image = PIL.Image.open(file, formats=[f for f in _FORMATS if f in PIL.Image.OPEN])
@@ -304,7 +336,7 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-    """EXIF orientation 1 to 8; metadata that cannot be read turns nothing."""
+    """EXIF orientation, 1 to 8; 1 (upright) if the metadata cannot be read."""
     with _HEADER_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -314,7 +346,7 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Converts pixels as `convert("RGB")`, without its warning about transparent palettes."""
+    """Converts to RGB as `convert("RGB")`, without its warning about transparent palettes."""
     if image.mode == "RGB":
         return image
     if "transparency" in image.info:

@@ -1,7 +1,6 @@
-"""Conversations and pictures in, `Batch` out: the host side as one object.
+"""The processor: turns conversations and images into samples and batches, on the host.
 
-Axis legend: B rows, T tokens, n views of a sample (global views and tiles), S pixels per tile
-side, Q projected tokens per tile.
+Axis legend: T tokens.
 """
 
 import dataclasses
@@ -24,13 +23,22 @@ from vl2jax.processing.image import ImageSource
 from vl2jax.processing.prompt import Message, Piece
 from vl2jax.processing.tokenizer import Tokenizer, read_json
 
-# With more images than this in a conversation none of them is tiled.
+# If a conversation has more images than this, none of them is tiled (DeepSeek-VL2, section 2).
 MAX_TILED_IMAGES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Processor:
-    """What the original calls `DeepseekVLV2Processor`."""
+    """Turns conversations and images into model inputs; the original's `DeepseekVLV2Processor`.
+
+    Attributes:
+      tokenizer: the tokenizer.
+      settings: the processor settings.
+      config: the architecture, which has the sizes of tiles and the length limit.
+
+    Raises:
+      UserError: settings, tokenizer and architecture do not fit together.
+    """
 
     tokenizer: Tokenizer
     settings: ProcessorConfig
@@ -44,9 +52,13 @@ class Processor:
     def from_dir(cls, path: str | os.PathLike, config: VL2Config) -> "Processor":
         """Reads `processor_config.json` and the tokenizer of a model directory.
 
+        Args:
+          path: the model directory.
+          config: the architecture.
+
         Raises:
-          UserError: a file is absent or malformed, asks for what is not built, or does not fit
-            the model.
+          UserError: a file is missing or malformed, has an unsupported value, or does not fit the
+            architecture.
         """
         path = pathlib.Path(path)
         settings = ProcessorConfig.from_dict(read_json(path / CONFIG_FILE))
@@ -66,22 +78,25 @@ class Processor:
         crop: bool | None = None,
         exif: bool = True,
     ) -> Batch:
-        """Makes a batch of one conversation, or of a list of conversations.
+        """Makes a batch of one conversation or of several.
 
         Args:
-          conversation: a list of messages (see `prompt.read_conversation`), or a list of these.
-          images: the images of the conversation, or for several a list of such lists; None to
-            take those that the conversations name themselves.
-          inference: whether to leave out the last eos, so that the answer can go on.
-          mask_prompt, sft_format: instead of the settings of `processor_config.json`.
-          crop: whether to tile images; None tiles up to `MAX_TILED_IMAGES` per conversation.
-          exif: whether files are turned as their EXIF orientation says.
+          conversation: a list of messages (see `prompt.read_conversation`), or a list of such
+            lists.
+          images: sources of the conversation's images, or a list of sources for each conversation;
+            None: the messages name their images.
+          inference: whether to drop the eos at the end, so that the model can continue.
+          mask_prompt: whether only answers are targets; None: the setting.
+          sft_format: chat format; None: the setting.
+          crop: whether to tile images; None: if there are at most `MAX_TILED_IMAGES`.
+          exif: whether to apply the EXIF orientation of image files.
 
         Returns:
-          A `Batch` of numpy arrays, rows padded on the right to the longest.
+          A `Batch` of numpy arrays, padded on the right to the longest conversation.
 
         Raises:
-          UserError: anything wrong with the conversation or its images.
+          UserError: a conversation is malformed or too long, an image cannot be loaded, or images
+            and placeholders differ in number.
         """
         options = {
             "inference": inference,
@@ -115,14 +130,18 @@ class Processor:
         exif: bool = True,
         add_placeholders: bool = False,
     ) -> Sample:
-        """Makes one conversation into integers and tiles; arguments as for a call.
+        """Makes a sample of one conversation.
 
-        `images` replace those under the messages' "images"; image parts with their own source
-        leave no place for them.  With `add_placeholders` a last message that has no placeholder
-        gets one for each of them, in front.
+        Args:
+          conversation: a list of messages, see `prompt.read_conversation`.
+          images: sources of the images; they replace those under the messages' "images", and are an
+            error if an image part has its own source.  None: the messages name their images.
+          inference, mask_prompt, sft_format, crop, exif: see `__call__`.
+          add_placeholders: whether to put a placeholder for each of `images` before the text of the
+            last message if it has none.
 
         Raises:
-          UserError: also where the tokens are more than the model has positions.
+          UserError: as for `__call__`.
         """
         sft_format = self.settings.sft_format if sft_format is None else sft_format
         mask_prompt = self.settings.mask_prompt if mask_prompt is None else mask_prompt
@@ -140,7 +159,7 @@ class Processor:
         sources = _choose_images(conversation, named, images)
         crop = len(sources) <= MAX_TILED_IMAGES if crop is None else crop
         if sft_format == "alignment" and len(sources) == _count(messages, token):
-            # The text is replaced, with fewer placeholders than were written: the first images.
+            # This format replaces each question by a single placeholder: keep the first images.
             sources = sources[: prompt_lib.count_placeholders(pieces)]
         display = prompt_lib.render_conversation(
             messages, sft_format=sft_format, eos_token=self.tokenizer.eos_token
@@ -158,12 +177,19 @@ class Processor:
         crop: bool | None = None,
         exif: bool = True,
     ) -> Sample:
-        """Makes one text into integers and tiles, without or with a chat format around it.
+        """Makes a sample of one text.
 
-        All its tokens but those of images are targets, as in the original.
+        All its tokens except visual ones are targets, as in the original.
+
+        Args:
+          prompt: the text, with a placeholder for each image.
+          images: sources of the images.
+          apply_sft_format: whether to format the text as a question in the chat format.
+          system_prompt: text before the question; only used by the `deepseek` format.
+          inference, crop, exif: see `__call__`.
 
         Raises:
-          UserError: as for `sample`.
+          UserError: as for `__call__`.
         """
         if apply_sft_format:
             prompt = prompt_lib.render_prompt(
@@ -176,14 +202,18 @@ class Processor:
     def collate(
         self, samples: Sequence[Sample], length: int | None = None, tile_slots: int | None = None
     ) -> Batch:
-        """Pads samples on the right and puts their tiles into one pool, in order.
+        """Pads samples on the right and concatenates their tiles; see `collate.collate`.
 
         Args:
-          length: T; None for the longest sample's.
-          tile_slots: slots of the pool; None for as many as there are tiles.
+          samples: one sample per row.
+          length: number of columns; None: the length of the longest sample.
+          tile_slots: number of tile slots; None: the number of tiles.
+
+        Returns:
+          A `Batch` of numpy arrays.
 
         Raises:
-          UserError: there is no sample, or one does not fit.
+          UserError: there is no sample, or the samples do not fit.
         """
         return collate(
             samples,
@@ -202,7 +232,7 @@ class Processor:
         crop: bool,
         exif: bool,
     ) -> Sample:
-        """Loads images, lays the pieces out as integers, checks the length, cuts the tiles."""
+        """Loads the images, tokenizes the pieces, checks the length, and cuts the tiles."""
         needed = prompt_lib.count_placeholders(pieces)
         if len(sources) != needed:
             raise UserError(
@@ -236,7 +266,7 @@ class Processor:
         )
 
     def _canvas(self, picture: PIL.Image.Image, crop: bool) -> tuple[int, int]:
-        """Size of the local view: the best candidate, or a single tile."""
+        """Size of the local view: the best candidate resolution, or a single tile."""
         if crop:
             return images_lib.select_best_resolution(
                 picture.size, self.settings.candidate_resolutions
@@ -247,7 +277,7 @@ class Processor:
     def _lay_out(
         self, pieces: Sequence[Piece], grids: Sequence[tuple[int, int]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Tokens, image index and loss mask, each [T], and the length of the prompt."""
+        """Tokens int32[T], image index int32[T], loss mask bool[T], and the prompt length."""
         tokens: list[list[int]] = []
         index: list[np.ndarray] = []
         slot, remaining = 0, iter(grids)
@@ -299,7 +329,7 @@ class Processor:
 def _choose_images(
     conversation: Sequence[Mapping[str, Any]], named: list[Any], images: Sequence | None
 ) -> list[Any]:
-    """The images of a conversation: the caller's, or those that it names itself."""
+    """Images of a conversation: the given ones, else those that the messages name."""
     if images is None:
         if any(source is None for source in named):
             raise UserError("a part of type image has no source, and no images are given for it")
@@ -315,12 +345,12 @@ def _choose_images(
 
 
 def _count(messages: Sequence[Message], image_token: str) -> int:
-    """Placeholders that were written."""
+    """Number of placeholders in the messages."""
     return sum(message.text.count(image_token) for message in messages)
 
 
 def _answer_start(pieces: Sequence[Piece]) -> int:
-    """Number of the piece with which the last answer begins, or of pieces if a question is last."""
+    """Index of the piece with the answer at the end; number of pieces if there is none."""
     for number in range(max(0, len(pieces) - 2), len(pieces)):
         if pieces[number].kind == "answer":
             return number
@@ -328,12 +358,12 @@ def _answer_start(pieces: Sequence[Piece]) -> int:
 
 
 def _without_eos(pieces: list[Piece], inference: bool) -> list[Piece]:
-    """Leaves the last answer open in inference."""
+    """Drops the eos at the end for inference."""
     return pieces[:-1] if inference and pieces[-1].kind == "eos" else pieces
 
 
 def _check_sizes(settings: ProcessorConfig, config: VL2Config) -> None:
-    """Raises UserError where processor and model disagree about tiles."""
+    """Raises UserError if the processor's tile sizes differ from the model's."""
     side = config.vision.image_size
     for name, found, expected in (
         ("patch_size", settings.patch_size, config.vision.patch_size),
@@ -350,10 +380,10 @@ def _check_sizes(settings: ProcessorConfig, config: VL2Config) -> None:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: VL2Config) -> None:
-    """Raises UserError where a token has no row in the embedding."""
+    """Raises UserError if a token id is outside the embedding table."""
     largest, rows = max(tokenizer.max_id, len(tokenizer) - 1), config.decoder.vocab_size
     if largest >= rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens (largest id {largest}), but the model's"
-            f" vocab_size is {rows}: the tokenizer does not belong to this checkpoint"
+            f" vocab_size is {rows}; use the tokenizer of this checkpoint"
         )

@@ -1,13 +1,13 @@
-"""Chat formats: from a conversation to the pieces of text and the images that make its tokens.
+"""Chat formats: split a conversation into pieces of text and images, which are tokenized.
 
-Three formats of the original are built.  `deepseek` is the released one:
+Three formats of the original are supported.  `deepseek` is the format of the released models:
 
     <bos><|User|>: {question}\\n\\n<|Assistant|>:{answer}<eos><|User|>: ...
 
-`plain` puts the texts side by side, `alignment` replaces each question by `<image>\\n`.  A system
-message comes first, without a separator, and only if the conversation has one: the original's
-`system_prompt` argument changes nothing but the text it displays, so here it is an argument of
-the two `render` functions alone.
+`plain` concatenates the texts; `alignment` replaces each question by `<image>\\n`.  A system
+message, if the conversation has one, comes first, without a separator.  The original's
+`system_prompt` argument only changes the text that is displayed, so here only the two `render`
+functions have it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,18 +19,18 @@ from vl2jax.config.processor import check_format
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 SEPARATOR = "\n\n"
 
-# Accepted role -> what it means; the chat tokens are role names of the `deepseek` format only.
+# Role names and their kinds; the `deepseek` format also accepts the chat tokens.
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "deepseekapi-sys": SYSTEM}
 _CHAT_ROLES = {"<|User|>": USER, "<|Assistant|>": ASSISTANT}
 
 
 class Message(NamedTuple):
-    """One turn.
+    """One message of a conversation.
 
     Attributes:
       kind: `USER`, `ASSISTANT` or `SYSTEM`.
-      text: stripped; each image is one placeholder.
-      role: the role as the caller wrote it.
+      text: text without leading and trailing white space; each image is a placeholder.
+      role: the caller's name of the role.
     """
 
     kind: str
@@ -39,12 +39,12 @@ class Message(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What becomes one run of tokens: a text, an image, or the token `bos` or `eos`.
+    """A part of a conversation that is tokenized on its own.
 
     Attributes:
-      kind: "text", "answer" (an assistant's text), "image", "bos" or "eos".
-      supervised: whether its tokens are targets (those of an image never are).
-      text: what is encoded, for "text" and "answer".
+      kind: "text", "answer" (text of the assistant), "image", "bos" or "eos".
+      supervised: whether its tokens are targets of the loss; False for images.
+      text: the text of a "text" or "answer".
     """
 
     kind: str
@@ -58,20 +58,25 @@ def read_conversation(
     sft_format: str = "deepseek",
     image_token: str = "<image>",
 ) -> tuple[list[Message], list[Any]]:
-    """Reads a conversation in the original's or in OpenAI's style.
+    """Reads a conversation in the original's format or in OpenAI's.
 
     The original's: `{"role": "<|User|>", "content": "<image>\\n...", "images": [path, ...]}`.
-    OpenAI's: `content` is a list of `{"type": "text", "text": ...}`, `{"type": "image_url",
-    "image_url": {"url": ...}}` and `{"type": "image", "image": ...}`; each image becomes a
-    placeholder where it stands, and parts are joined by a newline unless white space is there.
+    OpenAI's: `content` is a list of parts `{"type": "text", "text": ...}`, `{"type": "image_url",
+    "image_url": {"url": ...}}` and `{"type": "image", "image": ...}`.  An image part becomes a
+    placeholder; parts are joined by a newline unless there is white space between them.
+
+    Args:
+      conversation: the messages.
+      sft_format: chat format.
+      image_token: the placeholder of images.
 
     Returns:
-      The messages, and the sources of the images that the conversation itself names, in order;
-      None for an image part without a source.
+      The messages, and the sources of the images that the messages name, in order; None for an
+      image part without a source.
 
     Raises:
-      UserError: an unknown format, role or part, a system message that is not the first, an image
-        outside a user turn, or nothing at all.
+      UserError: the format, a role or a part is unknown, a system message is not the first message,
+        an image is not in a user message, or the conversation is empty.
     """
     check_format(sft_format)
     if isinstance(conversation, str | Mapping) or not isinstance(conversation, Sequence):
@@ -96,10 +101,13 @@ def conversation_pieces(
     mask_prompt: bool = True,
     image_token: str = "<image>",
 ) -> list[Piece]:
-    """Splits a conversation into the pieces that are tokenised one by one.
+    """Splits a conversation into pieces, which are tokenized one by one.
 
     Args:
-      mask_prompt: whether questions and the system message are no targets.
+      messages: the messages.
+      sft_format: chat format.
+      mask_prompt: whether to exclude questions and the system message from the targets.
+      image_token: the placeholder of images.
     """
     pieces = [Piece("bos", True)]
     for message in messages:
@@ -114,7 +122,7 @@ def conversation_pieces(
 
 
 def prompt_pieces(prompt: str, *, image_token: str = "<image>") -> list[Piece]:
-    """Pieces of a prompt that is already formatted: all its text is a target."""
+    """Splits an already formatted prompt into pieces; all its text is supervised."""
     return [
         Piece("bos", True),
         *_split_images(prompt, True, image_token),
@@ -123,7 +131,7 @@ def prompt_pieces(prompt: str, *, image_token: str = "<image>") -> list[Piece]:
 
 
 def count_placeholders(pieces: Sequence[Piece]) -> int:
-    """Images that the pieces ask for."""
+    """Returns the number of images in the pieces."""
     return sum(piece.kind == "image" for piece in pieces)
 
 
@@ -134,10 +142,19 @@ def render_conversation(
     system_prompt: str = "",
     eos_token: str = "<｜end▁of▁sentence｜>",
 ) -> str:
-    """The conversation as one readable text, as the original displays it.
+    """Formats a conversation as readable text, as the original displays it.
 
-    Not what is tokenised: a system message shows as a turn of its own, which moves the separators
-    of the turns after it.
+    The text can differ from what is tokenized: a system message is displayed as a turn, which
+    changes the separators after it.
+
+    Args:
+      messages: the messages.
+      sft_format: chat format.
+      system_prompt: text before the conversation; only used by the `deepseek` format.
+      eos_token: text of the end-of-sequence token.
+
+    Raises:
+      UserError: the format is not supported.
     """
     check_format(sft_format)
     parts = [system_prompt + SEPARATOR] if system_prompt and sft_format == "deepseek" else []
@@ -155,7 +172,16 @@ def render_conversation(
 
 
 def render_prompt(prompt: str, *, sft_format: str = "deepseek", system_prompt: str = "") -> str:
-    """A question put into a chat format, up to where the answer begins."""
+    """Formats a question in a chat format, up to the beginning of the answer.
+
+    Args:
+      prompt: the question.
+      sft_format: chat format.
+      system_prompt: see `render_conversation`.
+
+    Raises:
+      UserError: the format is not supported.
+    """
     messages = [
         Message(USER, prompt.strip(), "<|User|>"),
         Message(ASSISTANT, "", "<|Assistant|>"),
@@ -164,12 +190,12 @@ def render_prompt(prompt: str, *, sft_format: str = "deepseek", system_prompt: s
 
 
 def with_placeholders(text: str, images: int, image_token: str) -> str:
-    """Puts one line `<image>` per image in front of a text that has no placeholder."""
+    """Prepends one line `<image>` per image, if the text has no placeholder."""
     return text if image_token in text else f"{image_token}\n" * images + text
 
 
 def _question(text: str, sft_format: str) -> str:
-    """What is tokenised for a user turn, the call for an answer included."""
+    """The text that is tokenized for a user message, including the assistant's prefix."""
     if sft_format == "deepseek":
         asked = f"<|User|>: {text}{SEPARATOR}" if text else "<|User|>:"
         return f"{asked}<|Assistant|>:"
@@ -214,12 +240,12 @@ def _read_message(
 def _read_content(
     where: str, entry: Mapping[str, Any], kind: str, image_token: str
 ) -> tuple[str, list[Any]]:
-    """Text with placeholders, and the sources of the message's own images."""
+    """Text with placeholders, and the sources of the images that the message names."""
     content, images = entry.get("content"), entry.get("images", [])
     if not isinstance(images, list | tuple):
         raise UserError(f"{where}: 'images' must be a list of images, got {images!r:.80}")
     if content is None and kind == ASSISTANT:
-        content = ""  # an answer still to come
+        content = ""  # the answer that the model is to generate
     if isinstance(content, str):
         return content, list(images)
     if not isinstance(content, list | tuple):
@@ -247,7 +273,7 @@ def _read_content(
 
 
 def _part_source(where: str, part: Mapping[str, Any], kind: str) -> Any:
-    """Where an image part's picture is: a path, URL or image; None if the caller gives it."""
+    """Source of an image part: a path, URL or image; None if the part has none."""
     source = part.get(kind)
     if kind == "image" and source is None:
         return next((part[key] for key in ("path", "url") if key in part), None)

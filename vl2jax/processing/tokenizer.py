@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint directory, with the special tokens that the processor needs."""
+"""The tokenizer of a model directory, with the special tokens that the processor needs."""
 
 import dataclasses
 import functools
@@ -16,25 +16,27 @@ GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>
 CHAT_TOKENS = ("<|User|>", "<|Assistant|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
-# Replacements of `clean_up_tokenization_spaces`, in order; no released tokenizer asks for them.
+# Replacements of `clean_up_tokenization_spaces`, in order; the released tokenizers do not set it.
 _CLEAN_UP = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")),
     *((" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
 )
-# Longer than the text at the end that the replacements above can still change together.
+# Characters at the end of a text that are held back while streaming; more than these replacements
+# can change.
 _CLEAN_UP_REACH = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back.
+    """Encodes text to token ids and decodes them.
 
     Attributes:
-      backend: the `tokenizers` object, special tokens added.
+      backend: the `tokenizers` object, with all special tokens.
       bos_id, eos_id, pad_id, image_id: ids of the tokens that prompts and batches need.
-      image_token: the placeholder, `<image>`.
-      eos_token: the text of the end-of-sequence token.
-      cleans_up: whether decoded text loses its spaces before punctuation.
+      image_token: placeholder of images, `<image>`.
+      eos_token: text of the end-of-sequence token.
+      cleans_up: whether decoding removes spaces before punctuation
+        (`clean_up_tokenization_spaces`).
     """
 
     backend: tokenizers.Tokenizer
@@ -56,11 +58,16 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Reads `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
 
-        Tokens that the file lacks are added behind its vocabulary in the order of the original
-        processor: its own special tokens, pad, `<image>`, grounding, chat.
+        Missing special tokens are appended to the vocabulary in the order of the original
+        processor: the tokenizer's special tokens, pad, `<image>`, grounding tokens, chat tokens.
+
+        Args:
+          path: directory with the files.
+          image_token: placeholder of images.
+          pad_token: padding token, if the files do not name one.
 
         Raises:
-          UserError: a file is absent or malformed, or bos or eos is not named.
+          UserError: a file is missing or malformed, or names no bos or eos token.
         """
         path = pathlib.Path(path)
         config = read_json(path / "tokenizer_config.json", required=False)
@@ -91,16 +98,19 @@ class Tokenizer:
         )
 
     def __len__(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added tokens."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @functools.cached_property
     def max_id(self) -> int:
-        """The largest token id; more than `len - 1` where ids have gaps."""
+        """The largest token id; larger than `len(self) - 1` if the ids have gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def token_to_id(self, token: str) -> int:
-        """Id of one token by its exact text.
+        """Returns the id of a token.
+
+        Args:
+          token: the exact text of the token.
 
         Raises:
           UserError: there is no such token.
@@ -111,10 +121,13 @@ class Tokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; adds no bos or eos, but special tokens written in it count.
+        """Encodes a text without adding bos or eos.
+
+        Args:
+          text: the text; special tokens that are written in it become their ids.
 
         Raises:
-          UserError: the text has half a surrogate pair, as JSON and the shell can give.
+          UserError: the text has an unpaired surrogate, which JSON and shell arguments can contain.
         """
         try:
             text.encode()
@@ -123,7 +136,12 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of token ids; ids beyond the vocabulary give nothing."""
+        """Decodes token ids.
+
+        Args:
+          ids: token ids; ids outside the vocabulary are skipped.
+          skip_special_tokens: whether to leave special tokens out.
+        """
         text = self.backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
         if self.cleans_up:
             for old, new in _CLEAN_UP:
@@ -132,24 +150,24 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes token by token: the pieces put together are exactly the decoding of all ids.
+    """Decodes a stream of token ids; the returned texts concatenate to the decoding of all ids.
 
-    Byte-level tokens may end inside a character, so what is not settled yet is held back.
+    A byte-level token can end inside a character, so text that may still change is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # since the last place where text and tokens ended together
-        self._given = 0  # characters of their text that were already returned
+        self._ids: list[int] = []  # ids since the last point where all text had been returned
+        self._given = 0  # number of characters of their text that were returned
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes the next ids and returns the text that can no longer change."""
+        """Adds token ids and returns the new text that can no longer change."""
         self._ids.extend(ids)
         text = self._text()
         if self._tokenizer.cleans_up:
             settled = max(self._given, len(text) - _CLEAN_UP_REACH)
-        elif text.endswith("\ufffd"):  # one mark for the bytes of a character that may go on
+        elif text.endswith("\ufffd"):  # stands for the bytes of an incomplete character
             settled = max(self._given, len(text) - 1)
         else:
             new, self._ids, self._given = text[self._given :], [], 0
@@ -158,7 +176,7 @@ class StreamDecoder:
         return new
 
     def finish(self) -> str:
-        """Returns what was held back and starts anew."""
+        """Returns the text that was held back, and resets the decoder."""
         rest = self._text()[self._given :]
         self._ids, self._given = [], 0
         return rest
@@ -168,7 +186,15 @@ class StreamDecoder:
 
 
 def read_json(path: pathlib.Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object; {} for a file that may be absent."""
+    """Reads a JSON object.
+
+    Args:
+      path: the file.
+      required: whether a missing file is an error; otherwise it is read as {}.
+
+    Raises:
+      UserError: the file is missing, cannot be read, or is not a JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -193,7 +219,7 @@ def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
         raise UserError(f"{path}: decoder must be ByteLevel, got {decoder!r:.80}")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises no specific exception
         raise UserError(
             f"{path}: not a tokenizer ({error}); take it from the checkpoint"
         ) from error
@@ -206,14 +232,15 @@ def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
 
 
 def _special_tokens(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Texts of the special tokens, in the original's order of adding them.
+    """Texts of the special tokens by name, in the order in which the original adds them.
 
-    The map decides over the configuration, except for one that lists its tokens itself.
+    `special_tokens_map.json` takes precedence over `tokenizer_config.json`, but is not read if the
+    latter has `added_tokens_decoder`.
     """
     sources = [config]
     if "added_tokens_decoder" not in config:
         sources.append(read_json(path / "special_tokens_map.json", required=False))
-    merged = {"unk_token": "<unk>"}  # the tokenizer class's own default; released files say null
+    merged = {"unk_token": "<unk>"}  # default of the tokenizer class; null in the released files
     for source in sources:
         merged |= source
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -226,7 +253,7 @@ def _special_tokens(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any
 
 
 def _token_text(path: pathlib.Path, name: str, token: Any) -> str | None:
-    """Text of a token given as a string, as an object with `content`, or as null."""
+    """Text of a token that is given as a string, as an object with `content`, or as null."""
     if isinstance(token, dict):
         token = token.get("content")
     if token is None or isinstance(token, str):
@@ -235,7 +262,7 @@ def _token_text(path: pathlib.Path, name: str, token: Any) -> str | None:
 
 
 def _add_listed(backend: tokenizers.Tokenizer, path: pathlib.Path, config: dict[str, Any]) -> None:
-    """Adds, by id, the tokens that `tokenizer_config.json` lists and the tokenizer lacks."""
+    """Adds missing tokens of `tokenizer_config.json`'s `added_tokens_decoder`, sorted by id."""
     listed = config.get("added_tokens_decoder", {})
     flags = ("lstrip", "rstrip", "single_word", "normalized")
     try:
@@ -259,7 +286,7 @@ def _add_listed(backend: tokenizers.Tokenizer, path: pathlib.Path, config: dict[
 
 
 def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
-    """Makes texts special tokens; one that exists keeps its id."""
+    """Adds special tokens; an existing token keeps its id."""
     backend.add_special_tokens(
         [tokenizers.AddedToken(token, normalized=False, special=True) for token in tokens]
     )

@@ -1,8 +1,8 @@
-"""Synthetic pictures with questions and answers: the data that needs no download.
+"""Synthetic data: generated images with questions and answers, so that nothing is downloaded.
 
-`Synthetic(split, seed)` is a source of training rows, `question(family, index)` gives single
-questions with their true answers, `FAMILIES` names what is asked.  Imports `common`, `config`,
-`processing` and `data`.  Start with `source.py`; `tokens.py` has the tokenizer.
+`Synthetic(split, seed)` is a source of training rows, `question(family, index)` generates single
+questions with their answers, `FAMILIES` describes the families of questions.  Imports `common`,
+`config`, `processing` and `data`.  Start with `source.py`; `tokens.py` has the tokenizer.
 """
 
 from vl2jax.synthetic.source import FAMILIES, Question, Synthetic, question

@@ -1,9 +1,9 @@
-"""Writes synthetic samples as pictures and LLaVA JSON.
+"""Writes synthetic samples as image files and JSON in the format of LLaVA.
 
     python -m vl2jax.synthetic --out DIR -n 20 [--split train] [--seed 0]
 
-DIR/data.json is a list of {"id", "image", "conversations"}; `image` is a path relative to DIR, a
-list of paths where there are several pictures, and absent where there is none.
+DIR/data.json is a list of {"id", "image", "conversations"}.  `image` is a path relative to DIR, or
+a list of paths if a sample has several images; a sample without image has no `image`.
 """
 
 import argparse
@@ -23,16 +23,19 @@ _SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 
 def write_llava(directory: Path, source: Synthetic, count: int, *, name: str) -> int:
-    """Writes rows 0 to count - 1; what an earlier call wrote there is replaced.
+    """Writes rows 0 to count - 1, and removes the files that an earlier call wrote.
 
     Args:
-      name: what ids begin with.
+      directory: the directory; it is made if it does not exist.
+      source: the rows.
+      count: number of rows.
+      name: prefix of the ids.
 
     Returns:
-      The number of pictures.
+      Number of images.
 
     Raises:
-      UserError: the directory holds what is not from here.
+      UserError: the directory has files that this function did not write.
     """
     images = directory / IMAGES
     for old in _own_files(directory):
@@ -60,11 +63,11 @@ def _entry(identity: str, paths: list[str], messages: Any) -> dict[str, Any]:
 
 
 def _own_files(directory: Path) -> list[Path]:
-    """Files that an earlier call wrote; UserError where there is anything else."""
+    """Files that an earlier call wrote; raises UserError if there are others."""
     if not directory.exists():
         return []
     if not directory.is_dir():
-        raise UserError(f"{directory}: is a file; --out wants a directory")
+        raise UserError(f"{directory}: is a file; --out needs a directory")
     found = []
     for path in directory.iterdir():
         if path.name == DATA:
@@ -73,12 +76,13 @@ def _own_files(directory: Path) -> list[Path]:
             found += path.iterdir()
         else:
             raise UserError(
-                f"{directory}: holds {path.name}, which is not from here; give a new directory"
+                f"{directory}: has {path.name}, which this program did not write; give a new"
+                " directory"
             )
     for path in found:
         mine = path.name == DATA or (path.name.startswith(_PREFIX) and path.suffix == ".png")
         if not mine or not path.is_file():
-            raise UserError(f"{path}: is not from here; give a new directory")
+            raise UserError(f"{path}: this program did not write it; give a new directory")
     if found and not (directory / DATA).exists():
         raise UserError(f"{directory}: has pictures but no {DATA}; give a new directory")
     return found
@@ -98,7 +102,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs the command and returns the exit code."""
     args = _parse(arguments)
     try:
         if not 1 <= args.n <= LENGTH:

@@ -1,4 +1,4 @@
-"""Random choices that depend on nothing but their key."""
+"""Random choices that depend only on a key."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -11,47 +11,53 @@ _BLOCK = 128
 
 
 class Dice:
-    """Draws from the stream of a key of non-negative integers; not shared between threads.
+    """Random generator for scalar choices; must not be shared between threads.
 
-    Everything is derived from uniform numbers, drawn in blocks: a scalar draw costs a list access.
+    All choices are made of uniform numbers, which are generated in blocks, so that a single choice
+    is fast.
     """
 
     def __init__(self, *key: int):
+        """Makes a generator.
+
+        Args:
+          key: non-negative integers, the seed.
+        """
         self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
         self._numbers: list[float] = []
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A number in [low, high)."""
+        """Returns a number in [low, high)."""
         if not self._numbers:
             self._numbers = self._generator.random(_BLOCK).tolist()
         return low + (high - low) * self._numbers.pop()
 
     def below(self, count: int) -> int:
-        """An integer in [0, count)."""
+        """Returns an integer in [0, count)."""
         return int(self.uniform() * count)
 
     def between(self, low: int, high: int) -> int:
-        """An integer in [low, high], both included."""
+        """Returns an integer in [low, high], both included."""
         return low + self.below(high - low + 1)
 
     def chance(self, probability: float) -> bool:
-        """True with a probability."""
+        """Returns True with this probability."""
         return self.uniform() < probability
 
     def pick(self, items: Sequence[T]) -> T:
-        """One of the items."""
+        """Returns one of the items, all with equal probability."""
         return items[self.below(len(items))]
 
     def sample(self, items: Sequence[T], count: int) -> list[T]:
-        """Different items (by place), in random order."""
+        """Returns `count` items without replacement, in random order."""
         rest = list(items)
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
     def weighted(self, weights: Mapping[T, float]) -> T:
-        """One of the keys, as often as its value says."""
+        """Returns one of the keys, with probabilities proportional to their values."""
         left = self.uniform(0.0, sum(weights.values()))
         for item, weight in weights.items():
             left -= weight
             if left < 0:
                 return item
-        return [*weights][-1]  # rounding: the last
+        return [*weights][-1]  # reached only by rounding errors

@@ -1,4 +1,4 @@
-"""Families with pictures of their own: charts, and questions over two or three pictures."""
+"""Families with their own images: charts, and questions about two or three images."""
 
 import dataclasses
 
@@ -12,23 +12,23 @@ from vl2jax.synthetic.scene import Scene, Thing, light, make_scene, to_thousandt
 from vl2jax.synthetic.turns import BOX, Situation, Turn
 from vl2jax.synthetic.words import COLOURS, colour_name, pair_name, with_article
 
-HIGHEST = 5  # value of the highest bar that fits
-_AXIS_DIGIT = 10  # pixels
+HIGHEST = 5  # maximum value of a bar
+_AXIS_DIGIT = 10  # height of the axis labels in pixels
 _MARK = (225, 20, 20)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart(Scene):
-    """Bars over a labelled axis.
+    """A bar chart with a labelled axis.
 
     Attributes:
-      bars: colour and value of each, from left to right; all colours and values differ.
+      bars: colour and value of each bar, from left to right; all are different.
     """
 
     bars: tuple[tuple[str, int], ...] = ()
 
     def paint(self) -> PIL.Image.Image:
-        """The picture, mode RGB."""
+        """Draws the image, mode RGB."""
         picture = PIL.Image.new("RGB", self.size, self.background)
         pen = PIL.ImageDraw.Draw(picture)
         width, height = self.size
@@ -50,7 +50,7 @@ class Chart(Scene):
 
 
 def make_chart(dice: Dice, split: str) -> Situation:
-    """A chart of two to four bars."""
+    """Makes a chart of two to four bars."""
     count = dice.between(2, 4)
     values = dice.sample(range(1, HIGHEST + 1), count)
     bars = tuple(zip(dice.sample([*COLOURS], count), values, strict=True))
@@ -59,7 +59,7 @@ def make_chart(dice: Dice, split: str) -> Situation:
 
 
 def ask_chart(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which bar is the tallest or shortest, what value one has, how many there are."""
+    """Asks for the tallest or shortest bar, the value of a bar, or the number of bars."""
     chart = situation.scene
     assert isinstance(chart, Chart)
     bars = chart.bars
@@ -80,12 +80,16 @@ def ask_chart(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 @dataclasses.dataclass(frozen=True)
 class Marked(Scene):
-    """A picture in which a red rectangle stands around one thing."""
+    """A scene in which a red rectangle marks one thing.
+
+    Attributes:
+      marked: the marked thing.
+    """
 
     marked: Thing | None = None
 
     def paint(self) -> PIL.Image.Image:
-        """The picture, mode RGB."""
+        """Draws the image, mode RGB."""
         picture = super().paint()
         assert self.marked is not None
         x0, y0, x1, y1 = self.marked.box
@@ -95,7 +99,12 @@ class Marked(Scene):
 
 
 def make_in_context(dice: Dice, split: str) -> Situation | None:
-    """Two pictures; what is marked in the first is once in the second."""
+    """Makes two images; the pair of the marked thing in the first occurs once in the second.
+
+    Returns:
+      The images, with the thing of the second image as `extra`; None if this draw gives no such
+      images.
+    """
     first, second = make_scene(dice, split), make_scene(dice, split)
     if not first.things or not second.things:
         return None
@@ -110,14 +119,14 @@ def make_in_context(dice: Dice, split: str) -> Situation | None:
 
 
 def _box_of(thing: Thing) -> tuple[int, int, int, int]:
-    """The box of a thing whose shape was changed in its place."""
+    """The box of a thing after its shape was replaced."""
     x, y = thing.box[:2]
     width, height = paint.shape_mask(thing.shape, thing.side).size
     return x, y, x + width, y + height
 
 
 def _is_clear(scene: Scene, marked: Thing, margin: int = 3) -> bool:
-    """Whether the rectangle around a thing touches nothing else and lies in the picture."""
+    """Whether the rectangle around a thing is inside the image and touches no other thing."""
     x0, y0, x1, y1 = marked.box
     if x0 < margin or y0 < margin or x1 + margin > scene.size[0] or y1 + margin > scene.size[1]:
         return False
@@ -128,7 +137,7 @@ def _is_clear(scene: Scene, marked: Thing, margin: int = 3) -> bool:
 
 
 def ask_in_context(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Where in the second picture the thing is that the first one marks."""
+    """Asks for the box in the second image of the thing that is marked in the first."""
     target = situation.extra
     assert isinstance(target, Thing)
     boxes = [to_thousandths(target.box, situation.scenes[1].size)]
@@ -138,12 +147,12 @@ def ask_in_context(situation: Situation, dice: Dice, language: str) -> Turn | No
 
 
 def make_three(dice: Dice, split: str) -> Situation:
-    """Three pictures."""
+    """Makes three images."""
     return Situation(split, tuple(make_scene(dice, split) for _ in range(3)))
 
 
 def ask_which_image(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which of the pictures has a thing that no other has."""
+    """Asks which of the images has a thing that the others do not have."""
     number = dice.below(len(situation.scenes))
     there = situation.scenes[number].things
     if not there:

@@ -1,4 +1,7 @@
-"""Questions about coloured shapes: what they are, how many, where, and what is not there."""
+"""Questions about coloured shapes: attributes, counts, places, relations, and absent shapes.
+
+An `ask` function returns None if no such question can be asked about the scene.
+"""
 
 from vl2jax.synthetic.dice import Dice
 from vl2jax.synthetic.phrases import ABSENT as REFUSAL
@@ -14,12 +17,12 @@ from vl2jax.synthetic.words import (
     with_article,
 )
 
-APART = 0.16  # of a side: centres nearer than this are neither left nor right of one another
-LARGER = 1.6  # areas less different than this are not compared
+APART = 0.16  # minimum distance of centres for relations, relative to the side of the image
+LARGER = 1.6  # minimum ratio of areas for comparisons
 
 
 def ask_colour(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """What colour the only thing of a shape has."""
+    """Asks for the colour of a shape that occurs once."""
     scene = situation.scene
     unique = [thing for thing in scene.things if len(scene.find(shape=thing.shape)) == 1]
     if not unique:
@@ -33,7 +36,7 @@ def ask_colour(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_shape(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """What shape the only thing of a colour has."""
+    """Asks for the shape of a colour that occurs once."""
     scene = situation.scene
     unique = [thing for thing in scene.things if len(scene.find(colour=thing.colour)) == 1]
     if not unique:
@@ -45,7 +48,7 @@ def ask_shape(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_count(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """How many things there are: of a shape, of a colour, or in all; from 0 to 4."""
+    """Asks how many things there are of a shape, of a colour, or in total; 0 to 4."""
     scene, what = situation.scene, dice.weighted({"shape": 0.4, "colour": 0.3, "all": 0.3})
     if what == "all":
         texts = phrase(dice, "count_all", language, count=len(scene.things))
@@ -65,7 +68,7 @@ def ask_count(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_place(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Where a thing is, named in one of several ways; now and then all of a kind at once."""
+    """Asks for the box of a thing, or sometimes for the boxes of all things of a kind."""
     scene = situation.scene
     if dice.chance(0.2):
         return _ask_places(scene, dice, language)
@@ -81,7 +84,7 @@ def ask_place(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_quarter(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which quarter of the picture the middle of a thing is in."""
+    """Asks for the quarter of the image that contains the centre of a thing."""
     scene = situation.scene
     named = _named(scene, dice, language)
     if not named:
@@ -94,7 +97,7 @@ def ask_quarter(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def _named(scene: Scene, dice: Dice, language: str) -> list[tuple[Thing, str]]:
-    """Things and names that mean them alone: all of a pair of its own, some by half of it."""
+    """Things with unambiguous names: each unique pair, and some unique shapes and colours."""
     named = [*map(_full_name(language), unique_pairs(scene))]
     for axis, name in (("shape", shape_name), ("colour", _coloured)):
         for thing in scene.things:
@@ -122,7 +125,7 @@ def _ask_places(scene: Scene, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_absent(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Any of the usual questions about what is not there; half of the time nearly there."""
+    """Asks about a thing that is absent; in half of the cases a similar thing is present."""
     scene, key = situation.scene, dice.weighted({"locate": 0.7, "colour": 0.15, "shape": 0.15})
     colours = [colour for colour in COLOURS if not scene.find(colour=colour)]
     shapes = [shape for shape in SHAPES if not scene.find(shape=shape)]
@@ -144,7 +147,7 @@ def ask_absent(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_existence(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Whether there is such a thing; as often yes as no."""
+    """Asks whether a thing is present; yes and no are equally frequent."""
     scene, there = situation.scene, dice.chance(0.5)
     if there and not scene.things:
         return None
@@ -157,7 +160,7 @@ def ask_existence(situation: Situation, dice: Dice, language: str) -> Turn | Non
 
 
 def ask_relation(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Whether one thing is left of, right of, above or below another, well apart."""
+    """Asks whether one thing is left of, right of, above or below another."""
     scene = situation.scene
     things = unique_pairs(scene)
     if len(things) < 2:
@@ -179,7 +182,7 @@ def ask_relation(situation: Situation, dice: Dice, language: str) -> Turn | None
 
 
 def ask_comparison(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which of two things is larger or smaller, by the area of its box."""
+    """Asks which of two things is larger or smaller, by the areas of their boxes."""
     things = unique_pairs(situation.scene)
     if len(things) < 2:
         return None
@@ -201,7 +204,7 @@ def ask_comparison(situation: Situation, dice: Dice, language: str) -> Turn | No
 
 
 def unique_pairs(scene: Scene) -> list[Thing]:
-    """The things that colour and shape name without doubt."""
+    """Returns the things whose pair of colour and shape occurs once."""
     return [thing for thing in scene.things if len(scene.find(*thing.pair)) == 1]
 
 
@@ -218,5 +221,5 @@ def _full_name(language: str):
 
 
 def _coloured(colour: str, language: str) -> str:
-    """A thing known by its colour: "red shape"."""
+    """Name of a thing by its colour: "red shape"."""
     return f"{colour_name(colour, language)}的形状" if language == "zh" else f"{colour} shape"

@@ -1,4 +1,4 @@
-"""Questions about writing in a picture, descriptions of it, and questions without a picture."""
+"""Questions about text in an image, captions, and questions without an image."""
 
 import itertools
 
@@ -10,11 +10,11 @@ from vl2jax.synthetic.turns import BOX, Situation, Turn
 from vl2jax.synthetic.words import OPPOSITES, WORDS, pair_name, with_article
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_DISTINCT = 3  # pixels between left edges: nearer ones have no clear order from left to right
+_DISTINCT = 3  # minimum distance of left edges in pixels for an order from left to right
 
 
 def ask_digit(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which digit is written."""
+    """Asks for the digit in the image."""
     writing = situation.scene.writing
     if writing is None or writing.kind != "digit":
         return None
@@ -22,7 +22,7 @@ def ask_digit(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_number(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which number is written, or how many digits it has."""
+    """Asks for the number in the image, or for the number of its digits."""
     writing = situation.scene.writing
     if writing is None or writing.kind != "number":
         return None
@@ -32,7 +32,7 @@ def ask_number(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_word(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """Which word is written, how it begins, or what it means."""
+    """Asks for the word in the image, its first letter, or its meaning in Chinese."""
     writing = situation.scene.writing
     if writing is None or writing.kind != "word":
         return None
@@ -42,7 +42,7 @@ def ask_word(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_caption(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """What is there, from left to right."""
+    """Asks for a caption: all things from left to right."""
     things = _row_of_things(situation.scene)
     if not things:
         return None
@@ -51,7 +51,7 @@ def ask_caption(situation: Situation, dice: Dice, language: str) -> Turn | None:
 
 
 def ask_grounded_caption(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """What is there and where, from left to right."""
+    """Asks for a grounded caption: all things with their boxes, from left to right."""
     things = _row_of_things(situation.scene)
     if not things:
         return None
@@ -66,7 +66,7 @@ def ask_grounded_caption(situation: Situation, dice: Dice, language: str) -> Tur
 
 
 def _row_of_things(scene: Scene) -> list[Thing]:
-    """All things from left to right; none where names or the order would be in doubt."""
+    """All things from left to right; [] if names or order are ambiguous, or there is a text."""
     things = scene.find()
     edges = [thing.box[0] for thing in things]
     close = any(b - a < _DISTINCT for a, b in itertools.pairwise(edges))
@@ -76,7 +76,7 @@ def _row_of_things(scene: Scene) -> list[Thing]:
 
 
 def _list(names: list[str], language: str, tagged: list[str] | None = None) -> str:
-    """ "A red circle, a blue star and a black cross", or the same with tags around the names."""
+    """Joins names: "A red circle, a blue star and a black cross"; `tagged` replaces the names."""
     tagged = tagged or names
     if language == "zh":
         return "、".join(tagged)
@@ -88,7 +88,7 @@ def _list(names: list[str], language: str, tagged: list[str] | None = None) -> s
 
 
 def ask_text(situation: Situation, dice: Dice, language: str) -> Turn | None:
-    """What needs no picture: translation, small sums, opposites, the alphabet."""
+    """Asks a question without an image: translation, sum, opposite, or next letter."""
     key = dice.weighted(
         {"to_chinese": 0.3, "to_english": 0.3, "sum": 0.2, "opposite": 0.1, "next_letter": 0.1}
     )

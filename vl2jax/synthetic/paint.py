@@ -1,4 +1,4 @@
-"""Ink: masks of shapes and texts, cropped to their last pixel, so that boxes are exact."""
+"""Alpha masks of shapes and texts, cropped to their visible pixels, so that boxes are exact."""
 
 import functools
 import math
@@ -10,25 +10,33 @@ import PIL.ImageFont
 
 Rgb = tuple[int, int, int]
 
-OUTLINE = 1  # pixels of dark line around a shape: its form is then the same in every colour
+OUTLINE = 1  # width of the dark outline of a shape in pixels; it makes shapes of all colours alike
 LINE = (30, 30, 30)
-_FINE = 4  # shapes are drawn this many times larger, then reduced: smooth edges
-_FAINTEST = 48  # alpha below this is nothing: a box must not count what nobody sees
+_FINE = 4  # shapes are drawn this many times larger, then reduced, for smooth edges
+_FAINTEST = 48  # lower alpha is set to 0, so that boxes do not include invisible pixels
 _LARGEST_FONT, _SMALLEST_FONT = 120, 6
 
 
 @functools.lru_cache(maxsize=1024)
 def shape_mask(shape: str, side: int) -> PIL.Image.Image:
-    """Alpha of a shape that fills a box of about `side` pixels; mode L, shared: never change it."""
+    """Returns the alpha mask of a shape.
+
+    Args:
+      shape: name of the shape.
+      side: approximate side of its box in pixels.
+
+    Returns:
+      An image of mode L; it is cached, so do not modify it.
+    """
     return _crop(_fine(shape, side).reduce(_FINE))
 
 
 @functools.lru_cache(maxsize=1024)
 def inner_mask(shape: str, side: int) -> PIL.Image.Image:
-    """The same shape without `OUTLINE` pixels all around, in a mask of the same size."""
+    """Returns the mask of the inside of a shape, without the outline; same size as `shape_mask`."""
     fine = _fine(shape, side)
     room = PIL.Image.new("L", (fine.width + 2 * _FINE, fine.height + 2 * _FINE), 0)
-    room.paste(fine, (_FINE, _FINE))  # so that edges of the picture are edges of the shape
+    room.paste(fine, (_FINE, _FINE))  # a margin, so that the filter also erodes at the image's edge
     thinner = room.filter(PIL.ImageFilter.MinFilter(2 * OUTLINE * _FINE + 1))
     thinner = thinner.crop((_FINE, _FINE, _FINE + fine.width, _FINE + fine.height))
     return thinner.reduce(_FINE).crop(_bounds(fine.reduce(_FINE)))
@@ -55,7 +63,7 @@ def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
 
 
 def _fitted(corners: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Stretched to fill the unit square: all shapes of a side have the same box."""
+    """Scales corners to fill the unit square, so that all shapes of a side have the same box."""
     low, high = map(min, zip(*corners, strict=True)), map(max, zip(*corners, strict=True))
     (x0, y0), (x1, y1) = low, high
     return [((x - x0) / (x1 - x0), (y - y0) / (y1 - y0)) for x, y in corners]
@@ -76,7 +84,17 @@ _OUTLINES = {
 
 @functools.lru_cache(maxsize=4096)
 def text_mask(text: str, height: int, width: int) -> PIL.Image.Image:
-    """Alpha of a text as large as fits into `height` x `width` pixels; mode L, shared."""
+    """Returns the alpha mask of a text in the largest font that fits.
+
+    Args:
+      text: the text.
+      height: maximum height in pixels.
+      width: maximum width in pixels.
+
+    Returns:
+      An image of mode L; it is cached, so do not modify it.  With the smallest font it may be
+      larger than the limits.
+    """
     left, top, right, bottom = _font(64).getbbox(text)
     size = int(64 * min(height / (bottom - top), width / (right - left)))
     size = min(max(size, _SMALLEST_FONT), _LARGEST_FONT)
@@ -111,6 +129,6 @@ def _bounds(mask: PIL.Image.Image) -> tuple[int, int, int, int]:
 
 
 def shade(colour: Rgb, shift: tuple[int, int, int]) -> Rgb:
-    """A colour moved by a little."""
+    """Adds a shift to a colour, clipped to 0..255."""
     red, green, blue = (min(max(a + by, 0), 255) for a, by in zip(colour, shift, strict=True))
     return red, green, blue

@@ -1,6 +1,6 @@
-"""How questions and answers are put, in English ("en") and Chinese ("zh").
+"""Templates of questions and answers in English ("en") and Chinese ("zh").
 
-One phrasing of a question always takes the same form of answer, so that an exact match is fair.
+All questions of a template have the same form of answer, so that scoring by exact match is fair.
 """
 
 from vl2jax.synthetic.dice import Dice
@@ -8,7 +8,7 @@ from vl2jax.synthetic.dice import Dice
 LANGUAGES = ("en", "zh")
 GROUNDED = "<|ref|>{name}<|/ref|><|det|>{boxes}<|/det|>"
 
-# What is asked -> the form of the answer, the English and the Chinese questions; all of a language
+# Key -> template of the answer, English questions, Chinese questions.  All questions of a language
 # are equally frequent.
 PHRASES = {
     "colour": (
@@ -284,10 +284,10 @@ PHRASES = {
     ),
 }
 
-# The answer to any question about something that is not there.
+# The answer to every question about something that the image does not show.
 ABSENT = {"en": "There is no {name} in the image.", "zh": "图中没有{name}。"}
 YES = {"en": ("no", "yes"), "zh": ("否", "是")}
-QUARTERS = {  # by half from above, then from the left
+QUARTERS = {  # indexed by [bottom half][right half]
     "en": (("top left", "top right"), ("bottom left", "bottom right")),
     "zh": (("左上", "右上"), ("左下", "右下")),
 }
@@ -298,17 +298,27 @@ SIDES = {
 
 
 def phrase(dice: Dice, key: str, language: str, **fields: object) -> tuple[str, str]:
-    """A question and its answer in one of the phrasings of `key`."""
+    """Fills a random question template of `key` and its answer template.
+
+    Args:
+      dice: random generator.
+      key: key of `PHRASES`.
+      language: "en" or "zh".
+      fields: values of the placeholders.
+
+    Returns:
+      The question and the answer.
+    """
     answer, *questions = PHRASES[key]
     question = dice.pick(questions[LANGUAGES.index(language)])
     return question.format(**fields), answer.format(**fields)
 
 
 def question_only(dice: Dice, key: str, language: str, **fields: object) -> str:
-    """A question whose answer is none of the usual ones."""
+    """Fills a random question template of `key`; the caller makes the answer."""
     return dice.pick(PHRASES[key][1 + LANGUAGES.index(language)]).format(**fields)
 
 
 def box_list(boxes: list[tuple[int, int, int, int]]) -> str:
-    """Boxes as the model writes them: `[[1, 2, 3, 4], [5, 6, 7, 8]]`."""
+    """Formats boxes as the model writes them: `[[1, 2, 3, 4], [5, 6, 7, 8]]`."""
     return str([list(box) for box in boxes])

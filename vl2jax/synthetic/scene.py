@@ -1,4 +1,4 @@
-"""What is in a picture: coloured shapes and perhaps a writing, none over another."""
+"""Scenes: coloured shapes, and optionally a text, that do not overlap; their random placement."""
 
 import dataclasses
 
@@ -9,42 +9,51 @@ from vl2jax.synthetic import paint
 from vl2jax.synthetic.dice import Dice
 from vl2jax.synthetic.words import COLOURS, HELD_OUT, PAIRS, SHORT_WORDS
 
-Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are just outside
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are exclusive
 
 TRAIN, HELDOUT, COMBINATIONS = "train", "heldout", "combinations"
-# The pairs of colour and shape that the pictures and questions of a split may have.
+# The pairs of colour and shape in images and questions of each split.
 ALLOWED = {
     TRAIN: tuple(pair for pair in PAIRS if pair not in HELD_OUT),
     HELDOUT: PAIRS,
     COMBINATIONS: HELD_OUT,
 }
-# Width and height in pixels -> how often; None is any size up to a tile with a shorter side.
+# Weights of image sizes (width, height); None: one side is `LONGEST` and the other is shorter.
 SIZES = {(76, 76): 84, None: 3, (152, 76): 4, (76, 152): 4, (114, 76): 2, (90, 72): 2, (72, 90): 1}
 SHORTEST, LONGEST = 60, 76
-# Shapes in a picture -> how often: alone, in the lesson about places, and beside a writing.
+# Weights of the number of shapes: without a text, in the lesson about places, and with a text.
 COUNTS = {1: 30, 2: 28, 3: 24, 4: 18}
 MOSTLY_TWO = {1: 5, 2: 60, 3: 22, 4: 13}
 COUNTS_BESIDE = {1: 45, 2: 40, 3: 15}
-# Sides of shapes over the shorter side of the picture.
+# Sides of shapes, relative to the shorter side of the image.
 SIDES, SIDES_BESIDE = (0.27, 0.35), (0.27,)
 DIGIT_HEIGHTS, DIGIT_HEIGHTS_BESIDE = (40, 50), (30, 36)
-# Things lie on a grid of so many pixels, the patches of the small model, where there is room: a
-# young vision tower then meets the same patches often, and learns them from few pictures.
+# Shapes and texts are aligned to the patch grid of `configs/tiny.py` if there is room.  Then the
+# same patches occur often, and the vision tower learns them from few images.
 GRID = 14
-# Without a writing each shape stands in the upper left of a window of its own: two patches wide,
-# what the adaptor makes one token of.  The two windows of a side of 76 pixels begin at these.
+# Without a text, each shape is at the top left of its own window of 2 x 2 patches, which the
+# adaptor merges into one token.  `BEGINS` has the offsets of the two windows along a side of 76
+# pixels.
 WINDOW = 2 * GRID
 BEGINS = (0, WINDOW)
 INKS = ((20, 20, 20), (20, 20, 90), (90, 20, 20), (20, 70, 30))
-GAP = 2  # pixels between two things
-# Clear strips at the edges, over the side.  Patches of 14 leave 6 of 76 pixels at the right and
-# lower edge out: a thing there would have edges that the model cannot see.
+GAP = 2  # minimum distance of two objects in pixels
+# Empty margins at the left or top and at the right or bottom edge, relative to the side.  Patches
+# of 14 pixels do not cover the last 6 of 76 pixels, so the model would not see an edge there.
 _NEAR, _FAR = 0.02, 0.085
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """A coloured shape and the box of its pixels."""
+    """A coloured shape.
+
+    Attributes:
+      colour: name of the colour.
+      shape: name of the shape.
+      rgb: the shade of the colour.
+      side: approximate side in pixels.
+      box: the bounding box of its pixels.
+    """
 
     colour: str
     shape: str
@@ -58,21 +67,24 @@ class Thing:
 
     @property
     def area(self) -> int:
-        """Pixels of the box."""
+        """Area of the box in pixels."""
         return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
 
     def centre(self, axis: int) -> float:
-        """Middle of the box: 0 from the left, 1 from the top."""
+        """Returns the centre of the box along axis 0 (from the left) or 1 (from the top)."""
         return (self.box[axis] + self.box[axis + 2]) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-    """A text in the picture and the box of its pixels.
+    """A text in an image.
 
     Attributes:
       kind: "digit", "number" or "word".
-      room: the (height, width) that the text was fitted into.
+      text: the text.
+      rgb: colour of the text.
+      room: maximum (height, width), to which the text was fitted.
+      box: the bounding box of its pixels.
     """
 
     kind: str
@@ -84,11 +96,13 @@ class Writing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One picture.
+    """The content of one image.
 
     Attributes:
-      size: (width, height).
-      things: in the order of drawing, which says nothing.
+      size: (width, height) in pixels.
+      background: colour of the background.
+      things: the shapes, in arbitrary order.
+      writing: the text, if there is one.
     """
 
     size: tuple[int, int]
@@ -97,7 +111,7 @@ class Scene:
     writing: Writing | None = None
 
     def find(self, colour: str | None = None, shape: str | None = None) -> list[Thing]:
-        """The things of a colour, of a shape, or of both, from left to right."""
+        """Returns the things of a colour, a shape, or both, from left to right; None: any."""
         found = [
             thing
             for thing in self.things
@@ -106,7 +120,7 @@ class Scene:
         return sorted(found, key=lambda thing: thing.box)
 
     def paint(self) -> PIL.Image.Image:
-        """The picture, mode RGB."""
+        """Draws the image, mode RGB."""
         picture = PIL.Image.new("RGB", self.size, self.background)
         for thing in self.things:
             picture.paste(paint.LINE, thing.box, paint.shape_mask(thing.shape, thing.side))
@@ -118,7 +132,12 @@ class Scene:
 
 
 def to_thousandths(box: Box, size: tuple[int, int]) -> Box:
-    """A box in pixels as coordinates of 0 to 999 over the picture; 999 is its far edge."""
+    """Converts a box in pixels to coordinates 0..999; 999 is the right or bottom edge.
+
+    Args:
+      box: the box in pixels.
+      size: (width, height) of the image in pixels.
+    """
     sides = (*size, *size)
     x0, y0, x1, y1 = (round(edge * 999 / side) for edge, side in zip(box, sides, strict=True))
     return x0, y0, x1, y1
@@ -132,13 +151,14 @@ def make_scene(
     alone: bool = False,
     counts: dict[int, int] = COUNTS,
 ) -> Scene:
-    """Draws lots for a picture.
+    """Makes a random scene.
 
     Args:
-      split: whose pairs of colour and shape are allowed.
-      writing: "digit", "number" or "word" for a picture with one.
-      alone: whether the writing is all there is.
-      counts: shapes where there is no writing -> how often.
+      dice: random generator.
+      split: the split, which determines the pairs of colour and shape.
+      writing: kind of the text, "digit", "number" or "word"; None: no text.
+      alone: whether there are no shapes next to the text.
+      counts: weights of the number of shapes, if there is no text.
     """
     size = pick_size(dice)
     taken: list[Box] = []
@@ -151,7 +171,7 @@ def make_scene(
 
 
 def pick_size(dice: Dice) -> tuple[int, int]:
-    """A size as `SIZES` says."""
+    """Draws an image size (width, height) from `SIZES`."""
     size = dice.weighted(SIZES)
     if size is not None:
         return size
@@ -160,7 +180,7 @@ def pick_size(dice: Dice) -> tuple[int, int]:
 
 
 def light(dice: Dice) -> paint.Rgb:
-    """A background: nearly white, with a slight tint."""
+    """Draws the colour of a background: nearly white, with a slight tint."""
     base = dice.between(238, 250)
     red, green, blue = (base + dice.between(-6, 5) for _ in range(3))
     return red, green, blue
@@ -169,7 +189,18 @@ def light(dice: Dice) -> paint.Rgb:
 def place(
     dice: Dice, ink: tuple[int, int], size: tuple[int, int], taken: list[Box], tries: int = 40
 ) -> Box | None:
-    """A random box of the size of `ink` that keeps clear of the edges and of what is there."""
+    """Draws a free place, away from the margins and from other boxes.
+
+    Args:
+      dice: random generator.
+      ink: (width, height) of the new box.
+      size: (width, height) of the image.
+      taken: boxes that the new box must not touch.
+      tries: maximum number of attempts.
+
+    Returns:
+      The box; None if no free place was found.
+    """
     low = [int(side * _NEAR) for side in size]
     high = [int(side * (1 - _FAR)) - extent for side, extent in zip(size, ink, strict=True)]
     if high[0] < low[0] or high[1] < low[1]:
@@ -186,7 +217,7 @@ def place(
 
 
 def _on_grid(dice: Dice, low: int, high: int) -> int:
-    """A number from low to high, on the grid if one is."""
+    """Draws a number from low to high; a multiple of `GRID` if there is one."""
     first, last = -(-low // GRID), high // GRID
     return GRID * dice.between(first, last) if first <= last else dice.between(low, high)
 
@@ -198,7 +229,7 @@ def _place_things(
     taken: list[Box],
     counts: dict[int, int] | None,
 ) -> list[Thing]:
-    """Things clear of what is taken; `counts` is None beside a writing."""
+    """Places things without touching `taken`; `counts` is None if there is a text."""
     beside = counts is None
     count = dice.weighted(COUNTS_BESIDE if beside else counts)
     sides = SIDES_BESIDE if beside else SIDES
@@ -220,17 +251,17 @@ def _place_things(
 
 
 def _shift(dice: Dice, most: int) -> tuple[int, int, int]:
-    """A small change of a colour."""
+    """Draws a small change of a colour."""
     red, green, blue = (dice.between(-most, most) for _ in range(3))
     return red, green, blue
 
 
 def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Upper left corners of four windows, in random order."""
+    """Top left corners of the four windows, in random order."""
     begins = []
     for side in size:
         first, second = BEGINS
-        if side == 2 * LONGEST:  # two tiles of the small model: a window in each
+        if side == 2 * LONGEST:  # two tiles: a window in each
             first, second = dice.pick(BEGINS), LONGEST + dice.pick(BEGINS)
         elif side != LONGEST:
             second = round(second * side / LONGEST)
@@ -241,8 +272,7 @@ def _draw_windows(dice: Dice, size: tuple[int, int]) -> list[tuple[int, int]]:
 def _place_in_window(
     ink: tuple[int, int], size: tuple[int, int], window: tuple[int, int]
 ) -> Box | None:
-    """The box of the size of `ink` in the upper left corner of a window; None where that is too
-    small."""
+    """The box of size `ink` at the top left of a window; None if the window is too small."""
     corner = []
     for side, begin, extent in zip(size, window, ink, strict=True):
         room = WINDOW if side >= LONGEST else WINDOW * side // LONGEST
@@ -256,7 +286,7 @@ def _place_in_window(
 def _pick_pairs(
     dice: Dice, allowed: tuple[tuple[str, str], ...], count: int
 ) -> list[tuple[str, str]]:
-    """Pairs for the things; most pictures repeat a shape or a colour, to be counted."""
+    """Draws pairs of colour and shape; most scenes repeat a shape or colour, for counting."""
     first = dice.pick(allowed)
     axis = dice.weighted({0: 0.3, 1: 0.35, None: 0.35})
     if axis is None or count == 1:
@@ -281,6 +311,6 @@ def _write(dice: Dice, size: tuple[int, int], kind: str, alone: bool) -> Writing
         room = (min(room[0], 26), room[1])
     ink = paint.text_mask(text, *room).size
     box = place(dice, ink, size, [])
-    assert box is not None  # it was fitted, and nothing else is there
+    assert box is not None  # the text fits, and there are no other boxes yet
     rgb = paint.shade(dice.pick(INKS), _shift(dice, 10))
     return Writing(kind, text, rgb, room, box)

@@ -1,4 +1,4 @@
-"""Endless rows by number: the mixture, whole conversations for training, single questions."""
+"""The source of synthetic rows: mixture, curriculum, conversations for training, test questions."""
 
 import dataclasses
 import zlib
@@ -14,13 +14,13 @@ from vl2jax.synthetic.turns import Situation, Turn
 
 Ask = Callable[[Situation, Dice, str], Turn | None]
 
-LENGTH = 2**31 - 1  # there is no end; iterators of the pipeline want a number
-CHINESE = 0.2  # share of rows
-SINGLE = 0.2  # share of rows with one question
-TURNS = (3, 8)  # in the others, where there is so much to ask
-MOST_TEXT = 270  # width of all turns of a row, so that any row fits into a short sequence
-# A question names what later ones ask for ("the red circle"), so most rows begin with those that
-# give little away; the rest are shuffled.
+LENGTH = 2**31 - 1  # rows are unlimited, but the pipeline needs a length
+CHINESE = 0.2  # fraction of rows in Chinese
+SINGLE = 0.2  # fraction of rows with one question
+TURNS = (3, 8)  # range of the number of questions in other rows, if the images allow as many
+MOST_TEXT = 270  # maximum width of all turns of a row, so that every row fits into a short sequence
+# Fraction of rows whose questions are sorted, because a question can contain the answer of another
+# ("the red circle"); those that reveal least come first.  Other rows are in random order.
 SORTED = 0.7
 
 IMAGE = "<image>"
@@ -28,14 +28,14 @@ IMAGE = "<image>"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of question.
+    """A family of questions.
 
     Attributes:
-      says: one line for people.
-      ask: asks one, or gives None where the pictures are not fit for it.
-      pictures: which `PICTURES` it is asked about by itself.
-      weight: how often it is asked, among those that the pictures admit.
-      reveals: its place in a sorted row: what gives most away comes last.
+      says: description in a few words.
+      ask: generates a question with its answer; returns None if the images do not allow one.
+      pictures: key of the `PICTURES` that are made for it.
+      weight: weight among the families that can be asked about the same images.
+      reveals: sort key of sorted rows: larger if the question reveals more answers of others.
     """
 
     says: str
@@ -45,7 +45,7 @@ class Family:
     reveals: int = 0
 
 
-# Name -> what it is.  The weights are those of training.
+# Families by name, with their weights in training.
 MIXTURE = {
     "colour": Family("colour of a shape", families_shapes.ask_colour, "shapes", 17, 1),
     "shape": Family("shape of a colour", families_shapes.ask_shape, "shapes", 17, 1),
@@ -75,7 +75,13 @@ FAMILIES = {name: family.says for name, family in MIXTURE.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """A kind of row: how its pictures are made, what is asked about them, how often it comes."""
+    """A kind of images.
+
+    Attributes:
+      make: generates the images; returns None if it fails.
+      families: names of the families that can be asked about them.
+      weight: weight of such rows in training.
+    """
 
     make: Callable[[Dice, str], Situation | None]
     families: tuple[str, ...]
@@ -99,22 +105,29 @@ PICTURES = {
     "chart": Pictures(families_pictures.make_chart, ("chart",), 3),
     "in_context": Pictures(families_pictures.make_in_context, ("in_context",), 3),
     "three": Pictures(families_pictures.make_three, ("three_images",), 2),
-    "mostly_two": Pictures(_scene(counts=MOSTLY_TWO), _ON_SHAPES, 0),  # for lessons alone
+    "mostly_two": Pictures(_scene(counts=MOSTLY_TWO), _ON_SHAPES, 0),  # only in `LESSONS`
     "none": Pictures(lambda dice, split: Situation(split), ("text",), 3),
 }
 
 
 class Lesson(NamedTuple):
-    """What training begins with: how many rows, what they ask, and about which `PICTURES`."""
+    """A stage of the curriculum at the beginning of training.
+
+    Attributes:
+      rows: number of rows.
+      families: names of the families that are asked.
+      pictures: weights of the `PICTURES`.
+    """
 
     rows: int
     families: frozenset[str]
     pictures: dict[str, float]
 
 
-# Answers of one word tell most about the picture with few tokens; beside boxes and descriptions
-# they would be a small part of the gradient.  Places come next: of one thing alone the place is
-# known without its name, so most of these pictures have two.  Last comes all the rest.
+# The first stage has answers of one word: they are informative but short, so next to boxes and
+# descriptions they would contribute little to the gradient.  The second stage adds places, mostly
+# with two shapes per image: with a single shape, its name is not needed to find it.  Then all
+# families follow.
 WORDS_FIRST = frozenset(("colour", "shape", "count", "digit"))
 PLACES_NEXT = WORDS_FIRST | {"grounding", "quarter", "absent"}
 LESSONS = (
@@ -126,13 +139,15 @@ _SPLITS = {name: number for number, name in enumerate(ALLOWED)}
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question with its true answer.
+    """A question with its correct answer.
 
     Attributes:
-      row: a single user turn, without an answer.
-      family: a name of `FAMILIES`.
-      kind: "text", "box" or "absent".
-      boxes: x0, y0, x1, y1 from 0 to 999 over picture number `boxes_image`, in the answer's order.
+      row: a single turn of the user, without the answer.
+      answer: the correct answer.
+      family: key of `FAMILIES`.
+      kind: "text", "box" or "absent"; how answers are scored.
+      boxes: (x0, y0, x1, y1) of each box of the answer in order, from 0 to 999.
+      boxes_image: number of the image that the boxes refer to, from 0.
     """
 
     row: Row
@@ -144,16 +159,20 @@ class Question:
 
 
 class Synthetic:
-    """A source of rows; each depends on nothing but split, seed and its number.
+    """A source of rows.  A row depends only on split, seed, families, lessons and its index.
 
     Args:
-      split: "train", "heldout" (other pictures, all pairs of colour and shape) or "combinations"
-        (only pairs that training never shows).
-      families: names of `FAMILIES`; None for all.
-      lessons: whether the first rows ask no more than `LESSONS` say.
+      split: "train", "heldout" (other images, all pairs of colour and shape) or "combinations"
+        (only pairs that the train split never has).
+      seed: seed of the rows.
+      families: keys of `FAMILIES`; None: all.
+      lessons: whether the first rows follow the curriculum `LESSONS`.
 
     Attributes:
-      ordered: whether rows are to be read by number, not shuffled.
+      ordered: whether the pipeline must not shuffle the rows; true with `lessons`.
+
+    Raises:
+      UserError: the split or a family is unknown, or the seed is negative.
     """
 
     def __init__(
@@ -178,7 +197,7 @@ class Synthetic:
         return _make_row(situation, turns, f"synthetic {self._split} row {index}")
 
     def conversation(self, index: int) -> tuple[Situation, list[Turn]]:
-        """What a row says and is about, before anything is drawn."""
+        """Returns the images and the turns of a row, before the images are drawn."""
         dice = Dice(self._seed, _SPLITS[self._split], 0, _check_number("index", index))
         families, kinds = self._families, self._pictures
         lesson = _lesson(index) if self.ordered else None
@@ -196,7 +215,7 @@ class Synthetic:
     def _ask(
         self, kind: str, families: frozenset[str], situation: Situation, dice: Dice
     ) -> list[Turn]:
-        """Different questions about the same pictures."""
+        """Generates different questions about the same images."""
         names = [name for name in PICTURES[kind].families if name in families]
         own = next((name for name in names if MIXTURE[name].pictures == kind != "shapes"), None)
         language = pick_language(dice)
@@ -205,7 +224,7 @@ class Synthetic:
         found: dict[tuple[str, str], Turn] = {}
         room = MOST_TEXT
         for number in range(2 * count):
-            # What the pictures were made for comes for certain, where it is one thing.
+            # The first question is of the family for which the images were made, if there is one.
             name = dice.weighted(weights) if number else own or dice.weighted(weights)
             turn = MIXTURE[name].ask(situation, dice, language)
             if turn is None or (name, turn.about) in found or turn.width > room:
@@ -221,7 +240,7 @@ class Synthetic:
 
 
 def _lesson(index: int) -> Lesson | None:
-    """The lesson that a row belongs to; None behind the last."""
+    """The lesson of a row; None after the last lesson."""
     for lesson in LESSONS:
         if index < lesson.rows:
             return lesson
@@ -230,7 +249,7 @@ def _lesson(index: int) -> Lesson | None:
 
 
 def _pictures_of(families: frozenset[str]) -> dict[str, float]:
-    """Weights of the pictures that have any of the families for their own."""
+    """Weights of the `PICTURES` that are made for any of the families."""
     return {
         name: pictures.weight
         for name, pictures in PICTURES.items()
@@ -239,10 +258,16 @@ def _pictures_of(families: frozenset[str]) -> dict[str, float]:
 
 
 def question(family: str, index: int, split: str = "heldout", seed: int = 0) -> Question:
-    """Question number `index` of a family: always the same one, and there is no last.
+    """Generates a question of a family; the same arguments always give the same question.
+
+    Args:
+      family: key of `FAMILIES`.
+      index: number of the question, from 0 without limit.
+      split: see `Synthetic`.
+      seed: seed of the questions.
 
     Raises:
-      UserError: an unknown family or split, or a negative number.
+      UserError: the family or split is unknown, or a number is negative.
     """
     check_split(split)
     entry = MIXTURE[check_family(family)]
@@ -261,7 +286,7 @@ def question(family: str, index: int, split: str = "heldout", seed: int = 0) -> 
 
 
 def pick_language(dice: Dice) -> str:
-    """The language of a row, "en" or "zh"."""
+    """Draws the language of a row, "en" or "zh"."""
     return "zh" if dice.chance(CHINESE) else "en"
 
 
@@ -278,14 +303,14 @@ def _make_row(
 
 
 def check_split(split: str) -> str:
-    """The split; UserError for an unknown one."""
+    """Returns the split; raises UserError if it is unknown."""
     if split not in ALLOWED:
         raise UserError(f"synthetic data: split is {split!r}; choose one of {', '.join(ALLOWED)}")
     return split
 
 
 def check_family(name: str) -> str:
-    """The name of a family; UserError for an unknown one."""
+    """Returns the name of a family; raises UserError if it is unknown."""
     if name not in MIXTURE:
         raise UserError(f"synthetic data: no family {name!r}; there are {', '.join(MIXTURE)}")
     return name

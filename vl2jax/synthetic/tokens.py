@@ -1,4 +1,4 @@
-"""Tokenizer and processor files of models trained from random weights."""
+"""Trains a tokenizer, and writes the tokenizer and processor files of a model directory."""
 
 import functools
 import json
@@ -15,19 +15,19 @@ from vl2jax.synthetic.words import WORDS
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE = "<image>"
-VOCABULARY = 1536  # special tokens included
-SAMPLE = 3000  # training rows that the merges are learnt from
-# Pieces that no merge crosses: single digits, so that numbers are read and written digit by digit;
-# the comma between coordinates as one piece; single Chinese characters, so that a name is the same
-# tokens in any sentence; words with the space before them; marks; space.
+VOCABULARY = 1536  # number of tokens, including special tokens
+SAMPLE = 3000  # number of training rows from which the merges are learnt
+# Pre-tokenization: no merge crosses these pieces.  Single digits, so that numbers are read and
+# written digit by digit; the comma between coordinates; single Chinese characters, so that a name
+# has the same tokens in every sentence; words with the space before them; punctuation; white space.
 PIECES = r", (?=\d)|\d|\p{Han}| ?(?:(?!\p{Han})\p{L})+| ?[^\s\p{L}\d]+|\s+"
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE for the synthetic data; always the same.
+    """Returns the byte-level BPE tokenizer of the synthetic data, which is deterministic.
 
-    All bytes are in it, so it can write any text.  bos, eos and pad are its first tokens; the
-    placeholder of images, grounding and chat tokens its last.
+    Its vocabulary has all bytes, so it encodes any text.  bos, eos and pad are the first tokens;
+    the image placeholder, grounding tokens and chat tokens are the last.
     """
     return tokenizers.Tokenizer.from_str(_trained())
 
@@ -42,12 +42,12 @@ def _trained() -> str:
 def train_bpe(
     corpus: Iterable[str], vocabulary: int, pieces: pre_tokenizers.PreTokenizer
 ) -> tokenizers.Tokenizer:
-    """Learns a byte-level BPE, with the special tokens at both ends of its vocabulary.
+    """Trains a byte-level BPE tokenizer, with special tokens at both ends of its vocabulary.
 
     Args:
       corpus: texts without special tokens.
-      vocabulary: the number of tokens.
-      pieces: what cuts a text before merging.
+      vocabulary: number of tokens, including special tokens.
+      pieces: the pre-tokenizer.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pieces
@@ -65,7 +65,7 @@ def train_bpe(
 
 
 def _texts() -> Iterable[str]:
-    """Questions and answers of training rows, and the words."""
+    """The training corpus: questions and answers of rows, and all words."""
     source = Synthetic("train", 0)
     for index in range(SAMPLE):
         for turn in source.conversation(index)[1]:
@@ -80,12 +80,12 @@ def _texts() -> Iterable[str]:
 def write_processor_files(
     directory: Path, config: VL2Config, tokenizer: tokenizers.Tokenizer | None = None
 ) -> None:
-    """Writes the tokenizer and the processor settings that a model directory needs.
+    """Writes the tokenizer and processor files of a model directory.
 
     Args:
-      directory: exists already.
-      config: the model's.
-      tokenizer: one with the special tokens of this module; None for `make_tokenizer()`.
+      directory: an existing directory.
+      config: architecture.
+      tokenizer: a tokenizer with the special tokens of this module; None: `make_tokenizer()`.
     """
     (tokenizer or make_tokenizer()).save(str(directory / "tokenizer.json"))
     named = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}

@@ -1,4 +1,4 @@
-"""What a question is, and what it can be asked about."""
+"""Records: a question with its answer, and the images that it is about."""
 
 import dataclasses
 
@@ -11,12 +11,15 @@ TEXT, BOX, ABSENT = "text", "box", "absent"
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A question and its answer, placeholders of images left out.
+    """A question and its answer.
 
     Attributes:
-      about: what the answer gives away; a row has one turn about it in each family.
-      kind: `TEXT`, `BOX` or `ABSENT`: how it is scored.
-      boxes: coordinates 0 to 999 over picture number `boxes_image`.
+      question: the question, without image placeholders.
+      answer: the correct answer.
+      about: the subject; a row has at most one turn of each family about a subject.
+      kind: `TEXT`, `BOX` or `ABSENT`; how answers are scored.
+      boxes: (x0, y0, x1, y1) of each box of the answer, from 0 to 999.
+      boxes_image: number of the image that the boxes refer to, from 0.
     """
 
     question: str
@@ -28,19 +31,19 @@ class Turn:
 
     @property
     def width(self) -> int:
-        """Columns that its text takes: a Chinese character two, any other one."""
+        """Width of its text in columns: 2 for a character outside ASCII, 1 for others."""
         text = self.question + self.answer
         return len(text) + sum(not character.isascii() for character in text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Situation:
-    """Pictures that questions are about.
+    """The images that questions are about.
 
     Attributes:
-      split: the split whose pairs may be named.
-      scenes: what is in the pictures, where they are of shapes; in order.
-      extra: what only some families know: a chart, the marked thing.
+      split: the split, which determines the pairs of colour and shape that questions may name.
+      scenes: content of each image, in order.
+      extra: data for a specific family, such as the marked object.
     """
 
     split: str
@@ -49,9 +52,9 @@ class Situation:
 
     @property
     def scene(self) -> Scene:
-        """The only picture."""
+        """The first scene."""
         return self.scenes[0]
 
     def paint(self) -> list[PIL.Image.Image]:
-        """The pictures, mode RGB."""
+        """Draws the images, mode RGB."""
         return [scene.paint() for scene in self.scenes]

@@ -1,6 +1,6 @@
 """Names in English and Chinese: colours, shapes, and several hundred short words."""
 
-# Name -> Chinese and the RGB around which a picture's shade varies; far apart from one another.
+# Name -> Chinese, and the mean RGB of its shades; the colours are easy to tell apart.
 COLOURS = {
     "red": ("红色", (220, 30, 35)),
     "green": ("绿色", (25, 145, 45)),
@@ -20,14 +20,14 @@ SHAPES = {
     "diamond": "菱形",
 }
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-# Never together in the train split; each colour and each shape is seen there in other pairs.
+# Pairs that the train split never has; it has each of their colours and shapes in other pairs.
 HELD_OUT = (
     *(("red", "circle"), ("green", "star"), ("blue", "triangle"), ("yellow", "cross")),
     *(("purple", "diamond"), ("orange", "square"), ("black", "circle"), ("cyan", "triangle")),
 )
 ORDINALS = (("first", "第一"), ("second", "第二"), ("third", "第三"))
 
-# English words of three to five letters; no Chinese occurs twice, so both directions are clear.
+# English words and their Chinese; each is unique, so that translation is unambiguous.
 _WORDS = """
 cat猫 dog狗 pig猪 cow奶牛 hen母鸡 duck鸭子 goat山羊 sheep绵羊 horse马 mouse老鼠 rat大鼠 bear熊
 wolf狼 fox狐狸 lion狮子 tiger老虎 zebra斑马 panda熊猫 camel骆驼 deer鹿 frog青蛙 snake蛇 fish鱼
@@ -87,24 +87,24 @@ OPPOSITES = tuple(tuple(pair.split("-")) for pair in _OPPOSITES.split())
 
 
 def pair_name(colour: str, shape: str, language: str) -> str:
-    """What a thing is called: "red circle", "红色的圆形"."""
+    """Returns the name of a coloured shape: "red circle", "红色的圆形"."""
     if language == "zh":
         return f"{COLOURS[colour][0]}的{SHAPES[shape]}"
     return f"{colour} {shape}"
 
 
 def colour_name(colour: str, language: str) -> str:
-    """A colour: "red", "红色"."""
+    """Returns the name of a colour: "red", "红色"."""
     return COLOURS[colour][0] if language == "zh" else colour
 
 
 def shape_name(shape: str, language: str, *, plural: bool = False) -> str:
-    """A shape: "circle" or "circles", "圆形"."""
+    """Returns the name of a shape: "circle" or "circles", "圆形"."""
     if language == "zh":
         return SHAPES[shape]
     return shape + ("" if not plural else "es" if shape.endswith("s") else "s")
 
 
 def with_article(name: str) -> str:
-    """An English noun with "a" or "an"."""
+    """Returns an English noun with "a" or "an"."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

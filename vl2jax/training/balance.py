@@ -1,6 +1,6 @@
-"""Loss-free balancing of the experts (arXiv 2408.15664) and what a run reports about it.
+"""Auxiliary-loss-free load balancing of the experts (arXiv 2408.15664) and its metrics.
 
-Axis legend: M layers with experts, E experts.
+Axis legend: M MoE layers, E experts.
 """
 
 from typing import Any
@@ -15,13 +15,16 @@ BIAS = "e_score_correction_bias"
 
 
 def update_biases(cfg: DecoderConfig, router: dict, load: jax.Array, step_size: float) -> dict:
-    """`b += u sign(mean load - load)` for every expert of every layer (Algorithm 1).
+    """Updates the correction biases: `b += u sign(mean load - load)` (Algorithm 1).
 
     Args:
-      cfg: decoder configuration; names the stacks of layers that the biases live in.
-      router: the `router` collection; empty where routers have no bias.
+      cfg: decoder configuration; it gives the names of the layer stacks.
+      router: the `router` collection; empty if the routers have no bias.
       load: float32[M, E], tokens per expert in this step, over all microbatches and devices.
-      step_size: u; 0 leaves the biases as they are.
+      step_size: u; 0 keeps the biases.
+
+    Returns:
+      The updated `router` collection.
     """
     if not router or not step_size:
         return router
@@ -37,11 +40,18 @@ def update_biases(cfg: DecoderConfig, router: dict, load: jax.Array, step_size: 
 
 
 def balance_metrics(cfg: DecoderConfig, router: dict, load: jax.Array) -> dict[str, jax.Array]:
-    """How evenly each layer used its experts, float32[M] each.
+    """Metrics of the load balance of each layer.
 
-    `max_violation` is the largest load over the mean, minus 1 (MaxVio); `entropy` that of the load
-    over its largest possible value, 1 when even; `dead_experts` counts those without a token;
-    `bias_norm` is the Euclidean norm of the correction bias.
+    Args:
+      cfg: decoder configuration; it gives the names of the layer stacks.
+      router: the `router` collection; empty if the routers have no bias.
+      load: float32[M, E], tokens per expert in this step.
+
+    Returns:
+      float32[M] each.  `max_violation`: maximum load / mean load - 1 (MaxVio in the paper).
+      `entropy`: entropy of the load divided by its maximum, 1 if all loads are equal.
+      `dead_experts`: number of experts without tokens.  `bias_norm`: Euclidean norm of the
+      correction biases, if the routers have them.
     """
     experts = load.shape[-1]
     mean = jnp.maximum(jnp.mean(load, axis=-1, keepdims=True), 1e-9)

@@ -1,10 +1,11 @@
-"""The next-token loss of a large vocabulary, with its gradients, block by block of tokens.
+"""Next-token loss that computes logits and their gradients for one block of tokens at a time.
 
-On a mesh every device goes through the rows that it has. The output head is gathered over `fsdp`
-before the first block and its gradient summed after the last: between them nothing travels but
-what a vocabulary split over `tensor` needs, a few numbers per token.
+The logits of all tokens would not fit in memory with a large vocabulary.  On a mesh, each device
+loops over its own rows.  It gathers the output head over `fsdp` before the first block and reduces
+its gradient after the last one.  Within the loop, devices communicate only if the vocabulary is
+sharded over `tensor`, and then only a few numbers per token.
 
-Axis legend: B rows, T tokens, D width, v vocabulary.
+Axis legend: B rows, T tokens, D width, v vocabulary (on a mesh, the part of one device).
 """
 
 import functools
@@ -22,12 +23,12 @@ from vl2jax.processing.batch import Batch
 
 
 class LossSums(NamedTuple):
-    """Sums over supervised tokens; accumulation and sharding add them up.
+    """Sums over supervised tokens, which can be added up over microbatches and devices.
 
     Attributes:
       loss_sum: float32[], cross entropy in nats.
-      count: float32[], supervised tokens.
-      correct: float32[], how many of them got a higher logit than every other token.
+      count: float32[], number of supervised tokens.
+      correct: float32[], number of supervised tokens whose logit is higher than all others.
     """
 
     loss_sum: jax.Array
@@ -38,19 +39,23 @@ class LossSums(NamedTuple):
 def chunked_next_token_loss(
     hidden: jax.Array, kernel: jax.Array, batch: Batch, *, dtype: jnp.dtype, chunk: int = 1024
 ) -> LossSums:
-    """`next_token_loss` of `hidden kernel` without ever holding the logits of all tokens.
+    """`next_token_loss` of the logits `hidden @ kernel`, without all logits in memory.
 
-    Supervised tokens come first in each row, then a loop runs over blocks of columns until no row
-    has any left.  Under differentiation the same loop computes the gradients, each block while its
-    logits are there; only those of the arguments that are differentiated.  On a mesh each device
-    loops over its own rows, unless the mesh does not divide them: then XLA splits the one loop.
+    The tokens of each row are sorted, supervised ones first.  A loop runs over blocks of columns
+    until no row has supervised tokens left.  If the loss is differentiated, the same loop computes
+    the gradients of each block right after its logits, for those arguments that need one.  On a
+    mesh, each device loops over its own rows; if the mesh does not divide the rows or the kernel,
+    XLA shards a single loop instead.
 
     Args:
-      hidden: [B, T, D], after the final norm.
-      kernel: [D, vocab], the output head; it may be wider than `dtype`, its gradient is as wide.
-      batch: tells targets and mask.
-      dtype: of the operands of the products, which accumulate in float32.
-      chunk: tokens whose logits a device holds at a time.
+      hidden: [B, T, D], output of the final norm.
+      kernel: [D, vocab], the output head.  It is cast to `dtype`; its gradient has its own dtype.
+      batch: gives the targets and the mask.
+      dtype: dtype of the operands of matrix products, which accumulate in float32.
+      chunk: maximum number of tokens whose logits a device holds at a time.
+
+    Returns:
+      The sums over all rows, on all devices.
     """
     targets, mask = shift_targets(batch)
     rows, length = mask.shape
@@ -63,15 +68,16 @@ def chunked_next_token_loss(
     hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, pad)))
-    how = _How(jnp.dtype(dtype), columns, mesh)
-    sums: Any = _sorted_loss(hidden, kernel, targets, counts, how)  # custom_vjp hides its type
+    loop_config = _LoopConfig(jnp.dtype(dtype), columns, mesh)
+    sums: Any = _sorted_loss(
+        hidden, kernel, targets, counts, loop_config
+    )  # custom_vjp hides its type
     loss_sum, correct = sums
     return LossSums(loss_sum, jnp.sum(counts, dtype=jnp.float32), correct)
 
 
-class _How(NamedTuple):
-    """The dtype of operands, the columns of a block, and the mesh whose devices loop by
-    themselves."""
+class _LoopConfig(NamedTuple):
+    """dtype of the operands, columns per block, and the mesh (None: XLA shards the loop)."""
 
     dtype: jnp.dtype
     columns: int
@@ -79,7 +85,7 @@ class _How(NamedTuple):
 
 
 def _dividing_mesh(rows: int, kernel: jax.Array) -> AbstractMesh | None:
-    """The mesh in force, where it divides the rows and both axes of the kernel."""
+    """The current mesh, if it divides the rows and both axes of the kernel; otherwise None."""
     mesh = current_mesh()
     if mesh is None:
         return None
@@ -89,21 +95,21 @@ def _dividing_mesh(rows: int, kernel: jax.Array) -> AbstractMesh | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sorted_loss(hidden, kernel, targets, counts, how) -> tuple[jax.Array, jax.Array]:
-    """Loss sum and number of correct tokens; row b has its `counts[b]` supervised tokens first."""
-    return _sums_and_gradients(hidden, kernel, targets, counts, how, (False, False))[0]
+def _sorted_loss(hidden, kernel, targets, counts, loop_config) -> tuple[jax.Array, jax.Array]:
+    """Loss sum and number of correct tokens, of the first `counts[b]` tokens of each row b."""
+    return _sums_and_gradients(hidden, kernel, targets, counts, loop_config, (False, False))[0]
 
 
-def _sorted_loss_forward(hidden, kernel, targets, counts, how):
-    """The same, and the gradients of the loss sum (None where nothing asks for one)."""
+def _sorted_loss_forward(hidden, kernel, targets, counts, loop_config):
+    """The same, and residuals: the gradients of the loss sum, None for those not needed."""
     wanted = hidden.perturbed, kernel.perturbed
     hidden, kernel, targets, counts = (a.value for a in (hidden, kernel, targets, counts))
-    sums, gradients = _sums_and_gradients(hidden, kernel, targets, counts, how, wanted)
-    # Empty arrays carry the dtypes of the arguments to the backward pass.
+    sums, gradients = _sums_and_gradients(hidden, kernel, targets, counts, loop_config, wanted)
+    # The empty arrays pass the dtypes of the arguments to the backward pass.
     return sums, (gradients, hidden[:0], kernel[:0])
 
 
-def _sorted_loss_backward(how, residuals, cotangents):
+def _sorted_loss_backward(loop_config, residuals, cotangents):
     gradients, *arguments = residuals
     scale = cotangents[0]
     if type(scale) is SymbolicZero:
@@ -118,9 +124,11 @@ def _sorted_loss_backward(how, residuals, cotangents):
 _sorted_loss.defvjp(_sorted_loss_forward, _sorted_loss_backward, symbolic_zeros=True)
 
 
-def _sums_and_gradients(hidden, kernel, targets, counts, how: _How, wanted: tuple[bool, bool]):
-    """(loss sum, correct tokens), and float32 [d_hidden, d_kernel] where they are wanted."""
-    dtype, columns, mesh = how
+def _sums_and_gradients(
+    hidden, kernel, targets, counts, loop_config: _LoopConfig, wanted: tuple[bool, bool]
+):
+    """(loss sum, correct tokens), and float32 [d_hidden, d_kernel], None if not wanted."""
+    dtype, columns, mesh = loop_config
     loop = functools.partial(_loop, columns, wanted)
     if mesh is None:
         blocks = _n_blocks(counts, columns)
@@ -131,7 +139,8 @@ def _sums_and_gradients(hidden, kernel, targets, counts, how: _How, wanted: tupl
 
     def on_one_device(hidden, kernel, targets, counts):
         blocks, kernel = _n_blocks(counts, columns), kernel.astype(dtype)
-        if tensor is not None:  # who meets in every block must agree; all wait for the slowest
+        # The loop body has collectives over `tensor`, so all devices run the same number of blocks.
+        if tensor is not None:
             blocks = jax.lax.pmax(blocks, batch)
         if fsdp is not None:
             kernel = jax.lax.all_gather(kernel, fsdp, axis=0, tiled=True)
@@ -154,8 +163,7 @@ def _sums_and_gradients(hidden, kernel, targets, counts, how: _How, wanted: tupl
 
 
 def _loop(columns, wanted, tensor, n_blocks, hidden, kernel, targets, counts):
-    """What `_sums_and_gradients` gives, of these rows and, over `tensor`, this part of the
-    vocabulary."""
+    """`_sums_and_gradients` of one device; over `tensor`, d_hidden is a partial sum."""
     gradients = [
         jnp.zeros(a.shape, jnp.float32) if wants else None
         for a, wants in zip((hidden, kernel), wanted, strict=True)
@@ -181,7 +189,7 @@ def _loop(columns, wanted, tensor, n_blocks, hidden, kernel, targets, counts):
 
 
 class _Block(NamedTuple):
-    """Some columns of all rows: hidden [B, T, D], targets int32[B, T], valid bool[B, T]."""
+    """A block of columns: hidden [B, T, D], targets int32[B, T], valid bool[B, T]."""
 
     hidden: jax.Array
     targets: jax.Array
@@ -198,14 +206,17 @@ class _Block(NamedTuple):
     def forward(
         self, kernel: jax.Array, tensor: str | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Loss sum, number of correct tokens, and float32[B, T, v] gradient of the logits.
+        """Computes the loss of a block and the gradient of its logits.
 
         Args:
           kernel: [D, v].
-          tensor: the mesh axis that the vocabulary is split over, where it is.
+          tensor: mesh axis over which the vocabulary is sharded; None: it is not sharded.
+
+        Returns:
+          Loss sum float32[], number of correct tokens float32[], gradient float32[B, T, v].
         """
 
-        def whole(reduce, part: jax.Array) -> jax.Array:
+        def reduced(reduce, part: jax.Array) -> jax.Array:
             return part if tensor is None else reduce(part, tensor)
 
         logits = product("BTD,Dv->BTv", self.hidden.astype(kernel.dtype), kernel)
@@ -213,13 +224,13 @@ class _Block(NamedTuple):
         tokens = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
         is_target = tokens == self.targets[..., None]
         chosen = jnp.sum(jnp.where(is_target, logits, 0), axis=-1, keepdims=True)
-        chosen = whole(jax.lax.psum, chosen)
-        highest = whole(jax.lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
+        chosen = reduced(jax.lax.psum, chosen)
+        highest = reduced(jax.lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
         exponentials = jnp.exp(logits - highest)
-        total = whole(jax.lax.psum, jnp.sum(exponentials, axis=-1, keepdims=True))
+        total = reduced(jax.lax.psum, jnp.sum(exponentials, axis=-1, keepdims=True))
         losses = (jnp.log(total) + highest - chosen)[..., 0]
-        as_high = whole(jax.lax.psum, jnp.sum(logits >= chosen, axis=-1))
-        best = as_high == 1  # the target itself and no other
+        as_high = reduced(jax.lax.psum, jnp.sum(logits >= chosen, axis=-1))
+        best = as_high == 1  # only the target itself
         d_logits = exponentials / total - is_target
         return (
             jnp.sum(jnp.where(self.valid, losses, 0)),
@@ -229,5 +240,5 @@ class _Block(NamedTuple):
 
 
 def _n_blocks(counts: jax.Array, columns: int) -> jax.Array:
-    """int32[]: blocks until no row has a supervised token left."""
+    """int32[]: number of blocks that cover the supervised tokens of all rows."""
     return -(-jnp.max(counts) // columns)

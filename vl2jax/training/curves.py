@@ -1,4 +1,4 @@
-"""The curves of a training run, drawn from its metrics file."""
+"""Plots the metrics of a training run."""
 
 import dataclasses
 import math
@@ -11,21 +11,30 @@ from vl2jax.common import plots
 from vl2jax.common.progress import human_count
 from vl2jax.training.metrics_file import iterate_metrics
 
-# A metric as written: float64[N] steps, float64[N, L] values, NaN where not finite.
+# Steps float64[N] and values float64[N, L] of a metric; L is 1, or the number of layers.  Values
+# that are not finite are NaN.
 Series = tuple[np.ndarray, np.ndarray]
 
-_POINTS = 1000  # of a line; more would not be seen
+_POINTS = 1000  # maximum number of points of a line; more would not be visible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """What one panel shows: a metric and, over it, the same on held-out data."""
+    """One panel of the figure.
+
+    Attributes:
+      title: title of the panel.
+      key: name of the metric.
+      over: name of the same metric on held-out data, drawn on top; None: none.
+      smooth: whether to draw a running mean over the values.
+      log: whether to use a logarithmic scale if the values span more than a factor of 20.
+    """
 
     title: str
     key: str
     over: str | None = None
     smooth: bool = True
-    log: bool = False  # a logarithmic scale where values span more than a factor of 20
+    log: bool = False
 
 
 PANELS = (
@@ -39,17 +48,17 @@ PANELS = (
 
 
 def draw_curves(metrics_file: Path | str, out: Path | str) -> list[str]:
-    """Draws the curves of a run: a panel for each metric of `PANELS` that was written.
+    """Draws one panel for each metric of `PANELS` that the metrics file contains.
 
     Args:
       metrics_file: a metrics.jsonl.
-      out: the PNG to write; not written where there is nothing to draw.
+      out: PNG file to write; it is not written if there is nothing to draw.
 
     Returns:
-      The metrics drawn.
+      Names of the metrics drawn.
 
     Raises:
-      UserError: the file is broken, or matplotlib is missing.
+      UserError: the metrics file is malformed, or matplotlib is not installed.
       OSError: a file cannot be read or written.
     """
     series = read_series(metrics_file)
@@ -60,7 +69,18 @@ def draw_curves(metrics_file: Path | str, out: Path | str) -> list[str]:
 
 
 def read_series(metrics_file: Path | str) -> dict[str, Series]:
-    """The metrics that panels show, by name; those without a finite value are left out."""
+    """Reads the metrics of `PANELS`.
+
+    Args:
+      metrics_file: a metrics.jsonl.
+
+    Returns:
+      The metrics that have a finite value, by name.
+
+    Raises:
+      UserError: the metrics file is malformed.
+      OSError: it cannot be read.
+    """
     keys = {key for panel in PANELS for key in (panel.key, panel.over) if key}
     found: dict[str, list] = {key: [] for key in keys}
     for line in iterate_metrics(metrics_file):
@@ -78,14 +98,22 @@ def read_series(metrics_file: Path | str) -> dict[str, Series]:
 
 
 def plot(shown: Sequence[Panel], series: Mapping[str, Series]):
-    """The figure of some panels, whose steps all have the same scale."""
+    """Draws panels that share the scale of the steps.
+
+    Args:
+      shown: the panels, at least one.
+      series: values of their metrics, by name.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+    """
     columns = min(3, len(shown)) if len(shown) != 4 else 2
     figure, places = plots.make_panels(len(shown), columns)
     from matplotlib import ticker
 
     last = max(steps[-1] for steps, _ in series.values())
     for place, (panel, axes) in enumerate(zip(shown, places, strict=True)):
-        lowest = place + columns >= len(shown)  # of its column
+        lowest = place + columns >= len(shown)  # the lowest panel of its column
         plots.style_axes(axes, panel.title, "step" if lowest else "")
         _draw_panel(axes, panel, series)
         axes.set_xlim(0, 1.01 * max(last, 1))
@@ -97,13 +125,13 @@ def plot(shown: Sequence[Panel], series: Mapping[str, Series]):
 
 
 def _draw_panel(axes, panel: Panel, series: Mapping[str, Series]) -> None:
-    """Lines, scale and legend of a panel."""
+    """Draws the lines, the scale and the legend of a panel."""
     steps, values = series[panel.key]
     mean, layers = _mean(values), values.shape[1]
     clear, faint = [mean], []
     if panel.smooth:
         clear = [_smooth(mean)]
-        # Many layers as they are would be one cloud.
+        # Without smoothing, the lines of many layers could not be told apart.
         faint = [_smooth(layer) for layer in values.T] if layers > 1 else [mean]
     for place, line in enumerate(faint):
         axes.plot(*_thin(steps, line), color=_tint(place, layers), linewidth=0.8)
@@ -121,7 +149,7 @@ def _draw_panel(axes, panel: Panel, series: Mapping[str, Series]) -> None:
 def _draw_line(
     axes, steps: np.ndarray, values: np.ndarray, colour: str, name: str, marker: str | None = None
 ) -> None:
-    """A line that is to be read, with its last value in its label."""
+    """Draws a main line of a panel, with its last value in the legend."""
     steps, values = _thin(steps, values)
     last = _number(values[-1], exponent=abs(values[-1]) < 0.001)
     marker = "o" if len(values) == 1 else marker
@@ -131,7 +159,7 @@ def _draw_line(
 
 
 def _set_scale(axes, clear: Sequence[np.ndarray], faint: Sequence[np.ndarray], log: bool) -> None:
-    """The scale of the values: all of the clear lines; a few outliers of the faint do not count."""
+    """Sets limits and ticks so that all main lines are visible; ignores outliers of faint lines."""
     from matplotlib import ticker
 
     shown, every = np.concatenate(clear), np.concatenate([*clear, *faint])
@@ -146,7 +174,7 @@ def _set_scale(axes, clear: Sequence[np.ndarray], faint: Sequence[np.ndarray], l
     else:
         if 0 <= low < 0.6 * high:
             low = 0.0
-        if high - low < 1e-9 * max(abs(high), 1e-30):  # all the same
+        if high - low < 1e-9 * max(abs(high), 1e-30):  # all values are equal
             low, high = min(0.0, low), max(0.0, high) or 1.0
         room = 0.05 * (high - low)
         axes.set_ylim(low - room * (low != 0), high + room)
@@ -156,14 +184,14 @@ def _set_scale(axes, clear: Sequence[np.ndarray], faint: Sequence[np.ndarray], l
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """The mean over layers, of those that are finite; NaN where none is."""
+    """Mean of the finite values over layers; NaN if there are none."""
     some = np.isfinite(values)
     total = np.where(some, values, 0).sum(1)
     return np.where(some.any(1), total / np.maximum(some.sum(1), 1), np.nan)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over a hundredth of the points, true from the first on; NaN stays NaN."""
+    """Exponential running mean over 1% of the points, bias-corrected; NaN stays NaN."""
     keep = 1 - 1 / max(3.0, len(values) / 100)
     out, total, weight = np.full(len(values), np.nan), 0.0, 0.0
     for i, value in enumerate(values):
@@ -174,7 +202,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A line without what is not finite, thinned to what can be seen; spikes stay."""
+    """Removes NaN and keeps the minimum and maximum of each interval, so that spikes remain."""
     good = np.isfinite(values)
     steps, values = steps[good], values[good]
     if len(steps) > _POINTS:
@@ -186,7 +214,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _tint(place: int, count: int) -> tuple[float, ...]:
-    """A faint colour: light blue for a single line, else from light violet to light teal."""
+    """A faint colour: light blue for a single line, otherwise between light violet and teal."""
     if count == 1:
         return 0.75, 0.82, 0.99
     violet, teal = np.array([0.78, 0.71, 0.98]), np.array([0.51, 0.84, 0.77])
@@ -194,7 +222,7 @@ def _tint(place: int, count: int) -> tuple[float, ...]:
 
 
 def _number(value: float, digits: int = 3, *, exponent: bool) -> str:
-    """A number for people: `0.123`, `12.3k`, or `3e-4`."""
+    """Formats a number for reading: `0.123`, `12.3k`, or `3e-4`."""
     if value == 0 or not exponent:
         return human_count(value, digits)
     head, power = f"{value:.2e}".split("e")

@@ -1,10 +1,12 @@
-"""From packed batches to arrays on a mesh: which process reads what, and where its rows go.
+"""Turns packed batches into arrays on a mesh, and decides which process reads which data.
 
-The mesh splits a batch into equal parts, and each part is one or more pools: rows with tile slots
-of their own. The data is divided into data shards; each is read and packed by itself and fills
-equally many pools, over which its packer balances the tiles. A process reads the data shards that
-its devices need, so what a step gets depends on the numbers of data shards and pools, which a
-checkpoint keeps, and not on processes, nor on the mesh as long as its parts divide the pools.
+The mesh splits each microbatch into equal parts, and each part consists of one or more pools.  A
+pool is a group of rows with its own tile slots.  The data is split into data shards.  Each shard is
+read and packed independently and fills the same number of pools; its packer balances the tiles over
+these pools.  Each process reads the data shards that its devices need.  The content of a batch
+therefore depends on the numbers of data shards and pools, which a checkpoint keeps.  It does not
+depend on the number of processes, nor on the mesh, as long as the number of pools is a multiple of
+its parts.
 
 Axis legend: P microbatches, G pools, B rows of a pool.
 """
@@ -31,19 +33,20 @@ from vl2jax.parallel.sharding import batch_sharding
 from vl2jax.processing.batch import Batch
 from vl2jax.training.run_config import BatchConfig
 
-# What is counted of each pool, and summed over all processes with the step.
+# Counts of each pool.  The devices sum them over all processes.
 COUNTED = ("tokens", "images", "tiles", "supervised", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceBatch:
-    """The batch of a step.
+    """The batch of one step.
 
     Attributes:
       batch: arrays on the mesh, [P, G * B, ...].
-      packed: what this process read, by data shard.
-      totals: float32 by name of `COUNTED`, over all processes, and "tile_imbalance": by how much
-        the fullest part exceeds the mean; on the device, there when the step is.
+      packed: batches that this process read, by number of the data shard.
+      totals: float32[] for each name in `COUNTED`, summed over all processes, and
+        "tile_imbalance": tiles of the fullest part of the batch / mean tiles of a part - 1.  The
+        arrays are on the device; the host does not wait for them.
     """
 
     batch: Batch
@@ -52,7 +55,15 @@ class DeviceBatch:
 
 
 class Feed:
-    """An iterable over the batches of a run; every iterator begins anew."""
+    """An iterable over the batches of a run; each iterator starts from the beginning.
+
+    Attributes:
+      mesh: mesh over which the batches are sharded.
+      pools: G.
+      shards: number of data shards.
+      mine: the pools that devices of this process hold.
+      pipelines: the data shards that this process reads, by number.
+    """
 
     def __init__(
         self,
@@ -63,11 +74,11 @@ class Feed:
     ):
         """
         Args:
-          mesh: that the batch is split over.
-          pools: G, a multiple of the parts of the batch and of the data shards.
-          shards: data shards.
-          pipeline: of a data shard, from its number; its batches have G / shards pools for each
-            microbatch.
+          mesh: mesh over which the batches are sharded.
+          pools: G, a multiple of the number of parts of a batch and of the number of data shards.
+          shards: number of data shards.
+          pipeline: returns the pipeline of a data shard, given its number.  Its batches have
+            G / shards pools per microbatch.
         """
         self.mesh, self.pools, self.shards = mesh, pools, shards
         self.mine = _own_pools(mesh, pools)
@@ -79,7 +90,11 @@ class Feed:
 
 
 class FeedIterator(Iterator[DeviceBatch]):
-    """See `Feed`; its state holds that of every data shard, also of other processes."""
+    """Iterator of a `Feed`; its state contains the states of all data shards, on every process.
+
+    Attributes:
+      stopping: set it to True to ask all processes, with the next batch, to stop.
+    """
 
     def __init__(self, feed: Feed):
         self._feed = feed
@@ -89,11 +104,11 @@ class FeedIterator(Iterator[DeviceBatch]):
             functools.partial(_total, batch_shards(feed.mesh)),
             out_shardings=NamedSharding(feed.mesh, PartitionSpec()),
         )
-        self.stopping = False  # asks, with the next batch, that all processes stop
+        self.stopping = False
 
     def __next__(self) -> DeviceBatch:
         packed = {number: next(iterator) for number, iterator in self._iterators.items()}
-        each = self._feed.pools // self._feed.shards  # pools of a data shard
+        each = self._feed.pools // self._feed.shards  # pools per data shard
         local: dict[int, Batch] = {}
         counts: dict[int, np.ndarray] = {}
         for number, one in packed.items():
@@ -111,41 +126,45 @@ class FeedIterator(Iterator[DeviceBatch]):
         return DeviceBatch(batch, packed, self._total(self._place(counts)))
 
     def _place(self, pools: dict[int, np.ndarray]) -> jax.Array:
-        """An array on the mesh from this process's pools, [P, B, ...] each."""
+        """Makes an array on the mesh from the pools of this process, [P, B, ...] each."""
         one = next(iter(pools.values()))
         rows = one.shape[1]
         shape = (one.shape[0], rows * self._feed.pools, *one.shape[2:])
 
-        def of(index: Any) -> np.ndarray:  # a slice for each axis
+        def shard(index: Any) -> np.ndarray:  # index: one slice per axis
             if not rows:
                 return one
             first, last, _ = index[1].indices(shape[1])
             return np.concatenate([pools[i] for i in range(first // rows, last // rows)], axis=1)
 
-        return jax.make_array_from_callback(shape, self._sharding, of)
+        return jax.make_array_from_callback(shape, self._sharding, shard)
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` takes, fit for JSON; all processes ask for it together."""
+        """Returns the state for `set_state`, as JSON; all processes must call it together."""
         own = {number: it.get_state() for number, it in self._iterators.items()}
         if jax.process_count() > 1 and self._feed.shards > 1:
             own = _of_all_processes(own)
         return {"pools": self._feed.pools, "shards": [own[number] for number in sorted(own)]}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the batch that the state was taken after."""
+        """Continues after the batch after which `get_state` was called."""
         for number, iterator in self._iterators.items():
             iterator.set_state(state["shards"][number])
 
     def close(self) -> None:
-        """Ends the threads and processes that read ahead."""
+        """Stops the threads and processes that prefetch data."""
         with contextlib.ExitStack() as stack:
             for iterator in self._iterators.values():
                 stack.callback(iterator.close)
 
 
 def fill_metrics(device_batch: DeviceBatch) -> dict[str, float]:
-    """Shares of the token and tile slots that are used, from 0 to 1, and how uneven the tiles are:
-    by how much the fullest part of the batch exceeds the mean."""
+    """Metrics of the packing of a batch.
+
+    Returns:
+      `data/token_fill` and `data/tile_fill`: used fraction of the token and tile slots, 0 to 1.
+      `data/tile_imbalance`: see `DeviceBatch.totals`.
+    """
     slots = math.prod(device_batch.batch.tiles.shape[:2])
     return {
         "data/token_fill": float(device_batch.totals["tokens"]) / device_batch.batch.tokens.size,
@@ -157,45 +176,50 @@ def fill_metrics(device_batch: DeviceBatch) -> dict[str, float]:
 def choose_pools(
     mesh: Mesh, batch: BatchConfig, wanted: int, saved: Mapping[str, Any] | None
 ) -> tuple[int, int]:
-    """How many pools a batch has, and how many shards the data.
+    """Chooses the numbers of pools and data shards of a run.
 
     Args:
-      mesh: that the batch is split over.
-      batch: its shape.
-      wanted: data shards; 0: as a saved state has, or one per process as far as the mesh allows.
-      saved: state of the data to go on from, or None. Its pools are kept where they can be, and
-        with them the very batches.
+      mesh: mesh over which the batch is sharded.
+      batch: shape of the batch.
+      wanted: number of data shards; 0: that of the saved state, or without one the greatest common
+        divisor of the number of processes and the parts of the batch.
+      saved: saved state of the data, to resume from; None: a new run.  If possible, its number of
+        pools is kept, so that the run gets the same batches.
+
+    Returns:
+      The number of pools of a microbatch, and the number of data shards.
 
     Raises:
-      UserError: the batch does not divide, or the saved state has other data shards.
+      UserError: the pools do not divide the batch, or the saved state has another number of data
+        shards than `wanted`.
     """
     parts, per = batch_shards(mesh), batch.microbatches
     shards = len(saved["shards"]) if saved else wanted or math.gcd(parts, jax.process_count())
     if wanted and wanted != shards:
         raise UserError(
-            f"data.shards is {wanted}, but the checkpoint's data is in {shards} shards; leave it 0"
-            " or begin in a new workdir with init_from"
+            f"data.shards is {wanted}, but the checkpoint was saved with {shards} data shards; set"
+            " it to 0, or start in a new workdir with init_from"
         )
     least = math.lcm(parts, shards)
     for pools in (math.lcm(least, saved["pools"] if saved else 1), least):
         if batch.rows % (per * pools) == 0 and batch.tiles % (per * pools) == 0:
             return pools, shards
     raise UserError(
-        f"{shards} data shards on {parts} parts of the batch (mesh data x fsdp x expert) need"
-        f" batch.rows and batch.tiles that are multiples of {per * least} ({per} microbatches), got"
+        f"batch.rows and batch.tiles must be multiples of {per * least} for {per} microbatches,"
+        f" {shards} data shards and {parts} parts of the batch (mesh data x fsdp x expert), got"
         f" {batch.rows} and {batch.tiles}"
     )
 
 
 def _own_pools(mesh: Mesh, pools: int) -> frozenset[int]:
-    """The pools that devices of this process hold."""
+    """Numbers of the pools that devices of this process hold."""
     places = batch_sharding(mesh).addressable_devices_indices_map((1, pools))
     indices = [index for index in places.values() if index is not None]
     return frozenset(i for index in indices for i in range(*index[1].indices(pools)))
 
 
 def _total(parts: int, counts: jax.Array) -> dict[str, jax.Array]:
-    """Sums of int[P, G, `COUNTED`], and the imbalance of the tiles between parts of the batch."""
+    """Sums counts int[P, G, `COUNTED`] and computes the imbalance of tiles between parts."""
     counts = counts.astype(jnp.float32)
     tiles = counts[..., COUNTED.index("tiles")].reshape(len(counts), parts, -1).sum(axis=-1)
     mean = jnp.maximum(tiles.mean(axis=1).sum(), 1e-9)
@@ -204,7 +228,7 @@ def _total(parts: int, counts: jax.Array) -> dict[str, jax.Array]:
 
 
 def _of_all_processes(own: Mapping[int, Any]) -> dict[int, Any]:
-    """What all processes have, by number."""
+    """Gathers the entries of all processes on every process."""
     text = np.frombuffer(json.dumps(list(own.items())).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
     padded = np.zeros(int(lengths.max()), np.uint8)

@@ -1,4 +1,4 @@
-"""Which model a workdir is of: the files beside its checkpoints, and what training starts from."""
+"""The model files of a workdir, and the parameters that training starts from."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from vl2jax.checkpoints.model_dir import ModelDir
 from vl2jax.common.errors import UserError, listed
 from vl2jax.config import VL2Config
 
-# Fields that do not change what the parameters mean.
+# Fields that do not affect the meaning of the parameters.
 _FREE_FIELDS = frozenset(
     [
         *("torch_dtype", "transformers_version", "use_cache", "pretraining_tp", "ep_size"),
@@ -33,17 +33,17 @@ def prepare(
     dtype: str = "float32",
     dropped: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Makes a workdir into a model directory at its first use; later it only checks.
+    """Writes the model files into a new workdir; checks that an existing one is of the same model.
 
     Args:
       path: the workdir.
-      config: the architecture.
-      files_from: a directory with tokenizer and processor files.
-      dtype: of the parameters in its checkpoints, "float32" or "bfloat16".
+      config: architecture.
+      files_from: directory with tokenizer and processor files, to copy from.
+      dtype: dtype of the parameters in the checkpoints, "float32" or "bfloat16".
       dropped: see `ModelDir`.
 
     Raises:
-      UserError: the workdir is of another model, is no workdir, or files are missing.
+      UserError: the workdir is of another model, `path` is a converted model, or files are missing.
     """
     path, files_from = Path(path).expanduser(), Path(files_from).expanduser()
     if (path / checkpoint.PARAMS).exists():
@@ -53,7 +53,9 @@ def prepare(
         return
     absent = [name for name in checkpoint.REQUIRED_FILES if not (files_from / name).is_file()]
     if absent:
-        raise UserError(f"{files_from} has no {' and no '.join(absent)}; expected a model's files")
+        raise UserError(
+            f"{files_from} has no {' and no '.join(absent)}; expected a model directory's files"
+        )
     if jax.process_index() != 0:
         return
     path.mkdir(parents=True, exist_ok=True)
@@ -66,15 +68,15 @@ def prepare(
 
 
 def _check_same(path: Path, config: VL2Config, dtype: str) -> None:
-    """Refuses to train a model in the workdir of another."""
+    """Raises UserError if the workdir is of another model."""
     model = checkpoint.read_model_json(path)
     problems = config_differences(model.config, config)
     if model.dtype != dtype:
         problems.append(f"parameters are {model.dtype}, not {dtype}")
     if problems:
         raise UserError(
-            f"workdir {path} is of another model; choose another workdir, or the model that it"
-            " holds:\n" + listed(problems)
+            f"workdir {path} is of another model; choose another workdir, or configure the model of"
+            " this one:\n" + listed(problems)
         )
 
 
@@ -86,27 +88,27 @@ def init_params(
     *,
     config: VL2Config | None = None,
 ) -> dict[str, Any]:
-    """Reads parameters to start training from.
+    """Loads the parameters that training starts from.
 
     Args:
       path: a model directory or a training workdir.
-      abstract: the model's parameters as `abstract_params` gives them.
-      shardings: a tree like it; None: everything on the default device.
-      dtype: of the parameters; the router's correction bias is float32 whatever it is.
-      config: the model's architecture, to be compared with the one at `path`.
+      abstract: shapes of the variables, as from `abstract_params`.
+      shardings: a tree like `abstract`; None: everything is on the default device.
+      dtype: dtype of the parameters; the router's correction bias is always float32.
+      config: architecture, to compare with the one at `path`; None: no comparison.
 
     Returns:
-      A tree like `abstract`.
+      Arrays in a tree like `abstract`.
 
     Raises:
-      UserError: no such model, or one of another architecture, field by field.
+      UserError: `path` is not a model directory, or its architecture or parameters differ; the
+        message lists the differences.
     """
     model = checkpoint.read_model_dir(path)
     problems = [] if config is None else config_differences(model.config, config)
     if problems:
         raise UserError(
-            f"{model.path} has another architecture than the run's configuration:\n"
-            + listed(problems)
+            f"the architecture of {model.path} differs from the configuration:\n" + listed(problems)
         )
     shapes = checkpoint.flat_shapes(abstract)
     loaded = checkpoint.load_params(model.params, shapes, dtype=dtype, shardings=shardings)
@@ -116,10 +118,11 @@ def init_params(
 
 
 def config_differences(a: VL2Config, b: VL2Config) -> list[str]:
-    """Fields in which two architectures differ so that parameters of one are not the other's.
+    """Compares two architectures in the fields that affect the meaning of the parameters.
 
     Returns:
-      One line per field, named as in the original's config.json, first the value in `a`.
+      One line per different field, with its name in the Hugging Face config.json, its value in `a`
+      and its value in `b`.
     """
 
     def values(config: VL2Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training run says of itself: metrics.jsonl, TensorBoard events, and a line of progress."""
+"""Metrics of a training run: metrics.jsonl, TensorBoard events, and the progress line."""
 
 import contextlib
 import json
@@ -24,36 +24,36 @@ Value = float | Sequence[float] | np.ndarray
 
 
 class Throughput:
-    """Times steps, and reckons their speed."""
+    """Measures the time of steps and computes their throughput."""
 
     def __init__(self, devices: int, device_kind: str, dtype):
         """
         Args:
-          devices: that share a step.
-          device_kind: as JAX names it.
-          dtype: of the computation.
+          devices: number of devices that run a step.
+          device_kind: `jax.Device.device_kind`.
+          dtype: dtype of the computation.
         """
         self._devices, self._peak = devices, peak_flops(device_kind, dtype)
         self.restart()
 
     def restart(self) -> None:
-        """Begins to time the next step now; what came since the last one is not counted."""
+        """Starts the clock of the next step now, which excludes the time since the last step."""
         self._began = time.monotonic()
 
     def step(
         self, tokens: int, images: int, flops: float | None = None, data_wait: float = 0.0
     ) -> dict[str, float]:
-        """Ends the timing of a step, and begins the next.
+        """Ends the clock of a step and starts that of the next one.
 
         Args:
-          tokens: in the step, on all devices; so also images and flops.
-          images: as above.
-          flops: operations that the model needs for the step, or None.
-          data_wait: the seconds of it that were spent waiting for the batch.
+          tokens: number of tokens of the step, on all devices.
+          images: number of images of the step, on all devices.
+          flops: FLOPs that the model needs for the step, on all devices; None: unknown.
+          data_wait: seconds of the step spent waiting for the batch.
 
         Returns:
           `perf/...`: step_time and data_wait in seconds, tokens_per_sec, images_per_sec; with
-          flops also tflops_per_device and, where the device's peak is known, mfu (0 to 1).
+          `flops` also tflops_per_device and, if the peak of the device is known, mfu (0 to 1).
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         self.restart()
@@ -72,10 +72,10 @@ class Throughput:
 
 
 class MetricsLog:
-    """Keeps the metrics of a run and shows how far it is; a context manager.
+    """Writes the metrics of a run and shows its progress; a context manager.
 
-    Each call of `write` reaches `metrics.jsonl` and the event file before it returns, so that a
-    kill loses nothing that was written.  A full disk is reported and does not stop the run.
+    `write` does not buffer: when it returns, `metrics.jsonl` and the event file have the metrics,
+    so a killed run loses none.  A full disk is reported and does not stop the run.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class MetricsLog:
     ):
         """
         Args:
-          workdir: where the files go; created where absent.
-          total_steps: steps of the whole run.
-          start_step: the step of the checkpoint that is resumed from; what was written of later
-            steps is dropped. 0 for a run that begins.
-          stream: where progress goes; standard error by default.
-          every_seconds: between lines where the stream is not a terminal.
+          workdir: directory of the files; created if it does not exist.
+          total_steps: number of steps of the whole run.
+          start_step: step of the checkpoint that the run resumes from; metrics of later steps are
+            removed.  0: a new run.
+          stream: stream for the progress; None: standard error.
+          every_seconds: seconds between progress lines if the stream is not a terminal.
 
         Raises:
           OSError: the files cannot be written.
@@ -105,7 +105,7 @@ class MetricsLog:
         self._progress = Progress("training", total_steps, "steps", done=start_step, **options)
         path = self._workdir / METRICS_FILE
         if dropped := drop_after(path, start_step):
-            self.note(f"{path}: {dropped} lines from after step {start_step} dropped")
+            self.note(f"{path}: {dropped} lines after step {start_step} removed")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by `close`
         self._events = EventWriter(self._workdir, start_step + 1 if start_step else 0)
         self._latest: dict[str, Value] = {}
@@ -118,12 +118,12 @@ class MetricsLog:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, Value]) -> None:
-        """Writes the metrics of a step, and shows progress when it is time.
+        """Writes the metrics of a step and updates the progress.
 
         Args:
-          step: steps done, from 1.
-          metrics: name -> number, or one number per layer; what is not finite becomes null in the
-            file and is left out of the events.
+          step: number of the step, from 1.
+          metrics: a number, or one number per layer, by name.  Values that are not finite become
+            null in metrics.jsonl and are omitted from the events.
         """
         plain = {name: _plain(value) for name, value in metrics.items()}
         self._keep(step, plain)
@@ -131,11 +131,11 @@ class MetricsLog:
         if "heldout/loss" in plain:
             self.note(f"step {step}: {_held_out(plain)}")
         if "train/loss" in plain:
-            self._progress.update(step - self._step, _in_short(self._latest))
+            self._progress.update(step - self._step, _summary(self._latest))
             self._step = step
 
     def note(self, text: str) -> None:
-        """Prints a line that stays, such as "saved step 500"."""
+        """Prints a line above the progress, such as "saved step 500"."""
         self._progress.note(text)
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class MetricsLog:
             self.note(f"{CURVES_FILE} was not drawn: {error}")
 
     def _keep(self, step: int, plain: dict[str, Any]) -> None:
-        """Writes to both files; complains once if that fails, until it works again."""
+        """Writes to both files; reports only the first of consecutive failures."""
         line = {"step": step} | {name: _nullable(value) for name, value in plain.items()}
         try:
             append_whole(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -161,12 +161,12 @@ class MetricsLog:
             self._failed = False
         except OSError as error:
             if not self._failed:
-                self.note(f"metrics of step {step} are lost, training goes on: {error}")
+                self.note(f"metrics of step {step} are lost, training continues: {error}")
             self._failed = True
 
 
 class NoLog(contextlib.AbstractContextManager):
-    """What other processes than the first keep: nothing; only notes reach standard error."""
+    """Replaces `MetricsLog` on processes other than process 0: prints notes, writes no files."""
 
     def __exit__(self, *_) -> None:
         """Closes nothing."""
@@ -180,19 +180,19 @@ class NoLog(contextlib.AbstractContextManager):
 
 
 def _plain(value: Value) -> Any:
-    """A float, or a list of floats, from what NumPy or JAX hold."""
+    """Converts NumPy and JAX values to a float or a list of floats."""
     return np.asarray(value, np.float64).tolist()
 
 
 def _nullable(value: Any) -> Any:
-    """What is not finite as None, which JSON can hold."""
+    """Replaces values that are not finite by None, because JSON does not have them."""
     if isinstance(value, list):
         return [_nullable(part) for part in value]
     return value if math.isfinite(value) else None
 
 
 def _tags(metrics: Mapping[str, Value]) -> dict[str, float]:
-    """Lists as one tag per layer: `name/0`, `name/1`."""
+    """Expands lists to one TensorBoard tag per layer: `name/0`, `name/1`."""
     tags = {}
     for name, value in metrics.items():
         if isinstance(value, list):
@@ -202,8 +202,8 @@ def _tags(metrics: Mapping[str, Value]) -> dict[str, float]:
     return tags
 
 
-def _in_short(metrics: Mapping[str, Value]) -> str:
-    """What the line of progress says: `loss 1.234, acc 56.7%, 12.3k tok/s`."""
+def _summary(metrics: Mapping[str, Value]) -> str:
+    """Metrics for the progress line: `loss 1.234, acc 56.7%, 12.3k tok/s`."""
     forms = (
         ("train/loss", lambda value: f"loss {value:.4g}"),
         ("train/token_acc", lambda value: f"acc {value:.1%}"),
@@ -215,7 +215,7 @@ def _in_short(metrics: Mapping[str, Value]) -> str:
 
 
 def _held_out(metrics: Mapping[str, Value]) -> str:
-    """Says how held-out data fare: `held-out loss 1.234, acc 56.7%`."""
+    """Metrics on held-out data: `held-out loss 1.234, acc 56.7%`."""
     text = f"held-out loss {metrics['heldout/loss']:.4g}"
     if "heldout/token_acc" in metrics:
         text += f", acc {metrics['heldout/token_acc']:.1%}"

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, what a training run writes of itself: reading it, cutting it on resuming."""
+"""Reads `metrics.jsonl`, and truncates it when a run resumes."""
 
 import json
 import os
@@ -10,26 +10,26 @@ from vl2jax.common.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
-Metrics = dict[str, Any]  # `step`, and by name a float, a list of floats or None
+Metrics = dict[str, Any]  # `step` (int), and metrics by name: a float, a list of floats, or None
 
 
 def read_metrics(path: Path | str) -> list[Metrics]:
-    """Reads a whole metrics file, see `iterate_metrics`."""
+    """Reads all lines of a metrics file, see `iterate_metrics`."""
     return list(iterate_metrics(path))
 
 
 def iterate_metrics(path: Path | str) -> Iterator[Metrics]:
-    """Reads what a run wrote of itself, line by line.
+    """Reads a metrics file line by line.
 
     Args:
-      path: a metrics.jsonl; a last line that a killed run left torn is passed over.
+      path: a metrics.jsonl.  An incomplete last line, which a killed run can leave, is ignored.
 
     Yields:
-      A dict per line: `step`, and by name a value, or a list with one per layer; None stands for
-      what was not finite.
+      A dict per line: `step`, and the metrics by name, each a value or a list with one value per
+      layer.  None is a value that was not finite.
 
     Raises:
-      UserError: another line is broken.
+      UserError: another line is malformed.
       OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
@@ -38,12 +38,12 @@ def iterate_metrics(path: Path | str) -> Iterator[Metrics]:
                 yield line
             elif text.endswith(b"\n"):
                 raise UserError(
-                    f"{path}:{number} is no line of metrics, a JSON object with a step; remove it"
+                    f"{path}:{number} is not a JSON object with a step; remove this line"
                 )
 
 
 def parse_line(text: str | bytes) -> Metrics | None:
-    """Reads one line of a metrics file; None where it is torn or no such line."""
+    """Parses one line of a metrics file; returns None if it is incomplete or malformed."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -52,19 +52,19 @@ def parse_line(text: str | bytes) -> Metrics | None:
 
 
 def drop_after(path: Path, step: int) -> int:
-    """Drops from a metrics file what a run wrote after a step, at once or not at all.
+    """Removes the metrics after a step from a metrics file, atomically.
 
-    Lines that cannot be read go too: a killed run may leave one.
+    Malformed lines are also removed, because a killed run can leave one.
 
     Args:
-      path: a metrics.jsonl, or nothing yet.
-      step: the last to keep; 0 for a run that begins, which keeps none.
+      path: a metrics.jsonl; it need not exist.
+      step: last step to keep; 0: keep none.
 
     Returns:
-      How many lines were dropped.
+      Number of lines removed.
 
     Raises:
-      OSError: the file cannot be rewritten; it stays as it was.
+      OSError: the file cannot be rewritten; it is unchanged.
     """
     if not path.exists():
         return 0

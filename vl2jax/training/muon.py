@@ -1,9 +1,10 @@
-"""Muon for weight matrices, AdamW's direction for the rest.
+"""Muon for weight matrices, Adam for all other parameters.
 
-Muon makes momentum orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
-networks"); its steps are scaled to the root mean square of Adam's (Liu et al. 2025, "Muon is
-Scalable for LLM Training", Eq. 4), so that both share a learning rate.  Embedding, output head,
-router, norms, biases and the position embedding have Adam's steps.
+Muon orthogonalises the momentum of each matrix (Jordan et al. 2024, "Muon: An optimizer for hidden
+layers in neural networks").  Its updates are scaled to the typical RMS of Adam's updates (Liu et
+al. 2025, "Muon is Scalable for LLM Training", Eq. 4), so that both use the same learning rate.
+Adam updates the token embedding, the output head, the routers, norms, biases and the position
+embedding.
 """
 
 import math
@@ -15,10 +16,10 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-RMS = 0.2  # of a step, as Adam's typically is
+RMS = 0.2  # RMS of an update, typical of Adam
 
-# Path -> (axes of inputs, axes of outputs), other axes stack matrices; None: Adam's.  The first
-# match counts.
+# (path, (input axes, output axes)): the other axes stack matrices.  The first match wins.  None, or
+# no match: Adam.
 _AXES = (
     (r".*/(lm_head|gate)/kernel", None),
     (r"vision/patch_embed/kernel", ((0, 1, 2), (3,))),
@@ -32,7 +33,13 @@ _AXES = (
 
 
 class MuonState(NamedTuple):
-    """State by path: momenta of the matrices with a count, and what Adam keeps of the rest."""
+    """State of Muon and Adam.
+
+    Attributes:
+      count: int32[], number of updates.
+      momentum: momentum of the matrices, by path.
+      adam: state of Adam for the other parameters.
+    """
 
     count: jax.Array
     momentum: dict[str, jax.Array]
@@ -40,7 +47,7 @@ class MuonState(NamedTuple):
 
 
 def matrix_axes(path: str) -> MuonDimensionNumbers | None:
-    """Axes of inputs and outputs of a weight matrix; None for what Adam steps."""
+    """Input and output axes of a weight matrix; None if Adam updates the parameter."""
     axes = _axes(path)
     return axes and MuonDimensionNumbers(*axes)
 
@@ -50,13 +57,19 @@ def _axes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def scale_by_muon_or_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Muon for matrices, Adam (b1, b2, eps) for the rest, over a flat dict by path.
+    """Muon for matrices, Adam for other parameters; use it in place of `optax.scale_by_adam`.
 
-    In place of `optax.scale_by_adam`: before weight decay and learning rate.
+    Weight decay and learning rate are not included.
+
+    Args:
+      b1, b2, eps: parameters of Adam; Muon has the defaults of Optax.
+
+    Returns:
+      A transformation of flat dicts by path.
     """
-    adam: Any = optax.scale_by_adam(b1, b2, eps)  # to Optax's types states are any trees
+    adam: Any = optax.scale_by_adam(b1, b2, eps)  # Optax types its states as any tree
     muon: Any = scale_by_muon(weight_dimension_numbers=_all_axes)
-    constants = muon.init({}).ns_coeffs  # no state: never rounded, never saved
+    constants = muon.init({}).ns_coeffs  # kept out of the state, so neither rounded nor saved
 
     def init(params: Any) -> MuonState:
         matrices, rest = _split(params)
@@ -69,8 +82,8 @@ def scale_by_muon_or_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
         rest, adam_state = adam.update(rest, state.adam)
         before = optax.contrib.MuonState(state.count, state.momentum, constants)
         matrices, after = muon.update(matrices, before)
-        steps = {path: step * _size(path, step.shape) for path, step in matrices.items()}
-        return {**rest, **steps}, MuonState(after.count, after.mu, adam_state)
+        scaled = {path: step * _scale(path, step.shape) for path, step in matrices.items()}
+        return {**rest, **scaled}, MuonState(after.count, after.mu, adam_state)
 
     return optax.GradientTransformation(init, update)
 
@@ -79,8 +92,8 @@ def _all_axes(matrices: Any) -> Any:
     return {path: matrix_axes(path) for path in matrices}
 
 
-def _size(path: str, shape: tuple[int, ...]) -> float:
-    """What gives an orthogonal matrix the root mean square `RMS`."""
+def _scale(path: str, shape: tuple[int, ...]) -> float:
+    """The factor that gives an orthogonal matrix an RMS of `RMS`."""
     matrix = _axes(path)
     assert matrix is not None, path
     products = (math.prod(shape[axis] for axis in axes) for axes in matrix)
@@ -88,6 +101,6 @@ def _size(path: str, shape: tuple[int, ...]) -> float:
 
 
 def _split(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is of matrices, and the rest."""
+    """Splits a flat dict into matrices and other parameters."""
     matrices = {path: leaf for path, leaf in tree.items() if matrix_axes(path)}
     return matrices, {path: leaf for path, leaf in tree.items() if path not in matrices}

@@ -1,8 +1,9 @@
 """AdamW or Muon, with schedules, learning rates per part of the model, and frozen parts.
 
-Parameters are named by their path, "decoder/norm/scale"; a part of the model by the beginning of
-its paths ("vision", "adaptor", "decoder", or deeper: "decoder/lm_head").  The optimizer sees only
-the trained parameters, as a flat dict by path: frozen ones have neither gradients nor state.
+A parameter is named by its path, for example "decoder/norm/scale".  A part of the model is named by
+a prefix of its paths: "vision", "adaptor", "decoder", or a longer one such as "decoder/lm_head".
+The optimizer gets only the trained parameters, as a flat dict by path; frozen parameters have
+neither gradients nor optimizer state.
 """
 
 import dataclasses
@@ -21,26 +22,27 @@ from vl2jax.training.muon import scale_by_muon_or_adam
 ALGORITHMS = ("adamw", "muon")
 SCHEDULES = ("cosine", "step", "constant")
 
-# Not decayed: scales and biases, the position embedding, the two learned visual vectors.
+# No weight decay: scales, biases, the position embedding, and the two learned visual vectors.
 NO_DECAY = re.compile(r".*/(scale|bias)|vision/pos_embed|image_newline|view_seperator")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule (paper, Table 2).
+    """The optimizer and its schedule (paper, Table 2).
 
     Attributes:
       lr: peak learning rate.
-      algorithm: "adamw", the paper's, or "muon" for matrices with AdamW for the rest, see `muon`:
-        a model that starts from random weights learns from several times fewer samples with it.
-      schedule: of `SCHEDULES`, see `learning_rate`.
-      warmup_steps: linear warm-up before it.
-      final_lr_fraction: where `cosine` ends, as a part of `lr`.
-      weight_decay: decoupled, for all but `NO_DECAY`.
-      b1, b2, eps: of Adam.
-      clip_norm: largest norm of the gradients of all trained parameters together.
-      moments_dtype: in which both moments are kept between steps: "float32" or "bfloat16".
-      lr_multipliers: part of the model -> factor of its learning rate; the longest match wins.
+      algorithm: "adamw", as in the paper, or "muon": Muon for matrices and AdamW for the other
+        parameters, see `muon.py`.  With Muon, a model with random initial weights needs several
+        times fewer samples.
+      schedule: one of `SCHEDULES`, see `learning_rate`.
+      warmup_steps: number of steps of linear warm-up.
+      final_lr_fraction: final learning rate of `cosine`, as a fraction of `lr`.
+      weight_decay: decoupled weight decay, for all parameters except `NO_DECAY`.
+      b1, b2, eps: parameters of Adam.
+      clip_norm: maximum global norm of the gradients.
+      moments_dtype: dtype in which moments are stored between steps, "float32" or "bfloat16".
+      lr_multipliers: factor of the learning rate by part of the model; the longest match wins.
       frozen: parts of the model that are not trained.
     """
 
@@ -72,11 +74,18 @@ class OptimConfig:
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step, counted from 0, of a run of `steps` steps.
+    """The learning rate schedule of a run.
 
-    Warm-up is linear from `lr / warmup_steps` to `lr`.  `cosine` falls from its end to
-    `final_lr_fraction`; `step` divides by sqrt(10) at 50% and again at 75% of all steps, whatever
-    the warm-up; `constant` stays.
+    The learning rate first increases linearly from `lr / warmup_steps` to `lr`.  `cosine` then
+    decays to `final_lr_fraction * lr`.  `step` divides by sqrt(10) at 50% and again at 75% of all
+    steps, warm-up included.  `constant` keeps `lr`.
+
+    Args:
+      cfg: optimizer configuration.
+      steps: number of steps of the run.
+
+    Returns:
+      A function from the step, counted from 0, to its learning rate.
     """
     warm = cfg.warmup_steps
     if cfg.schedule == "cosine":
@@ -94,10 +103,11 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def trained_paths(cfg: OptimConfig, paths: Iterable[str]) -> tuple[str, ...]:
-    """The paths that are trained, sorted.
+    """Paths of the parameters that are not frozen, sorted.
 
     Raises:
-      UserError: a part under `frozen` or `lr_multipliers` has no parameter, or nothing is left.
+      UserError: a part in `frozen` or `lr_multipliers` matches no parameter, or all parameters are
+        frozen.
     """
     paths = sorted(paths)
     for part in (*cfg.frozen, *cfg.lr_multipliers):
@@ -113,10 +123,15 @@ def trained_paths(cfg: OptimConfig, paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer over a flat dict of parameters by path.
+    """Makes the optimizer, for a flat dict of parameters by path.
 
-    In order: clip by the global norm, Adam or Muon, weight decay, learning rate, multipliers.  The
-    places in the chain are in the paths of saved states.
+    It applies in this order: clipping by global norm, Adam or Muon, weight decay, learning rate,
+    multipliers.  The paths of a saved optimizer state contain the indices of this chain, so do not
+    change the order.
+
+    Args:
+      cfg: optimizer configuration.
+      steps: number of steps of the run.
     """
     scale = {"adamw": optax.scale_by_adam, "muon": scale_by_muon_or_adam}[cfg.algorithm]
     by_part = {part: optax.scale(factor) for part, factor in cfg.lr_multipliers.items()}
@@ -130,12 +145,12 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
 
 
 def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """True for the parameters that weight decay shrinks."""
+    """By path, whether weight decay applies to a parameter."""
     return {path: not NO_DECAY.fullmatch(path) for path in params}
 
 
 def _part_of_each(parts: Iterable[str]) -> Callable[[Mapping], dict[str, str]]:
-    """Names the longest of some parts that each path belongs to; "" where none."""
+    """Returns a function that maps each path to the longest part it belongs to, or ""."""
     longest_first = sorted(parts, key=len, reverse=True)
 
     def label(tree: Mapping) -> dict[str, str]:
@@ -149,7 +164,7 @@ def _belongs(path: str, part: str) -> bool:
 
 
 def _kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """Keeps the floating-point state of a transformation in `dtype`; it computes in float32."""
+    """Stores the floating-point state of a transformation in `dtype`; computes in float32."""
     if dtype == jnp.float32:
         return inner
 

@@ -1,6 +1,6 @@
-"""The paper's training recipe (Table 2) as run configurations, for the three sizes and stages.
+"""Run configurations of the paper's training recipe (Table 2), for three sizes and three stages.
 
-`configs/vl2_tiny.py`, `vl2_small.py` and `vl2_base.py` take theirs from here.
+`configs/vl2_tiny.py`, `vl2_small.py` and `vl2_base.py` use them.
 """
 
 import math
@@ -11,10 +11,11 @@ from vl2jax.common.errors import UserError
 from vl2jax.config import PRESETS
 
 STAGES = ("align", "pretrain", "sft")
-LENGTH = 4096  # tokens per row, in all stages
+LENGTH = 4096  # tokens per row in all stages
 
-# Table 2. Not in the paper, chosen here: warm-up of 2000 steps before the step schedule (as in
-# DeepSeek-V2) and of 3% of the others, cosine down to 0, which parameters are decayed.
+# From Table 2.  The paper does not give the following; they are choices of this project: warm-up of
+# 2000 steps for the step schedule (as in DeepSeek-V2) and of 3% of all steps for the other
+# schedules, cosine decay to 0, and which parameters have weight decay.
 #                        align    pretrain  sft
 TABLE_2 = {
     "vl2_tiny": {
@@ -46,21 +47,21 @@ SCHEDULE = ("cosine", "step", "constant")
 FROZEN = (("decoder",), (), ())
 PACKED = (False, True, True)
 SUPERVISE = ("text", "text", "answers")
-WARMUP = (0.03, None, 0.03)  # part of all steps; None: 2000 steps
-# Ours: tile slots per row, and rows of a microbatch. Pictures take 2 to 10 tiles.
+WARMUP = (0.03, None, 0.03)  # fraction of all steps; None: 2000 steps
+# Choices of this project: tile slots per row, and rows per microbatch.  An image has 2 to 10 tiles.
 TILES_PER_ROW = (6, 10, 10)
 MICROBATCH_ROWS = (256, 256, 64)
 
 
 def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
-    """The run of one stage of one size; `data.train` and `init_from` are for the user to set.
+    """Makes the configuration of one stage; the user sets `data.train` and `init_from`.
 
     Args:
       size: a key of `TABLE_2`.
-      stage: of `STAGES`.
+      stage: one of `STAGES`.
 
     Raises:
-      UserError: there is no such stage.
+      UserError: the stage does not exist.
     """
     if stage not in STAGES:
         raise UserError(f"{size} has the stages {', '.join(STAGES)}, got {stage!r}")

@@ -1,4 +1,4 @@
-"""What a run is about to do, counted from shapes: parameters, bytes, floating-point operations."""
+"""Parameters, bytes and FLOPs of a run, computed from shapes before it starts."""
 
 import functools
 import math
@@ -19,9 +19,14 @@ _INPUT_EMBEDDING = "params/decoder/embed_tokens/embedding"
 
 
 def activated_share(config: VL2Config, path: str) -> float:
-    """The part of a parameter that one text token's way through the decoder reads.
+    """The fraction of a parameter that is activated for one token, as the paper counts it.
 
-    Of the routed experts, those chosen; of the input embedding nothing, as the paper counts.
+    It is K / E for routed experts (K experts per token, E experts), 0 for the token embedding and
+    1 for all other parameters.
+
+    Args:
+      config: architecture.
+      path: path of the parameter, "params/...".
     """
     if path == _INPUT_EMBEDDING:
         return 0.0
@@ -31,22 +36,25 @@ def activated_share(config: VL2Config, path: str) -> float:
 
 @functools.cache
 def _sizes(config: VL2Config) -> Mapping[str, int]:
-    """Elements of each variable; asked for several times in one report."""
+    """Number of elements of each variable; cached, because a report needs it several times."""
     shapes = flatten(abstract_params(config))
     return types.MappingProxyType({path: leaf.size for path, leaf in shapes.items()})
 
 
 def count_activated(config: VL2Config, *, part: str = "") -> int:
-    """Activated parameters, of the whole model or of the paths that begin with `part`."""
+    """Number of activated parameters, of the whole model or of paths that start with `part`."""
     sizes = _sizes(config).items()
     chosen = {path: size for path, size in sizes if path.startswith(f"params/{part}")}
     return round(sum(activated_share(config, path) * size for path, size in chosen.items()))
 
 
 def model_flops(config: VL2Config) -> tuple[float, float]:
-    """Operations of a forward and backward pass, per token of the decoder and per tile.
+    """FLOPs that the model needs for a forward and backward pass: 6 per activated parameter.
 
-    Six per activated parameter; attention scores are not counted.
+    Attention scores are not counted.
+
+    Returns:
+      FLOPs per token of the decoder, and FLOPs per tile of the vision tower and the adaptor.
     """
     patches, projected = config.vision.grid**2, config.tokens_per_tile
     count = functools.partial(count_activated, config)
@@ -61,10 +69,13 @@ def describe_run(
     state: TrainState,
     trained: Iterable[str],
 ) -> str:
-    """The first lines of a run.
+    """Describes a run in a few lines, which `train.py` prints first.
 
     Args:
-      state: shapes (with shardings) of all that is trained and kept.
+      config: configuration of the run.
+      architecture: architecture of the model.
+      mesh: mesh of the run.
+      state: shapes and shardings of the train state.
       trained: paths of the trained parameters.
     """
     sizes = {path: leaf.size for path, leaf in flatten(state.params).items()}
@@ -80,14 +91,14 @@ def describe_run(
         "devices": f"{len(devices)} {devices[0].platform} ({devices[0].device_kind})",
         "mesh": axes,
         "model": f"{sum(sizes.values()):,} parameters, {sum(sizes[p] for p in trained):,} trained,"
-        f" {count_activated(architecture):,} activated by a token"
-        f" ({count_activated(architecture, part='decoder/'):,} of the decoder)",
+        f" {count_activated(architecture):,} activated per token"
+        f" ({count_activated(architecture, part='decoder/'):,} in the decoder)",
         "memory": f"parameters {human_bytes(nbytes['parameters'])} ({config.compute.param_dtype}),"
         f" optimizer {human_bytes(nbytes['optimizer'])} ({', '.join(kinds)});"
-        f" {human_bytes(per_device)} on each device, and gradients and activations",
-        "step": f"{batch.rows} rows of {batch.length} tokens ({packed} a row),"
+        f" {human_bytes(per_device)} per device, plus gradients and activations",
+        "step": f"{batch.rows} rows of {batch.length} tokens ({packed} per row),"
         f" {batch.rows * batch.length:,} tokens and {batch.tiles} tiles in"
-        f" {batch.microbatches} {'part' if batch.microbatches == 1 else 'parts'};"
+        f" {batch.microbatches} {'microbatch' if batch.microbatches == 1 else 'microbatches'};"
         f" computed in {config.compute.dtype}",
         "run": f"{config.steps:,} steps, {config.steps * batch.rows * batch.length:,} tokens",
         "data": f"{config.data.train or 'none'}; held out: {config.data.heldout or 'none'}",
@@ -100,5 +111,5 @@ def _nbytes(leaf) -> int:
 
 
 def _device_bytes(leaf) -> int:
-    """Bytes of one device's part."""
+    """Bytes of the shard of one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""A training run's configuration: `configs/*.py` as typed, checked dataclasses."""
+"""Run configurations: `configs/*.py` as typed dataclasses that check their values."""
 
 import dataclasses
 import typing
@@ -15,14 +15,15 @@ from vl2jax.training.optim import OptimConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """Shape of the data of one step.
+    """Shape of the batch of one step.
 
     Attributes:
-      rows: sequences (or, packed, rows of sequences) per step.
+      rows: number of rows; a row is one sequence, or several if packed.
       length: tokens per row.
-      tiles: slots for picture tiles per step, shared by the rows of a microbatch.
-      segments: most samples packed into one row; 1 packs nothing.
-      microbatches: parts that a step works off one after the other; divides rows and tiles.
+      tiles: number of tile slots, divided evenly among the pools (see `feed.py`); the rows of a
+        pool share its slots.
+      segments: maximum number of samples packed into a row; 1: no packing.
+      microbatches: number of microbatches for gradient accumulation; divides `rows` and `tiles`.
     """
 
     rows: int
@@ -45,22 +46,24 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the data comes from.
+    """Sources of the data, and how they are read.
 
     Attributes:
-      train: sources separated by commas, each `synthetic` or a path, with a weight if there are
-        several: "captions.jsonl=0.7,text.jsonl=0.3".
-      heldout: the same, for the held-out loss; "" for none.
-      images_root: directory that relative picture paths start from; "" for that of the data file.
-      supervise: "answers" (answers and their end token) or "text" (questions as well).
-      on_error: "raise" stops at a malformed row, "skip" reports and leaves it out.
-      threads: that read and decode pictures.
-      workers: processes that do it instead; 0 for none.
-      prefetch: batches made ahead.
-      shards: parts that the data is read and packed in, see `feed`; 0: one per process, and those
-        of the checkpoint that a run goes on from. The same number gives the same batches on any
-        number of processes.
-      preview: shows so many packed samples as text and picture, and stops.
+      train: comma-separated sources, each "synthetic" or a path, optionally with a weight:
+        "captions.jsonl=0.7,text.jsonl=0.3".
+      heldout: sources of the held-out data, in the same form; "": none.
+      images_root: directory of relative image paths; "": the directory of the data file.
+      supervise: tokens that count in the loss: "answers" (answers and their end tokens), or "text"
+        (questions, too).
+      on_error: "raise" stops at a malformed row, "skip" reports it and continues without it.
+      threads: number of threads that read rows and decode images, in each worker process.
+      workers: number of worker processes; 0: the threads run in the main process.
+      prefetch: number of batches prepared in advance.
+      shards: number of data shards, which are read and packed independently, see `feed.py`.  The
+        same number gives the same batches with any number of processes.  0: that of the checkpoint
+        that the run resumes from; for a new run one per process, as far as the mesh allows.
+      preview: number of packed samples to show as text and images before the program stops; 0:
+        train.
     """
 
     train: str = "synthetic"
@@ -83,11 +86,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """Balancing of the experts.
+    """Load balancing of the experts.
 
     Attributes:
-      aux_loss_alpha: weight of the sequence-wise auxiliary loss; 0 is legal.
-      bias_update_step: u of the loss-free balancing, for routers with a correction bias.
+      aux_loss_alpha: weight of the auxiliary loss; 0: none.
+      bias_update_step: u of the auxiliary-loss-free balancing, see `balance.py`; 0: none.
     """
 
     aux_loss_alpha: float = 0.001
@@ -96,15 +99,16 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How a step is computed; none of it changes what is computed, but for rounding.
+    """How a step is computed.  Except for rounding, it does not affect the results.
 
     Attributes:
-      dtype: of activations and products: "float32" or "bfloat16".
-      param_dtype: of the parameters that are trained.
-      remat: what is kept for the backward pass, see `layers.REMAT`.
-      moe_implementation: of the routed experts, see `ops.experts.IMPLEMENTATIONS`.
-      ops: implementations to try first, "attention=xla,matmul=xla", see `ops.registry`.
-      loss_chunk: tokens whose logits a device holds at a time.
+      dtype: dtype of activations and matrix products, "float32" or "bfloat16".
+      param_dtype: dtype of the parameters, "float32" or "bfloat16".
+      remat: rematerialisation policy, a key of `model.layers.REMAT`.
+      moe_implementation: implementation of the routed experts, one of
+        `ops.experts.IMPLEMENTATIONS`.
+      ops: implementations to try first, such as "attention=xla,matmul=xla", see `ops.registry`.
+      loss_chunk: maximum number of tokens whose logits a device holds at a time.
     """
 
     dtype: str = "bfloat16"
@@ -123,7 +127,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; at most one may be -1, which takes those that are left."""
+    """Number of devices along each mesh axis; at most one may be -1: all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -133,8 +137,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and which saves stay: the newest `keep`, and every `keep_every`th
-    step for ever (0: none)."""
+    """When checkpoints are saved, and which ones are kept.
+
+    Attributes:
+      every: number of steps between checkpoints.
+      keep: number of newest checkpoints to keep.
+      keep_every: checkpoints at multiples of this step are never deleted; 0: none.
+    """
 
     every: int = 500
     keep: int = 2
@@ -143,7 +152,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Held-out loss: every so many steps (0: never), over so many batches."""
+    """Evaluation on the held-out data.
+
+    Attributes:
+      every: number of steps between evaluations; 0: none.
+      batches: maximum number of batches of an evaluation.
+    """
 
     every: int = 200
     batches: int = 4
@@ -151,19 +165,19 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything about a run; see `configs/tiny.py`.
+    """Configuration of a training run; see `configs/tiny.py` for an example.
 
     Attributes:
-      name: of the run; the default working directory is runs/<name>.
-      model: architecture in the Hugging Face schema; {} takes that of `init_from`.
-      init_from: a converted model or another run's working directory to start from; "" starts
-        from random weights.
-      tokenizer: a directory with tokenizer and processor files; "" takes those of `init_from`, or
-        without it those of the synthetic data.
-      seed: of weights and data order.
-      steps: in all.
-      profile: "START:STOP" writes a trace of these steps.
-      dry_run: prints sizes and stops, without allocating anything.
+      name: name of the run; the default workdir is runs/<name>.
+      model: architecture in the Hugging Face schema; {}: that of `init_from`.
+      init_from: model directory or training workdir with the initial parameters; "": random
+        initialisation.
+      tokenizer: directory with tokenizer and processor files; "": those of `init_from`, or without
+        it those of the synthetic data.
+      seed: seed of the initialisation and of the data order.
+      steps: number of steps of the run.
+      profile: "START:STOP": writes a profiler trace of the steps from START to STOP - 1; "": none.
+      dry_run: whether to print the sizes and stop, without allocating anything.
     """
 
     name: str
@@ -185,7 +199,11 @@ class RunConfig:
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
-        """(first, last + 1) of the steps to trace."""
+        """First step and last step + 1 of the profiler trace; None: no trace.
+
+        Raises:
+          UserError: `profile` has another form.
+        """
         if not self.profile:
             return None
         start, colon, stop = self.profile.partition(":")
@@ -195,10 +213,13 @@ class RunConfig:
 
 
 def read_run_config(values: Mapping[str, Any]) -> RunConfig:
-    """Reads a plain nested mapping, as `ConfigDict.to_dict()` gives.
+    """Reads a run configuration.
+
+    Args:
+      values: nested mapping, as `ConfigDict.to_dict()` returns it.
 
     Raises:
-      UserError: unknown keys (with the nearest name), wrong types or values.
+      UserError: unknown keys (the message suggests the nearest name), wrong types or values.
     """
     types = typing.get_type_hints(RunConfig)
     read_values = dict(values)
@@ -209,25 +230,32 @@ def read_run_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 def read_architecture(config: RunConfig) -> VL2Config | None:
-    """The architecture that the run's `model` describes; None where it is left to `init_from`.
+    """The architecture in `config.model`; None if it is to be taken from `init_from`.
 
     Raises:
-      UserError: it cannot be built.
+      UserError: the architecture is not valid.
     """
     return VL2Config.from_hf(config.model) if config.model else None
 
 
 def with_balance(architecture: VL2Config, balance: BalanceConfig) -> VL2Config:
-    """The architecture with the run's weight of the auxiliary loss."""
+    """Returns the architecture with the run's weight of the auxiliary loss."""
     decoder = dataclasses.replace(architecture.decoder, aux_loss_alpha=balance.aux_loss_alpha)
     return dataclasses.replace(architecture, decoder=decoder)
 
 
 def read_sources(text: str, name: str) -> list[tuple[str, float]]:
-    """Reads "a.jsonl=0.7,b.json=0.3" into paths and weights; a single one needs no weight.
+    """Parses sources such as "a.jsonl=0.7,b.json=0.3".
+
+    Args:
+      text: comma-separated sources; a weight is 1 if it is not given.
+      name: name of the configuration field, for error messages.
+
+    Returns:
+      Path (or "synthetic") and weight of each source.
 
     Raises:
-      UserError: a weight is no number above 0, or there is no source.
+      UserError: a weight is not a number above 0, or there is no source.
     """
     sources = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -241,7 +269,7 @@ def read_sources(text: str, name: str) -> list[tuple[str, float]]:
             raise UserError(f"{name}: {part!r} must be PATH=WEIGHT with a weight above 0")
         sources.append((path, number))
     if not sources:
-        raise UserError(f"{name} names no source; expected 'synthetic' or the path of a data file")
+        raise UserError(f"{name} has no source; expected 'synthetic' or the path of a data file")
     return sources
 
 

@@ -1,4 +1,4 @@
-"""From a run's configuration to what the training loop needs."""
+"""Builds everything that the training loop needs from a run configuration."""
 
 import dataclasses
 import functools
@@ -37,15 +37,19 @@ from vl2jax.training.train_step import Recipe, TrainState, eval_step, new_state,
 
 
 def choose_architecture(config: RunConfig) -> VL2Config:
-    """The architecture of `model` or `init_from`, which must agree, balanced as the run says."""
+    """Returns the architecture of the run, with its weight of the auxiliary loss.
+
+    Raises:
+      UserError: neither `model` nor `init_from` is set, or they have different architectures.
+    """
     architecture = read_architecture(config)
     if config.init_from:
         found = read_model_dir(config.init_from).config
         differences = [] if architecture is None else config_differences(found, architecture)
         if differences:
             raise UserError(
-                f"config.model and {config.init_from} differ (leave config.model empty to take"
-                " its architecture): in the latter " + "; ".join(differences[:8])
+                f"config.init_from {config.init_from} has another architecture than config.model"
+                " (leave config.model empty to use it): " + "; ".join(differences[:8])
             )
         architecture = architecture or found
     if architecture is None:
@@ -54,10 +58,11 @@ def choose_architecture(config: RunConfig) -> VL2Config:
 
 
 def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.Mesh) -> Recipe:
-    """What a step does.
+    """Makes the recipe of a train step: model, optimizer and schedule.
 
     Raises:
-      UserError: the mesh does not divide the batch.
+      UserError: the mesh does not divide the batch, or the optimizer configuration names parts that
+        the model does not have.
     """
     batch = config.batch
     check_batch(mesh, rows=batch.rows, tiles=batch.tiles, microbatches=batch.microbatches)
@@ -82,7 +87,7 @@ def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.M
 
 
 def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes and shardings of the state; nothing is allocated."""
+    """Returns the train state as `jax.ShapeDtypeStruct` with shardings; nothing is allocated."""
     variables = abstract_params(recipe.model.config, recipe.model.param_dtype)
     shapes = jax.eval_shape(functools.partial(new_state, recipe), variables)
     scalar = optimizer_shardings(mesh, shapes.step)
@@ -100,12 +105,15 @@ def state_shapes(recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def jit_train_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
-    """`train_step` as one program of a mesh: (state (donated), batch) -> (state, metrics).
+    """Jits `train_step` for a mesh.
 
     Args:
-      recipe: what a step does.
-      mesh: must be in force (`jax.set_mesh`) when the step is called.
-      shardings: of the state.
+      recipe: recipe of the step.
+      mesh: mesh of the run; it must be the current mesh (`jax.set_mesh`) when the step is called.
+      shardings: shardings of the state.
+
+    Returns:
+      (state, batch) -> (state, metrics).  The state is donated; the metrics are replicated.
     """
     return jax.jit(
         functools.partial(train_step, recipe),
@@ -117,7 +125,7 @@ def jit_train_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainStat
 
 
 def jit_eval_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState) -> Callable:
-    """`eval_step` likewise: (params, router, batch) -> sums."""
+    """Jits `eval_step` for a mesh, see `jit_train_step`: (params, router, batch) -> sums."""
     return jax.jit(
         functools.partial(eval_step, recipe),
         in_shardings=(shardings.params, shardings.router, batch_sharding(mesh)),
@@ -127,7 +135,7 @@ def jit_eval_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState
 
 
 def prepare_workdir(path: Path, config: RunConfig, architecture: VL2Config) -> None:
-    """Makes the working directory a model directory, and keeps the configuration there."""
+    """Writes model files and configuration into the workdir, see `lineage.prepare`."""
     with tempfile.TemporaryDirectory() as made:
         files = config.tokenizer or config.init_from
         if not files and not (path / MODEL_FILE).exists():
@@ -149,11 +157,19 @@ def make_data(
     *,
     split: str = "train",
 ) -> Feed:
-    """`data.train`, endless and shuffled, or `data.heldout`, in order.
+    """Makes the feed of `data.train` (shuffled and repeated) or of `data.heldout` (in order, once).
 
     Args:
-      pools, shards: see `feed`.
+      config: configuration of the run.
+      mesh: mesh over which batches are sharded.
+      processor: converts rows to samples.
+      on_skip: called with a message for each skipped row.
+      pools: number of pools of a microbatch, see `feed.py`.
+      shards: number of data shards, see `feed.py`.
       split: "train" or "heldout".
+
+    Raises:
+      UserError: a source does not exist or is malformed, or a setting is out of range.
     """
     data, batch, training = config.data, config.batch, split == "train"
     names = data.train if training else data.heldout
@@ -197,9 +213,12 @@ def make_heldout(
     on_skip: Callable[[str], None],
     pools: int,
 ) -> Feed | None:
-    """The held-out data of a run; None where it does without.
+    """Makes the feed of the held-out data; None if the run has no evaluation.
 
-    They are one shard, so that their end is everywhere the same.
+    It has one data shard, so that all processes reach the end of the data at the same batch.
+
+    Args:
+      config, mesh, processor, on_skip, pools: see `make_data`.
     """
     if not (config.data.heldout and config.eval.every):
         return None

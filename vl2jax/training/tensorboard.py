@@ -1,7 +1,7 @@
-"""TensorBoard event files of scalars, written without TensorFlow.
+"""Writes TensorBoard event files of scalars, without TensorFlow.
 
-A file is a sequence of records: length (8 bytes), its checksum, data, its checksum; the data is an
-`Event` protobuf.  The few fields that scalars need are written by hand:
+A file is a sequence of records: length (8 bytes), checksum of the length, data, checksum of the
+data.  The data is an `Event` protobuf.  Only the fields that scalars need are encoded:
 
     Event       1 wall_time double   2 step int64   3 file_version string
                 5 summary            7 session_log
@@ -22,11 +22,11 @@ from pathlib import Path
 
 _VARINT, _DOUBLE, _BYTES, _FLOAT = 0, 1, 2, 5  # wire types
 _POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected
-_serial = itertools.count()  # tells apart the files that one process opens in one second
+_serial = itertools.count()  # makes the names of files of the same second unique
 
 
 def _crc_table() -> tuple[int, ...]:
-    """The checksum of each single byte."""
+    """The CRC-32C lookup table, with one entry per byte value."""
     table = []
     for crc in range(256):
         for _ in range(8):
@@ -39,7 +39,7 @@ _TABLE = _crc_table()
 
 
 def crc32c(data: bytes) -> int:
-    """The CRC-32C (Castagnoli) checksum of some bytes."""
+    """Computes the CRC-32C (Castagnoli) checksum."""
     crc, table = 0xFFFFFFFF, _TABLE
     for byte in data:
         crc = (crc >> 8) ^ table[(crc ^ byte) & 0xFF]
@@ -47,19 +47,20 @@ def crc32c(data: bytes) -> int:
 
 
 def record(data: bytes) -> bytes:
-    """Frames data as one record of a TFRecord file."""
+    """Encodes data as one record of a TFRecord file."""
     length = struct.pack("<Q", len(data))
     return length + _masked_crc(length) + data + _masked_crc(data)
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:
-    """Appends to a file all of the data or, where that fails, nothing.
+    """Appends data to a file; if that fails, restores the previous length.
 
     Args:
-      file: opened unbuffered, for appending.
+      file: file opened for appending, without buffer.
+      data: bytes to append.
 
     Raises:
-      OSError: the data could not be written, as on a full disk.
+      OSError: not all of the data could be written, for example because the disk is full.
     """
     end = file.seek(0, os.SEEK_END)
     try:
@@ -71,14 +72,19 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
 
 
 class EventWriter:
-    """Writes scalars by step into a new event file; each call reaches the file at once."""
+    """Writes scalars to a new event file, without buffering.
+
+    Attributes:
+      path: path of the file.
+    """
 
     def __init__(self, directory: Path | str, first_step: int = 0):
         """
         Args:
-          directory: created where absent; TensorBoard reads all event files in it as one run.
-          first_step: the first step to come; what earlier files hold of it and later is dropped by
-            TensorBoard.
+          directory: directory of the file, created if it does not exist.  TensorBoard reads all
+            event files in a directory as one run.
+          first_step: first step that will be written; TensorBoard ignores this and later steps in
+            older files.
 
         Raises:
           OSError: the file cannot be written.
@@ -95,14 +101,14 @@ class EventWriter:
         append_whole(self._file, record(_wall_time(now) + start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the finite ones of some values.
+        """Writes the values of a step; values that are not finite are omitted.
 
         Args:
-          step: of the training run.
-          values: tag -> value.
+          step: number of the training step.
+          values: values by tag.
 
         Raises:
-          OSError: they could not be written; the file ends with what came before.
+          OSError: the values could not be written; the file is unchanged.
         """
         summary = b"".join(
             _field(1, _BYTES, _field(1, _BYTES, tag.encode()) + _field(2, _FLOAT, value))
@@ -114,7 +120,7 @@ class EventWriter:
             append_whole(self._file, record(event))
 
     def flush(self) -> None:
-        """Waits until the disk has what was written."""
+        """Waits until everything is on disk (fsync)."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -123,7 +129,7 @@ class EventWriter:
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """The checksum as records hold it: rotated and shifted, so that it may cover itself."""
+    """The masked checksum of the TFRecord format: CRC-32C, rotated, plus a constant."""
     crc = crc32c(data)
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
@@ -133,12 +139,12 @@ def _wall_time(seconds: float) -> bytes:
 
 
 def _fits(value: float) -> bool:
-    """Whether a value is finite, as float32 too."""
+    """Whether a value is finite as float32."""
     return math.isfinite(value) and abs(value) <= 3.4028234e38
 
 
 def _field(number: int, wire: int, value) -> bytes:
-    """One field of a protobuf message: its key, then a value of a wire type."""
+    """Encodes a field of a protobuf message: the key, then the value."""
     key = _varint(number << 3 | wire)
     if wire == _VARINT:
         return key + _varint(value)
@@ -148,7 +154,7 @@ def _field(number: int, wire: int, value) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """An integer of at least 0, seven bits a byte, the lowest first."""
+    """Encodes a non-negative integer as a protobuf varint: seven bits per byte, low bits first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -1,6 +1,6 @@
-"""One training step as a pure function: loss, gradients, optimizer, expert balance.
+"""The train step as a pure function: loss, gradients, optimizer update, load balancing.
 
-Axis legend: P microbatches, B rows of each, T tokens, M layers with experts, E experts.
+Axis legend: P microbatches, B rows of each, T tokens, M MoE layers, E experts.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ Flat = Mapping[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes.
+    """State of a training run, except for that of the data.
 
     Attributes:
-      step: int32[], steps done.
-      params: nested dict, float32 unless chosen otherwise.
-      router: float32 correction biases by layer, {} where routers have none.
-      opt_state: of the optimizer, over the trained parameters by path.
+      step: int32[], number of steps done.
+      params: parameters, a nested dict, float32 or bfloat16.
+      router: float32 correction biases of the routers, a nested dict; {} if they have none.
+      opt_state: state of the optimizer, for the trained parameters by path.
     """
 
     step: jax.Array
@@ -41,21 +41,21 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is applied to, and what is saved as the model."""
+        """The variables of the model, as `VL2.apply` takes them and checkpoints store them."""
         return {"params": self.params, "router": self.router}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a step does, all static.
+    """The static configuration of a step.
 
     Attributes:
-      model: with the compute dtype, remat policy and expert implementation.
-      optimizer: over a flat dict of the trained parameters, see `optim.make_optimizer`.
+      model: the model, with compute dtype, remat policy and implementation of the experts.
+      optimizer: optimizer of a flat dict of the trained parameters, see `optim.make_optimizer`.
       schedule: learning rate by step, for the metrics.
       trained: paths of the trained parameters.
-      bias_update_step: u of the loss-free balancing; 0 keeps the biases.
-      loss_chunk: tokens whose logits a device holds at a time.
+      bias_update_step: u of the auxiliary-loss-free balancing; 0 keeps the biases.
+      loss_chunk: maximum number of tokens whose logits a device holds at a time.
     """
 
     model: VL2
@@ -67,7 +67,7 @@ class Recipe:
 
 
 class _Sums(NamedTuple):
-    """What microbatches add up: cross entropy, correct tokens, auxiliary loss, expert load."""
+    """Sums over microbatches: cross entropy, correct tokens, auxiliary loss, expert load."""
 
     loss: jax.Array
     correct: jax.Array
@@ -76,7 +76,12 @@ class _Sums(NamedTuple):
 
 
 def new_state(recipe: Recipe, variables: Mapping[str, Any]) -> TrainState:
-    """The state before the first step, of variables as `VL2.init` or `load_params` give them."""
+    """Makes the state before the first step.
+
+    Args:
+      recipe: recipe of the step.
+      variables: variables of the model, as `VL2.init` or `load_params` returns them.
+    """
     params = variables["params"]
     opt_state = recipe.optimizer.init(_pick(params, recipe.trained))
     router = variables.get("router", {})
@@ -84,40 +89,41 @@ def new_state(recipe: Recipe, variables: Mapping[str, Any]) -> TrainState:
 
 
 def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
-    """The state of a model with random weights."""
+    """Makes the initial state of a model with random parameters."""
     return new_state(recipe, init_variables(recipe.model, key))
 
 
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step: gradients of the mean loss over all supervised tokens of all pools.
+    """Runs one step.
 
-    The cross entropy is a sum over tokens divided by their number in the whole batch, the
-    auxiliary loss a mean over sequences of the whole batch: neither packing, padding nor the
-    number of microbatches changes them.
+    The loss is the mean cross entropy over all supervised tokens of the batch, plus the mean
+    auxiliary loss over all its sequences.  Packing, padding and the number of microbatches do not
+    change it.
 
     Args:
-      recipe: static.
-      state: may be donated.
-      batch: with a leading axis P on every field; pools are run one after the other.
+      recipe: static configuration.
+      state: state before the step; it may be donated.
+      batch: batch with a leading axis P on every field.  Microbatches run one after the other, and
+        their gradients are summed.
 
     Returns:
-      The next state, and metrics: float32[] each, per-layer ones float32[M].
+      The next state, and metrics by name: float32[], or float32[M] for metrics of layers.
     """
     tokens, sequences = _totals(batch)
-    loss = jax.value_and_grad(_pool_loss, argnums=1, has_aux=True)
+    loss = jax.value_and_grad(_microbatch_loss, argnums=1, has_aux=True)
     trained = _pick(state.params, recipe.trained)
 
-    def one_pool(pool: Batch):
+    def one_microbatch(microbatch: Batch):
         (_, sums), grads = loss(
-            recipe, trained, state.params, state.router, pool, tokens, sequences
+            recipe, trained, state.params, state.router, microbatch, tokens, sequences
         )
         return sums, {path: constrain(grad, *param_spec(path)) for path, grad in grads.items()}
 
-    sums, grads = _sum_over_pools(one_pool, batch)
+    sums, grads = _sum_over_microbatches(one_microbatch, batch)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trained)
-    updated: Any = optax.apply_updates(trained, updates)  # a flat dict, as it was given
+    updated: Any = optax.apply_updates(trained, updates)  # a flat dict, like `trained`
     params = _put(state.params, updated)
     metrics = {
         "train/loss": sums.loss,
@@ -138,58 +144,68 @@ def train_step(
 def eval_step(
     recipe: Recipe, params, router, batch: Batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross entropy, correct tokens and supervised tokens of a batch with pools: float32[] sums."""
+    """Computes the sums for loss and accuracy, without gradients.
+
+    Args:
+      recipe: static configuration.
+      params: parameters of the model.
+      router: correction biases of the routers; {} if they have none.
+      batch: batch with a leading axis P on every field.
+
+    Returns:
+      Cross entropy in nats, number of correct tokens, number of supervised tokens: float32[] each.
+    """
     tokens, sequences = _totals(batch)
     one = jnp.ones((), jnp.float32)
 
-    def one_pool(pool: Batch):
-        return _pool_loss(recipe, {}, params, router, pool, one, sequences)[1]
+    def one_microbatch(microbatch: Batch):
+        return _microbatch_loss(recipe, {}, params, router, microbatch, one, sequences)[1]
 
-    sums = _sum_over_pools(one_pool, batch)
+    sums = _sum_over_microbatches(one_microbatch, batch)
     return sums.loss, sums.correct, tokens
 
 
-def _pool_loss(recipe, trained: Flat, params, router, pool: Batch, tokens, sequences):
-    """The part of one pool in the loss; `trained` replaces its namesakes in `params`."""
+def _microbatch_loss(recipe, trained: Flat, params, router, microbatch: Batch, tokens, sequences):
+    """The contribution of one microbatch to the loss; `trained` overrides entries of `params`."""
     params = _put(params, trained)
     output = recipe.model.apply(
-        {"params": params, "router": router}, pool, with_logits=False, padding_counts=False
+        {"params": params, "router": router}, microbatch, with_logits=False, padding_counts=False
     )
     sums = chunked_next_token_loss(
         output.hidden,
         params["decoder"]["lm_head"]["kernel"],
-        pool,
+        microbatch,
         dtype=recipe.model.dtype,
         chunk=recipe.loss_chunk,
     )
     cross_entropy, aux_loss, load = sums.loss_sum / tokens, jnp.zeros(()), None
     if output.balance is not None:
-        share = _sequences(pool.segment_ids) / sequences
+        share = _sequences(microbatch.segment_ids) / sequences
         aux_loss, load = output.balance.aux_loss.sum() * share, output.balance.load
     return cross_entropy + aux_loss, _Sums(cross_entropy, sums.correct, aux_loss, load)
 
 
-def _sum_over_pools(one_pool, batch: Batch):
-    """Sum of what `one_pool` gives; a single pool needs no loop and no accumulators."""
+def _sum_over_microbatches(one_microbatch, batch: Batch):
+    """Sums the results of all microbatches; a single one needs neither loop nor accumulators."""
     if batch.tokens.shape[0] == 1:
-        return one_pool(jax.tree.map(lambda x: x[0], batch))
-    first = jax.eval_shape(one_pool, jax.tree.map(lambda x: x[0], batch))
+        return one_microbatch(jax.tree.map(lambda x: x[0], batch))
+    first = jax.eval_shape(one_microbatch, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    add = lambda total, pool: (jax.tree.map(jnp.add, total, one_pool(pool)), None)  # noqa: E731
+    add = lambda total, part: (jax.tree.map(jnp.add, total, one_microbatch(part)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, batch)[0]
 
 
 def _totals(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Supervised tokens and sequences of all pools, at least 1 each."""
+    """Numbers of supervised tokens and of sequences in all microbatches, at least 1 each."""
     segments = batch.segment_ids
-    # The first token of a sequence is a target of nothing.
+    # The first token of a sequence is never a target.
     follows = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
     tokens = jnp.sum(batch.loss_mask[..., 1:] & follows, dtype=jnp.float32)
     return jnp.maximum(tokens, 1), jnp.maximum(_sequences(segments), 1)
 
 
 def _sequences(segment_ids: jax.Array) -> jax.Array:
-    """Number of sequences in rows whose segments are numbered from 1."""
+    """Number of sequences in all rows; the segments of a row are numbered from 1."""
     return jnp.sum(jnp.max(segment_ids, axis=-1), dtype=jnp.float32)
 
 

@@ -1,9 +1,10 @@
-"""The training workdir: checkpoints that survive anything, beside the files that make it a model.
+"""The training workdir: checkpoints, next to the files of a model directory.
 
-config.json, model.json, tokenizer.json ...     see `lineage.prepare`
-checkpoints/STEP/params, opt_state, data        one saved step; it gets its name only when whole
+config.json, model.json, tokenizer.json ...     see `setup.prepare_workdir`
+checkpoints/STEP/params, opt_state, data        one checkpoint, renamed to STEP when complete
 
-`params` is stored as in a model directory, so every program that takes one takes a workdir.
+`params` is stored as in a model directory, so every program that loads a model directory also loads
+a workdir.
 """
 
 import contextlib
@@ -32,18 +33,18 @@ from vl2jax.common.errors import UserError, listed
 from vl2jax.common.file_lock import lock_directory
 
 OPT_STATE, DATA = "opt_state", "data"
-_TORN = ".orbax-checkpoint-tmp"  # in the name of what is being written, or was when it ended
-_REMOVALS, _LATE = 100, 0.05  # times that torn checkpoints are removed, seconds between them
+_TEMPORARY = ".orbax-checkpoint-tmp"  # occurs in the names of incomplete checkpoints
+_REMOVALS, _REMOVAL_SECONDS = 100, 0.05  # maximum number of removals, seconds between them
 
 
 class Workdir:
-    """Saves and restores the state of a training run; close it at the end.
+    """Saves and restores the state of a training run; a context manager.
 
-    All processes of a run open one together, and call `save` and `restore` together.
+    All processes of a run must open it together and call `save` and `restore` together.
 
     Attributes:
       path: the directory.
-      on_error: told, in one line, of a save that failed; may be replaced.
+      on_error: called with a one-line message when a save fails; may be replaced.
     """
 
     def __init__(
@@ -54,32 +55,33 @@ class Workdir:
         keep_every: int | None,
         on_error: Callable[[str], None] | None = None,
     ):
-        """Opens a workdir, makes it if need be, and removes what a killed run left half written.
+        """Opens a workdir, creates it if necessary, and removes incomplete checkpoints.
 
         Args:
           path: the directory.
-          keep: how many of the newest checkpoints stay.
-          keep_every: steps that are multiples of it stay for ever; None: no such steps.
-          on_error: told, in one line, that a save failed; None: a line on standard error.
+          keep: number of newest checkpoints to keep.
+          keep_every: checkpoints at multiples of this step are never deleted; None: no others.
+          on_error: called with a one-line message when a save fails; None: prints to standard
+            error.
 
         Raises:
-          UserError: impossible keep rules, or another run is at work there.
-          OSError: it cannot be made or read.
+          UserError: `keep` or `keep_every` is out of range, or another run uses the workdir.
+          OSError: the directory cannot be created or read.
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise UserError(
                 f"keep and keep_every must be at least 1, got {keep} and {keep_every}"
-                " (keep_every None keeps no old steps)"
+                " (keep_every may be None: no old steps are kept)"
             )
         self.path = Path(path).expanduser().resolve()
         self.on_error = on_error or _warn
-        self._pending: int | None = None  # the step being saved
+        self._pending: int | None = None  # the step that is being saved
         self._checkpoints = self.path / CHECKPOINTS
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if jax.process_index() == 0:
                 _lock(self._checkpoints, stack)
-            self._remove_torn()
+            self._remove_incomplete()
             self._open = functools.partial(open_manager, self._checkpoints, keep, keep_every)
             self._manager = self._open()
             self._resources = stack.pop_all()
@@ -91,7 +93,7 @@ class Workdir:
         self.close()
 
     def latest_step(self) -> int | None:
-        """The newest complete step; None if there is none."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return max(complete_steps(self.path), default=None)
 
     def save(
@@ -103,24 +105,25 @@ class Workdir:
         data_state: Mapping[str, Any],
         wait: bool = False,
     ) -> None:
-        """Saves one step while training goes on; the arrays may be donated once this returns.
+        """Saves a checkpoint in the background; the arrays may be donated when this returns.
 
-        It first waits for the save before it.  A step that is complete already is left as it is.
-        A save that fails is told to `on_error`, here or by a later call, and changes nothing else.
+        It first waits for the previous save.  If the step is already saved, it does nothing.  A
+        failed save is reported to `on_error`, during this call or a later one; existing checkpoints
+        and the run are not affected.
 
         Args:
           step: number of optimizer steps done.
-          params: {"params": {...}, "router": {...}} of arrays.
-          opt_state: any tree of arrays, with at least one.
-          data_state: where the data iterator stands, as JSON.
-          wait: return only when it is on the disk.
+          params: arrays, {"params": {...}, "router": {...}}.
+          opt_state: any tree with at least one array.
+          data_state: state of the data iterator, as JSON.
+          wait: whether to wait until the checkpoint is on disk.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
         if step in complete_steps(self.path):
             return
-        self._remove_torn()
+        self._remove_incomplete()
         items = {
             checkpoint.PARAMS: save_args(ocp, params),
             OPT_STATE: save_args(ocp, opt_state),
@@ -136,12 +139,12 @@ class Workdir:
             self.wait()
 
     def poll(self) -> None:
-        """Looks, without waiting, whether a save has ended, so that a failure is told soon."""
+        """If the last save has ended, reports its failure, if any; does not wait."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is on the disk, or has failed and been told."""
+        """Waits until the last save is on disk, or has failed and been reported."""
         step, self._pending = self._pending, None
         if step is None:
             return
@@ -151,28 +154,28 @@ class Workdir:
             self._failed(step, error)
 
     def close(self) -> None:
-        """Waits for the last save and lets the directory go."""
+        """Waits for the last save and releases the lock of the directory."""
         self.wait()
         close_manager(self._manager)
-        self._remove_torn()
+        self._remove_incomplete()
         self._resources.close()
 
     def restore(
         self, step: int | None = None, *, like_params: Any, like_opt_state: Any
     ) -> tuple[int, Any, Any, dict[str, Any]]:
-        """Reads a saved step, array by array, each device its own part.
+        """Restores a checkpoint, one array at a time; each device reads its shard.
 
         Args:
-          step: which; None: the newest complete one.
-          like_params, like_opt_state: trees of `jax.ShapeDtypeStruct` with shardings (None: the
-            default device), as the run has them now.
+          step: step to restore; None: the newest complete one.
+          like_params, like_opt_state: trees of `jax.ShapeDtypeStruct` with the shapes, dtypes and
+            shardings of this run; a sharding of None is the default device.
 
         Returns:
           (step, params, opt_state, data_state).
 
         Raises:
-          CheckpointError: no such step, or arrays that differ in name, shape or dtype; all
-            differences are in one message.
+          CheckpointError: the step does not exist, or arrays differ in name, shape or dtype; one
+            message lists all differences.
         """
         import orbax.checkpoint as ocp
 
@@ -189,8 +192,8 @@ class Workdir:
         ]
         if problems:
             raise CheckpointError(
-                f"checkpoint {self._checkpoints / str(step)} does not fit this run; was its"
-                " configuration changed? Change it back, or begin in a new workdir with"
+                f"checkpoint {self._checkpoints / str(step)} does not match the configuration of"
+                " this run; restore the old configuration, or start in a new workdir with"
                 " init_from:\n" + listed(problems)
             )
         params, opt_state = (read_tree(stores[name], like) for name, like in parts.items())
@@ -208,49 +211,51 @@ class Workdir:
         return steps[-1] if step is None else step
 
     def _failed(self, step: int, error: Exception) -> None:
-        """Cleans up after a failed save and tells of it."""
-        close_manager(self._manager)  # parts of the save may still be at work
-        self._remove_torn()
+        """Cleans up after a failed save and reports it."""
+        close_manager(self._manager)  # threads of the save may still be running
+        self._remove_incomplete()
         self._manager = self._open()
         steps = complete_steps(self.path)
         if step in steps:
             message = f"checkpoint {step} is saved, but older ones could not be removed"
             self.on_error(f"{message}: {reason(error)}")
             return
-        newest = f"the newest is of step {steps[-1]}" if steps else "there is none yet"
+        newest = f"the newest checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
         self.on_error(
             f"checkpoint {step} could not be saved in {self._checkpoints}: {reason(error)};"
-            f" {newest}, and the next save is tried as usual"
+            f" {newest}, and the next save is attempted as usual"
         )
 
-    def _remove_torn(self) -> None:
-        """Removes half-written checkpoints; none of ours is being saved when this is called.
+    def _remove_incomplete(self) -> None:
+        """Removes incomplete checkpoints; must not be called during a save.
 
-        The storage library may still put down files of a save that has failed, which makes a
-        directory again, or one that is not empty; so this goes on until none is left.
+        TensorStore may still write files of a failed save, which creates the directory again or
+        makes its removal fail.  So the removal is repeated until no such directory is left.
         """
         if jax.process_index() != 0:
             return
         for _ in range(_REMOVALS):
-            torn = [entry for entry in self._checkpoints.iterdir() if _TORN in entry.name]
-            if not torn:
+            incomplete = [
+                entry for entry in self._checkpoints.iterdir() if _TEMPORARY in entry.name
+            ]
+            if not incomplete:
                 return
-            for entry in torn:
+            for entry in incomplete:
                 shutil.rmtree(entry, ignore_errors=True)
-            time.sleep(_LATE)
+            time.sleep(_REMOVAL_SECONDS)
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
-    """Takes the workdir for this process."""
+    """Locks the workdir; raises UserError if another process has locked it."""
     try:
         lock_directory(directory, stack)
     except BlockingIOError as error:
         raise UserError(
-            f"another run is training in {directory.parent}; wait for its end or choose another"
+            f"another run is training in {directory.parent}; wait until it ends, or choose another"
             " workdir"
         ) from error
     except OSError:
-        return  # this file system has no locks
+        return  # the file system does not support locks
 
 
 def _warn(message: str) -> None:
