@@ -1,9 +1,9 @@
-"""The input pipeline alone: how fast packed batches of a configuration come, and are used up.
+"""Times the input pipeline of a configuration.
 
     python benchmarks/bench_data.py [--config configs/tiny.py] [--batches 100] [--workdir runs/tiny]
 
-Prints one JSON line: batches, samples and tokens a second, and, of a run in `--workdir` with the
-same configuration, how many times more batches come than its steps use.
+Prints one JSON line: batches, samples and tokens per second.  With `--workdir`, a run of the same
+configuration, it also prints how many times faster the pipeline is than the train step.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from vl2jax.training.metrics_file import read_metrics
 from vl2jax.training.run_config import read_run_config
 from vl2jax.training.setup import choose_architecture, make_data
 
-WARM_UP = 10  # batches; some are ready before the first is asked for
+WARM_UP = 10  # batches that are not timed, because some are prefetched
 
 
 def read_config(path: str):
-    """The run that a configuration file describes."""
+    """Reads a configuration file."""
     spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -40,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default="configs/tiny.py")
     parser.add_argument("--batches", type=int, default=100)
-    parser.add_argument("--workdir", type=Path, help="a run, to compare with")
+    parser.add_argument("--workdir", type=Path, help="workdir of a run to compare with")
     args = parser.parse_args()
     config = read_config(args.config)
     with tempfile.TemporaryDirectory() as folder:

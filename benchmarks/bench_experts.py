@@ -1,14 +1,15 @@
-"""Routed experts on one layer: `blocked` against `dense` and `jax.lax.ragged_dot`.
-
-`dense_batched` is the same work as `dense` as one batched product per weight, which XLA's CPU
-compiler runs faster than the plain einsum.
+"""Compares implementations of the routed experts of one layer.
 
     python benchmarks/bench_experts.py [--tokens 2048] [--repeats 5]
 
-The implementations take turns in one process, so that a noisy machine is noisy for all; each turn
-begins with a call that is not timed, because the memory that one program frees costs the next one
-page faults. Prints one JSON line: median seconds and the ratios to `blocked`, forward and with
-gradients.
+The implementations are `blocked`, `dense`, `dense_batched` and `jax.lax.ragged_dot`.
+`dense_batched` does the same work as `dense` with one batched product per weight, which XLA runs
+faster on the CPU than the plain einsum.
+
+The implementations run in turns in one process, so that noise affects all of them.  Each turn
+starts with a call that is not timed: it takes the page faults for memory that the previous program
+freed.  Prints one JSON line: median seconds, and ratios to `blocked`, for the forward pass and for
+the gradients.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from vl2jax.ops.experts.xla import blocked
 
 
 def ragged(x, weights, chosen, w: ExpertWeights):
-    """Sorted by expert, then three `ragged_dot`."""
+    """Sorts the rows by expert and runs three `ragged_dot`."""
     flat, top_k = chosen.reshape(-1), chosen.shape[-1]
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=w.gate.shape[0]).astype(jnp.int32)
@@ -37,13 +38,14 @@ def ragged(x, weights, chosen, w: ExpertWeights):
 
 
 def dense_batched(x, weights, chosen, w: ExpertWeights):
-    """Every expert on every token, experts as the batch of three batched products."""
+    """Runs every expert on every token, as three products batched over experts."""
     y = jax.vmap(lambda e: (jax.nn.silu(x @ e.gate) * (x @ e.up)) @ e.down)(w)  # [E, T, D]
     dense_weights = jnp.einsum("tk,tke->te", weights, jax.nn.one_hot(chosen, w.gate.shape[0]))
     return jnp.einsum("te,etd->td", dense_weights, y)
 
 
 def inputs(tokens: int, width: int, hidden: int, experts: int, top_k: int):
+    """Random tokens, routing weights, chosen experts and expert weights."""
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
     w = ExpertWeights(

@@ -1,18 +1,22 @@
-"""Answering with the medium models: vision, prefill, decoding.
+"""Times generation with the medium models: vision tower, prefill, decoding.
 
     python benchmarks/bench_generate.py [--attention mla mha] [--dtype float32 bfloat16]
         [--repeats 5] [--quantize none int8]
     python benchmarks/bench_generate.py --study context|batch|experts [--layers N]
 
-Prints one JSON line per case.  Of each figure the median and the best, the first call (compilation)
-not counted.
+Prints one JSON line per case, with median and best of each measurement.  The first call, which
+compiles, is not counted.
 
-`vision_tiles_per_s`: vision tower and adaptor on 4 tiles.  `prefill_tokens_per_s`: the decoder on
-1024 embeddings, cache written.  `e2e_prefill_s`: a picture of 2x1 tiles (617 tokens) and 95 tokens
-of text, to the first token of the answer.  `decode_tokens_per_s_b1`, `_b8`: 32 tokens after a
-prompt of 256, all rows counted.  `decode_bound_b1`: tokens per second if reading the weights that
-one token uses were all that takes time, at `memory_gb_per_s`, the rate at which this machine sums a
-large array.
+`vision_tiles_per_s`: vision tower and adaptor on 4 tiles.
+`prefill_tokens_per_s`: prefill of 1024 embeddings, with the cache writes.
+`e2e_prefill_s`: seconds to the first token for an image of 2x1 tiles (617 tokens) and 95 tokens of
+  text.
+`decode_tokens_per_s_b1`, `_b8`: tokens per second of all rows, for 32 tokens after a prompt of 256,
+  with batch sizes 1 and 8.
+`decode_bound_b1`: tokens per second if a step took only the time to read the weights that one token
+  uses, at `memory_gb_per_s`.
+`memory_gb_per_s`: rate at which this machine sums a large array.
+`token_mb`: MB of the weights that one token uses.
 """
 
 import dataclasses
@@ -41,18 +45,18 @@ NEW, PROMPT = 32, 256
 
 
 def make_params(config: VL2Config, dtype: str):
-    """Random weights, stored in the dtype of the computation."""
+    """Random parameters in the dtype of the computation."""
     model = VL2(config, param_dtype=jnp.dtype(dtype))
     return jax.jit(lambda key: init_variables(model, key))(jax.random.key(0))
 
 
 def text_batch(config: VL2Config, rows: int, length: int) -> Batch:
-    """Prompts without a picture."""
+    """Prompts without images."""
     return medium.training_batch(config, rows, length, with_images=False)
 
 
 def picture_batch(config: VL2Config) -> Batch:
-    """One prompt: a picture of 2x1 tiles, then 95 tokens of text."""
+    """One prompt: an image of 2x1 tiles, then 95 tokens of text."""
     layout = image_layout(2, 1, config.tile_grid)
     batch = text_batch(config, 1, len(layout) + 95)
     side = config.vision.image_size
@@ -63,7 +67,7 @@ def picture_batch(config: VL2Config) -> Batch:
 
 
 class Case:
-    """A model with random weights and what is timed of it."""
+    """A random model, and the functions to time."""
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class Case:
         self.steps = compiled_steps(config, self.dtype, platform_of(self.params))
 
     def vision(self, tiles: int = 4) -> Callable[[], object]:
-        """Tower and adaptor on some tiles."""
+        """Vision tower and adaptor on random tiles."""
         model, side = VL2(self.config, self.dtype), self.config.vision.image_size
         table = jax.jit(
             lambda params, x: model.apply(params, x, method=VL2.image_table),
@@ -89,19 +93,25 @@ class Case:
         return lambda: table(self.params, pixels)
 
     def prefill(self, length: int = 1024, chunk: int = 0) -> Callable[[], object]:
-        """The decoder over embeddings of one prompt, all at once or in chunks."""
+        """Prefill of one prompt, at once or in chunks."""
         batch = text_batch(self.config, 1, length)
         return lambda: self._prefilled(batch, chunk or length)
 
     def picture(self) -> Callable[[], object]:
-        """From tiles and tokens to the state after the prompt."""
+        """Vision tower, embedding and prefill of a prompt with an image."""
         batch = picture_batch(self.config)
         return lambda: self._start(batch, 0)
 
     def decode(
         self, rows: int, prompt: int = PROMPT, burst: int = MAX_BURST
     ) -> Callable[[], float]:
-        """Seconds of `NEW` steps, so many per dispatch; prefill not counted."""
+        """Returns a function that measures the seconds of `NEW` decode steps, without prefill.
+
+        Args:
+          rows: batch size.
+          prompt: tokens per prompt.
+          burst: decode steps per dispatch.
+        """
         batch = text_batch(self.config, rows, prompt)
         nothing = jnp.asarray([-1], jnp.int32)
 
@@ -117,14 +127,14 @@ class Case:
         return run
 
     def compiled_burst(self, rows: int):
-        """The program of `decode`, compiled anew."""
+        """Compiles the program of `decode`."""
         state = jax.eval_shape(lambda: self.steps.empty_state(rows, length_bucket(PROMPT + NEW)))
         nothing = jnp.asarray([-1], jnp.int32)
         traced = self.steps.burst.trace(self.params, _GREEDY, state, nothing, MAX_BURST, 0)
         return traced.lower().compile()
 
     def prefill_mb(self, chunk: int, slots: int) -> float:
-        """Temporary memory of a prefill step of `chunk` tokens into a cache of `slots`."""
+        """MB of temporary memory of a prefill of `chunk` tokens into a cache of `slots`."""
         shape = jax.ShapeDtypeStruct
         x = shape((1, chunk, self.config.decoder.hidden_size), self.dtype)
         caches = jax.eval_shape(lambda: self.steps.caches(1, slots))
@@ -162,7 +172,7 @@ _GREEDY = SamplingParams.create()
 
 
 def seconds_of(function: Callable[[], object], repeats: int) -> list[float]:
-    """Of each call; what a function that times itself returns.  One call goes before."""
+    """Seconds of each call after a first one; a float result is taken as the seconds."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -172,25 +182,25 @@ def seconds_of(function: Callable[[], object], repeats: int) -> list[float]:
 
 
 def rate(count: int, seconds: list[float]) -> dict[str, float]:
-    """Things per second."""
+    """Median and best number per second."""
     rates = [count / s for s in seconds]
     return {"median": round(statistics.median(rates), 2), "best": round(max(rates), 2)}
 
 
 def duration(seconds: list[float]) -> dict[str, float]:
+    """Median and best seconds."""
     return {"median": round(statistics.median(seconds), 4), "best": round(min(seconds), 4)}
 
 
 def memory_rate(repeats: int) -> float:
-    """Bytes per second of a sum over 256 MB, the best of some."""
+    """Bytes per second of a sum over 256 MB; the best of `repeats`."""
     array = jnp.ones((64, 1 << 20), jnp.float32)
     total = jax.jit(lambda a: a.sum(axis=1))
     return array.nbytes / min(seconds_of(lambda: total(array), repeats))
 
 
 def token_bytes(config: VL2Config, params) -> int:
-    """Bytes of the weights that one token uses: all but other experts, rows of the embedding and
-    the vision tower."""
+    """Bytes of the decoder weights that one token uses: its experts and its embedding row only."""
     cfg, total = config.decoder, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]["decoder"]):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
@@ -204,7 +214,7 @@ def token_bytes(config: VL2Config, params) -> int:
 
 
 def measure(config: VL2Config, dtype: str, repeats: int, quantize: str | None) -> dict:
-    """Everything of one case."""
+    """All measurements of one case."""
     case = Case(config, dtype, quantize=quantize)
     speed, used = memory_rate(repeats), token_bytes(config, case.params)
     return {
@@ -220,12 +230,12 @@ def measure(config: VL2Config, dtype: str, repeats: int, quantize: str | None) -
 
 
 def step_ms(case: Case, repeats: int, *args, **options) -> float:
-    """The best of some `Case.decode`, of one step."""
+    """Milliseconds per decode step, the best of `repeats`; see `Case.decode`."""
     return round(1000 * min(seconds_of(case.decode(*args, **options), repeats)) / NEW, 2)
 
 
 def context_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
-    """A decoding step after prompts of many lengths, and their prefill in chunks of 256."""
+    """Decode step after prompts of several lengths, and their prefill in chunks of 256."""
     case, chunk = Case(config, dtype), 256
     for context in (256, 512, 1024, 2048, 3840):
         prefill = seconds_of(case.prefill(context, chunk), repeats)
@@ -241,7 +251,7 @@ def context_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict
 
 
 def batch_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
-    """A decoding step of many rows."""
+    """Decode step with several batch sizes."""
     case = Case(config, dtype)
     for rows in (1, 2, 4, 8, 16, 32, 64):
         ms = step_ms(case, repeats, rows)
@@ -249,7 +259,7 @@ def batch_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
 
 
 def expert_growth(config: VL2Config, dtype: str, repeats: int) -> Iterator[dict]:
-    """A decoding step of one row and of eight, six of many experts being used."""
+    """Decode step with batch sizes 1 and 8, for several numbers of experts, six of them active."""
     for experts in (8, 16, 32, 64):
         decoder = {"n_routed_experts": experts, "num_experts_per_tok": 6}
         decoder = dataclasses.replace(config.decoder, **decoder)
@@ -267,10 +277,12 @@ STUDIES = {
 
 def main() -> None:
     parser = medium.case_parser(__doc__)
-    parser.add_argument("--study", choices=STUDIES, help="what a decoding step costs, by this")
-    parser.add_argument("--layers", type=int, help="of the decoder, in place of the model's own")
+    parser.add_argument(
+        "--study", choices=STUDIES, help="time a decode step for several values of this"
+    )
+    parser.add_argument("--layers", type=int, help="number of decoder layers (8)")
     kinds = dict(nargs="+", choices=("none", *KINDS), default=["none"])
-    parser.add_argument("--quantize", **kinds, help="weights (not with --study)")
+    parser.add_argument("--quantize", **kinds, help="kinds of weights (without --study)")
     args = parser.parse_args()
     for attention in args.attention:
         config = medium.medium_config(attention)

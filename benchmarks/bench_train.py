@@ -1,13 +1,13 @@
-"""One training step of the medium models: forward, backward, AdamW on all parameters.
+"""Times a train step of the medium models: forward, backward, AdamW on all parameters.
 
     python benchmarks/bench_train.py [--attention mla mha] [--dtype float32 bfloat16]
         [--remat dots] [--repeats 5]
-    python benchmarks/bench_train.py --parts      # where the time goes
-    python benchmarks/bench_train.py --growth     # with the tokens, and with the experts
+    python benchmarks/bench_train.py --parts      # the time of each part of the model
+    python benchmarks/bench_train.py --growth     # for several numbers of tokens and of experts
 
-Two rows of 512 tokens, each with one image of 421 tokens (two tiles).  Prints one JSON line per
-case: seconds of a step, median and best, the first (compilation) not counted; the compiled
-program's memory; the largest resident set of this process so far.
+The batch has two rows of 512 tokens, each with one image of 421 tokens (two tiles).  Prints one
+JSON line per case: median and best seconds of a step, without the first call; the memory of the
+compiled program; and the maximum resident set size of this process so far.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from vl2jax.training.train_step import Recipe, TrainState, init_state, train_ste
 
 
 def make_recipe(config: VL2Config, dtype: str, remat: str = "none") -> Recipe:
-    """All parameters trained by AdamW with clipping and weight decay."""
+    """Makes a recipe that trains all parameters with AdamW, clipping and weight decay."""
     model = VL2(config, jnp.dtype(dtype), remat=remat)
     shapes = abstract_params(config)["params"]
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
@@ -51,10 +51,10 @@ def make_recipe(config: VL2Config, dtype: str, remat: str = "none") -> Recipe:
 
 
 def time_step(config: VL2Config, dtype: str, remat: str, batch, repeats: int) -> dict:
-    """Compiles the step and runs it, state donated."""
+    """Compiles a train step and times it; the state is donated."""
     recipe = make_recipe(config, dtype, remat)
     state = jax.jit(lambda key: init_state(recipe, key))(jax.random.key(0))
-    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)  # one pool
+    batch = jax.tree.map(lambda a: jnp.asarray(a)[None], batch)  # one microbatch
     step = jax.jit(
         functools.partial(train_step, recipe),
         donate_argnums=0,
@@ -79,7 +79,7 @@ def time_step(config: VL2Config, dtype: str, remat: str, batch, repeats: int) ->
 
 
 def time_parts(config: VL2Config, dtype: str, batch, repeats: int) -> dict:
-    """Seconds of each part alone, with its gradients; of layers, all of a kind together."""
+    """Seconds of each part of the model with its gradients; layers of a kind are summed."""
     recipe = make_recipe(config, dtype)
     state = jax.jit(lambda key: init_state(recipe, key))(jax.random.key(0))
     cfg, model, kinds = config.decoder, recipe.model, {"dtype": recipe.model.dtype}
@@ -122,7 +122,7 @@ def time_parts(config: VL2Config, dtype: str, batch, repeats: int) -> dict:
 
 
 def _layer(module: nn.Module, x: jax.Array, *arguments):
-    """Gradients of a layer by its parameters and by x, and the inputs for that."""
+    """A function for the gradients of a layer by its parameters and by x, and its inputs."""
     params = jax.jit(module.init)(jax.random.key(2), x, *arguments)
     function = lambda params, x: module.apply(params, x, *arguments)[0]  # noqa: E731
     return _gradients(function, (0, 1)), (params, x)
@@ -133,7 +133,7 @@ def _gradients(function, argnums=0):
 
 
 def _times(function, state, repeats: int, chained: bool = False) -> list[float]:
-    """Seconds of each call; `chained`: a call gets what the last one gave.  One goes before."""
+    """Seconds of each call after a first one; `chained`: each call gets the previous result."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -151,12 +151,12 @@ def _summary(seconds: list[float], digits: int = 3) -> dict[str, float]:
 
 
 def _peak_rss() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kB elsewhere
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _growth(config: VL2Config):
-    """Cases of `--growth`: name, value, configuration, batch; text alone, one row."""
+    """Cases of `--growth`, one row of text each: name, value, configuration, batch."""
     for tokens in (256, 512, 1024, 2048, 4096):
         yield "tokens", tokens, config, medium.training_batch(config, 1, tokens, False)
     for experts in (8, 16, 32, 64):

@@ -1,10 +1,10 @@
-"""What the small model learns, and how much that varies: `configs/tiny.py` trained and scored.
+"""Trains and evaluates the demo (`configs/tiny.py`) with several seeds.
 
     python benchmarks/demo_spread.py --seeds 0 1 2      # adds runs to benchmarks/demo.jsonl
-    python benchmarks/demo_spread.py --table            # only prints the table of all runs kept
+    python benchmarks/demo_spread.py --table            # prints a table of the recorded runs
 
-Each seed is one run of `train.py` and one of `eval.py` (400 held-out questions of each family),
-as a user starts them.  One JSON line per run: machine, versions, wall time, memory, scores.
+For each seed, it runs `train.py` and then `eval.py` (400 held-out questions of each family), as a
+user would.  It records one JSON line per run: machine, versions, wall time, memory, scores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WORDS = ("colour", "shape", "count", "digit")
 
 
 def processor_name() -> str:
-    """Of the machine, with what matters of its instructions."""
+    """Model name of the processor, with its best vector extension."""
     try:
         text = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -38,22 +38,20 @@ def processor_name() -> str:
     return f"{lines.get('model name', platform.processor()).strip()} {best}".strip()
 
 
-def run(seed: int, questions: int, steps: int | None) -> dict:
-    """Trains and scores one seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = pathlib.Path(folder) / "run"
-        train = ["train.py", "--config=configs/tiny.py", f"--config.seed={seed}"]
-        train += [f"--workdir={workdir}"] + ([f"--config.steps={steps}"] if steps else [])
-        started = time.monotonic()
-        subprocess.run([sys.executable, *train], cwd=ROOT, check=True)
-        seconds = time.monotonic() - started
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        ask = ["eval.py", "--ckpt", workdir, "--data", "synthetic", "--json"]
-        ask += ["--questions", str(questions)]
-        said = subprocess.run(
-            [sys.executable, *map(str, ask)], cwd=ROOT, check=True, stdout=subprocess.PIPE
-        )
-        last = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
+def run(seed: int, questions: int, steps: int | None, workdir: pathlib.Path) -> dict:
+    """Trains and evaluates one seed; returns the record of the run."""
+    train = ["train.py", "--config=configs/tiny.py", f"--config.seed={seed}"]
+    train += [f"--workdir={workdir}"] + ([f"--config.steps={steps}"] if steps else [])
+    started = time.monotonic()
+    subprocess.run([sys.executable, *train], cwd=ROOT, check=True)
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    ask = ["eval.py", "--ckpt", workdir, "--data", "synthetic", "--json"]
+    ask += ["--questions", str(questions)]
+    said = subprocess.run(
+        [sys.executable, *map(str, ask)], cwd=ROOT, check=True, stdout=subprocess.PIPE
+    )
+    last = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
     scores = json.loads(said.stdout)
     return {
         "seed": seed,
@@ -75,12 +73,12 @@ def run(seed: int, questions: int, steps: int | None) -> dict:
 
 
 def kept() -> list[dict]:
-    """The runs so far."""
+    """The recorded runs."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
 def table(runs: list[dict]) -> str:
-    """One row per run."""
+    """Formats a table with one row per run."""
     rows = [["seed", "machine", "jax", "minutes", "GB", *WORDS, "boxes", "absent refused"]]
     for one in runs:
         parts = [f"{one['families'][name]:.1%}" for name in WORDS]
@@ -92,7 +90,7 @@ def table(runs: list[dict]) -> str:
 
 
 def sentence(runs: list[dict]) -> str:
-    """The claim of README.md: the range over the runs that are kept."""
+    """The text of README.md about the demo, with the ranges over the recorded runs."""
 
     def spread(name: str) -> str:
         values = [round(100 * one["summary"][name]) for one in runs]
@@ -103,12 +101,12 @@ def sentence(runs: list[dict]) -> str:
     took = f"{min(minutes)}" if len(set(minutes)) == 1 else f"{min(minutes)} to {max(minutes)}"
     count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
     return (
-        f"The demo trains for {runs[0]['steps']} steps, {took} minutes on two cores, from random"
-        f" weights.\nOn pictures that it has never seen the small model then answers"
-        f" {spread('exact_match')} of questions about colours,\nshapes, counts and digits rightly,"
-        f" {spread('acc50')} of its boxes are right (IoU of 0.5), and it says of\n"
-        f"{spread('refused')} of absent things that they are not there ({count}:"
-        " `python benchmarks/demo_spread.py --table`)."
+        f"The demo trains a small model from random weights for {runs[0]['steps']} steps, which"
+        f" takes {took} minutes\non two cores.  On held-out images, the model then answers"
+        f" {spread('exact_match')} of the questions about\ncolours, shapes, counts and digits"
+        f" correctly.  Its boxes are correct (IoU of at least 0.5) for\n{spread('acc50')} of the"
+        f" grounding questions, and it recognises {spread('refused')} of the absent objects as"
+        f" absent\n({count}: `python benchmarks/demo_spread.py --table`)."
     )
 
 
@@ -117,12 +115,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
-    parser.add_argument("--questions", type=int, default=400, help="of each family (400)")
-    parser.add_argument("--steps", type=int, help="a shorter run")
-    parser.add_argument("--table", action="store_true", help="only print what is kept")
+    parser.add_argument("--questions", type=int, default=400, help="questions per family (400)")
+    parser.add_argument(
+        "--steps", type=int, help="number of training steps (that of the configuration)"
+    )
+    parser.add_argument("--keep", type=pathlib.Path, help="keep the working directories here")
+    parser.add_argument(
+        "--table", action="store_true", help="only print the table of recorded runs"
+    )
     args = parser.parse_args()
     for seed in args.seeds:
-        found = json.dumps(run(seed, args.questions, args.steps))
+        with tempfile.TemporaryDirectory() as folder:
+            workdir = (args.keep or pathlib.Path(folder)) / f"seed-{seed}"
+            found = json.dumps(run(seed, args.questions, args.steps, workdir.absolute()))
         print(found, flush=True)
         with RESULTS.open("a") as file:
             file.write(found + "\n")

@@ -1,4 +1,4 @@
-"""Converts a checkpoint of a released size's full shapes; time, rate and peak memory.
+"""Converts random checkpoints with the full shapes of a released size.
 
     python benchmarks/full_shapes.py make tiny /tmp/full/tiny             # 6.7 GB of random bf16
     python benchmarks/full_shapes.py make base /tmp/full/base --zeros     # 55 GB, sparse
@@ -6,8 +6,9 @@
     python benchmarks/full_shapes.py back /tmp/full/out /tmp/full/hf
     python sample.py --ckpt /tmp/full/out --image examples/shapes.png --prompt "?" --json
 
-`convert` and `back` run `python -m convert.to_jax` and `python -m convert.to_hf` as a user would
-and print one JSON line.  Peak memory is the largest resident set of that process.
+`convert` and `back` run `python -m convert.to_jax` and `python -m convert.to_hf` as a user would,
+and print one JSON line with time, rate and peak memory.  The peak memory is the maximum resident
+set size of that process.
 """
 
 import argparse
@@ -27,7 +28,7 @@ SHARD_SIZE = 86 * 10**8
 
 
 def make(size: str, directory: Path, zeros: bool) -> None:
-    """Writes a checkpoint with random weights and the demonstration's small tokenizer."""
+    """Writes a checkpoint with random weights and the small tokenizer of the demo."""
     directory.mkdir(parents=True)
     start = time.monotonic()
     config = PRESETS[size]()
@@ -38,13 +39,13 @@ def make(size: str, directory: Path, zeros: bool) -> None:
 
 
 def measure(module: str, source: Path, out: Path, *flags: str) -> None:
-    """Runs a conversion in a process of its own and reports what it took."""
+    """Runs a conversion in a subprocess, and prints its time and memory."""
     nbytes = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     start = time.monotonic()
     code = subprocess.run([sys.executable, "-m", module, str(source), str(out), *flags]).returncode
     seconds = time.monotonic() - start
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, kB elsewhere
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     result = {
         "command": " ".join((module, *flags)),
         "exit": code,

@@ -1,4 +1,4 @@
-"""The models that the benchmarks time: about 93 million parameters, like the released ones."""
+"""Models for benchmarks: about 93 million parameters, with the structure of the released ones."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def case_parser(description: str) -> argparse.ArgumentParser:
-    """Flags that choose the cases of a benchmark."""
+    """Makes a parser with the flags that select the cases of a benchmark."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,7 +31,7 @@ def case_parser(description: str) -> argparse.ArgumentParser:
 
 
 def medium_config(attention: str = "mla") -> VL2Config:
-    """Vision 6 layers of width 384; decoder 8 layers of width 512, 16 experts, 4 of them used."""
+    """Vision tower: 6 layers of width 384.  Decoder: 8 layers of width 512, 16 experts, top 4."""
     decoder = DecoderConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -80,9 +80,14 @@ def medium_config(attention: str = "mla") -> VL2Config:
 def training_batch(
     config: VL2Config, rows: int = 2, length: int = 512, with_images: bool = True
 ) -> Batch:
-    """Random tokens; each row may begin with an image of 1x1 tiles (421 tokens, two views).
+    """Makes a batch of random tokens; text tokens are supervised.
 
-    Text tokens are the targets.
+    Args:
+      config: architecture.
+      rows: number of rows.
+      length: tokens per row.
+      with_images: whether each row has an image of 1x1 tiles near its start (421 tokens, two
+        views).
     """
     random = np.random.default_rng(0)
     side, shape = config.vision.image_size, (rows, length)

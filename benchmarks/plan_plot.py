@@ -1,4 +1,4 @@
-"""Two plots for docs/scaling.md: what a chip sends as the expert axis grows, and what it holds."""
+"""Plots for docs/scaling.md: bytes sent by a chip by size of the expert axis, and its memory."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ COLOURS = (plots.BLUE, plots.ORANGE, plots.GREY)
 
 
 def sent_per_token(entry: dict) -> tuple[float, float]:
-    """Bytes that a chip sends per token of its own: tokens over `expert`; all else."""
+    """Bytes that a chip sends per local token: for the exchange of tokens, and for the rest."""
     own = entry["tokens"] / entry["devices"]
     exchange = sum(n["bytes"] for name, n in entry["collectives"].items() if _exchange(name))
     everything = sum(n["bytes"] for n in entry["collectives"].values())
@@ -21,7 +21,13 @@ def _exchange(name: str) -> bool:
 
 
 def draw(widths: Sequence[dict], chips: Sequence[dict], out: pathlib.Path) -> None:
-    """Writes a PNG of both panels side by side."""
+    """Draws both panels and writes them to a PNG file.
+
+    Args:
+      widths: results of the group "width" of `plan_table`.
+      chips: results of the group "chips".
+      out: file to write.
+    """
     figure, (sent, held) = plots.make_panels(2, columns=2)
     plots.style_axes(
         sent,
@@ -41,7 +47,7 @@ def draw(widths: Sequence[dict], chips: Sequence[dict], out: pathlib.Path) -> No
 def _draw_bars(
     axes, labels: Sequence[str], names: Sequence[str], stacks: Sequence[Sequence[float]]
 ) -> None:
-    """Stacked bars: a stack per label, a colour per name."""
+    """Draws stacked bars, one stack per label and one colour per name."""
     base = [0.0] * len(stacks)
     for name, colour, values in zip(names, COLOURS, zip(*stacks, strict=True), strict=False):
         axes.bar(labels, values, 0.6, bottom=base, color=colour, label=name)

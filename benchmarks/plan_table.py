@@ -1,10 +1,10 @@
-"""Plans of the released sizes on TPU slices: tables of README.md and docs/scaling.md, and a plot.
+"""Plans of the released sizes on TPU slices, for the tables of README.md and docs/scaling.md.
 
-    python benchmarks/plan_table.py            # what benchmarks/plan.jsonl lacks, then writes all
-    python benchmarks/plan_table.py --again    # everything anew (hours on two cores)
-    python benchmarks/plan_table.py --write    # only the tables and the plot
+    python benchmarks/plan_table.py            # plans what benchmarks/plan.jsonl lacks, then writes
+    python benchmarks/plan_table.py --again    # plans everything again (hours on two cores)
+    python benchmarks/plan_table.py --write    # only writes the tables and the plot
 
-Each program is compiled in a process of its own by `python -m vl2jax.plan`. Needs libtpu, and
+Each program is compiled in a subprocess, with `python -m vl2jax.plan`.  It needs libtpu, and
 matplotlib for the plot.
 """
 
@@ -24,20 +24,28 @@ EFFORT = "--effort=-1"  # compiles in half the time; memory and work hardly diff
 
 
 def train(size: str, stage: str, slice_: str, mesh: str, *more: str) -> tuple[str, ...]:
-    """The flags of a training step; mesh as in "fsdp=8,expert=8"."""
+    """Flags of `vl2jax.plan` for a train step.
+
+    Args:
+      size: released size.
+      stage: stage of its configuration.
+      slice_: TPU slice.
+      mesh: mesh axes, such as "fsdp=8,expert=8".
+      *more: fields of the batch, such as "microbatches=4".
+    """
     axes = (f"--config.mesh.{axis}" for axis in mesh.split(","))
     config = f"--config=configs/vl2_{size}.py:{stage}"
     return (config, f"--topology={slice_}", *axes, *(f"--config.batch.{m}" for m in more), EFFORT)
 
 
 def sample(size: str, slice_: str, mesh: str, rows: int, what: str) -> tuple[str, ...]:
-    """The flags of a program of generation: prompts of 1024 tokens, answers of up to 1024."""
+    """Flags for "prefill" or "decode": prompts of 1024 tokens, answers of up to 1024."""
     flags = train(size, "sft", slice_, mesh)
     return (*flags, f"--what={what}", f"--rows={rows}", "--prompt=1024", "--slots=2048")
 
 
 def per_chip(slice_: str) -> int:
-    """Chips of a slice: rows, so that each has one."""
+    """Number of chips of a slice: the number of rows, so that each chip has one row."""
     sizes = [int(n) for n in slice_.partition(":")[2].split("x")]
     product = 1
     for size in sizes:
@@ -46,7 +54,7 @@ def per_chip(slice_: str) -> int:
 
 
 def cases() -> dict[str, list[tuple[str, ...]]]:
-    """Flags by table."""
+    """Flags of all programs, by table."""
     trained = [
         train("tiny", "sft", "v5e:2x4", "fsdp=8", "microbatches=4"),
         train("tiny", "sft", "v6e:2x4", "fsdp=8"),
@@ -71,13 +79,15 @@ def cases() -> dict[str, list[tuple[str, ...]]]:
         )
         for what in ("prefill", "decode")
     ]
-    # Of the exchange: small has 64 experts, so that the axis may have 32 places; no pictures.
+    # Growth of the exchange of tokens, without images.  Small has 64 experts, which 32 divides.
     widths = [
         train("small", "sft", "v5p:2x4x4", f"fsdp={32 // n},expert={n}", "rows=32", "tiles=0")
         for n in (1, 2, 4, 8, 16, 32)
     ]
     slices = dict.fromkeys(("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8"), "fsdp=-1,expert=4")
-    slices["v5p:8x8x16"] = "data=2,fsdp=-1,expert=4"  # widths of the model divide by 128, not 256
+    slices["v5p:8x8x16"] = (
+        "data=2,fsdp=-1,expert=4"  # 128 divides the widths of the model, 256 does not
+    )
     chips = [
         train("base", "sft", s, mesh, f"rows={n}", f"tiles={10 * n}")
         for s, mesh in slices.items()
@@ -87,7 +97,7 @@ def cases() -> dict[str, list[tuple[str, ...]]]:
 
 
 def run(flags: tuple[str, ...]) -> dict:
-    """What `plan` finds, or why it finds nothing."""
+    """Runs `vl2jax.plan`; returns its result, or its error message as `error`."""
     command = [sys.executable, "-m", "vl2jax.plan", *flags, "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -100,7 +110,7 @@ def run(flags: tuple[str, ...]) -> dict:
 
 
 def known() -> dict[str, dict]:
-    """Results so far, by command line."""
+    """The recorded results, by flags."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     return {entry["flags"]: entry for entry in map(json.loads, lines)}
 
@@ -130,7 +140,7 @@ def _row(entry: dict, flags: str) -> list[str]:
 
 
 def train_table(entries: list[dict], *, best_only: bool) -> str:
-    """Training steps; of several meshes on a slice the best one, or all with the best in bold."""
+    """Formats train steps; for each slice only the best mesh, or all with the best one in bold."""
     best: dict[tuple, dict] = {}
     for entry in entries:
         if "error" not in entry:
@@ -150,7 +160,7 @@ def train_table(entries: list[dict], *, best_only: bool) -> str:
 
 
 def sample_table(entries: list[dict]) -> str:
-    """Prefill and decoding side by side."""
+    """Formats prefill and decode side by side."""
     rows = [
         ["model", "slice (chips)", "mesh", "GiB on a chip", "prefill, s", "decoding, ms per token"]
     ]
@@ -179,7 +189,7 @@ def sample_table(entries: list[dict]) -> str:
 
 
 def width_table(entries: list[dict]) -> str:
-    """Bytes that a chip sends per token of its own, by what for."""
+    """Formats the bytes that a chip sends per local token, by size of the expert axis."""
     rows = [["expert axis", "exchange of tokens", "weights and gradients", "links, s", "GiB"]]
     for entry in entries:
         exchange, weights = plan_plot.sent_per_token(entry)
@@ -196,7 +206,7 @@ def width_table(entries: list[dict]) -> str:
 
 
 def chips_table(entries: list[dict]) -> str:
-    """Memory of a chip, and the step, as a slice grows with its batch."""
+    """Formats memory per chip and step time for several slices, with one row of tokens per chip."""
     head = ["chips", "mesh", "parameters", "optimizer", "temporaries", "peak, GiB"]
     rows = [[*head, "compute / memory / links, s"]]
     for entry in entries:
@@ -208,7 +218,7 @@ def chips_table(entries: list[dict]) -> str:
 
 
 def write(results: dict[str, dict]) -> None:
-    """Tables and plot from the results that there are."""
+    """Writes all tables and the plot from the recorded results."""
     found = {
         name: [results[key] for flags in group if (key := " ".join(flags)) in results]
         for name, group in cases().items()
@@ -229,9 +239,9 @@ def write(results: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--again", action="store_true", help="forget earlier results")
-    parser.add_argument("--write", action="store_true", help="compile nothing")
-    parser.add_argument("--only", default="", help="one group: train, sample, width or chips")
+    parser.add_argument("--again", action="store_true", help="delete the recorded results")
+    parser.add_argument("--write", action="store_true", help="write the tables, compile nothing")
+    parser.add_argument("--only", default="", help="one table: train, sample, width or chips")
     options = parser.parse_args()
     if options.again:
         RESULTS.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""Tables of README.md that are counted from shapes: parameters of the released sizes, and memory.
+"""Makes the tables of parameters and memory of the released sizes in README.md, from shapes.
 
-    python benchmarks/readme_tables.py             # prints them
-    python benchmarks/readme_tables.py --write     # puts them into README.md, between its marks
+    python benchmarks/readme_tables.py             # prints the tables
+    python benchmarks/readme_tables.py --write     # replaces the tables in README.md
 
-Nothing is allocated; activations come on top.
+Nothing is allocated.  The memory table does not include activations.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from vl2jax.model.vl2 import abstract_params
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 NAMES = {"tiny": "Tiny", "small": "Small", "base": "base"}
-PAPER = {"tiny": 10, "small": 40, "base": 80}  # GB of the single GPU that it is to fit on
+PAPER = {"tiny": 10, "small": 40, "base": 80}  # memory of the single GPU, in GB
 
 
 def parameters_table() -> str:
-    """Parameters, bytes and kind of each released size."""
+    """Formats parameters, bytes, attention and router of each released size."""
     configs = [preset() for preset in PRESETS.values()]
     sizes = [
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
@@ -47,7 +47,7 @@ def parameters_table() -> str:
 
 
 def memory_table(rows: int = 1) -> str:
-    """Bytes that a model and the caches of so many rows take to answer."""
+    """Formats the bytes of the parameters, and of the caches of `rows` sequences of full length."""
     dtype = jnp.dtype("bfloat16")
     lines = [["", "the paper's GPU", "weights", "parameters", "cache", "together"]]
     for name, preset in PRESETS.items():
@@ -61,13 +61,13 @@ def memory_table(rows: int = 1) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table, its first row the head."""
+    """Formats a Markdown table; the first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def between_marks(text: str, name: str) -> str:
-    """What stands between `<!-- NAME -->` and `<!-- end -->`."""
+    """Returns the text between the marks `<!-- NAME -->` and `<!-- end -->`."""
     found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
     if found is None:
         raise SystemExit(f"there is no mark <!-- {name} -->")
@@ -75,7 +75,7 @@ def between_marks(text: str, name: str) -> str:
 
 
 def put(path: pathlib.Path, name: str, table: str) -> None:
-    """Replaces what stands between the marks `<!-- NAME -->` and `<!-- end -->`."""
+    """Replaces the text between the marks `<!-- NAME -->` and `<!-- end -->` of a file."""
     text = path.read_text()
     between_marks(text, name)
     mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -86,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    parser.add_argument("--rows", type=int, default=1, help="answered together (1)")
+    parser.add_argument("--write", action="store_true", help="write them to README.md")
+    parser.add_argument("--rows", type=int, default=1, help="batch size for the caches (1)")
     args = parser.parse_args()
     for name, table in (("parameters", parameters_table()), ("memory", memory_table(args.rows))):
         if args.write:

@@ -1,13 +1,14 @@
-"""Where a token's time goes: instructions of a compiled decoding step, by part of the model.
+"""Profiles a decode step: the time of each part of the model.
 
     python benchmarks/token_time.py [--attention mla mha] [--dtype float32 bfloat16] [--rows 1 8]
         [--instructions N]
 
-Prints one JSON line per case: `step_ms` is of the shortest of `--repeats` bursts without the
-profiler, `parts_us` what each part's instructions take in a burst under it (they may overlap, and
-the profiler costs time as well).  `--instructions N` also lists the N costliest of their kinds.  A
-fusion that spans parts counts as the one that it ends in, and what the compiler left without a name
-(products, weights cut out of their stacks) as the one that it is for.
+Prints one JSON line per case.  `step_ms` is the time of a step in the fastest of `--repeats` bursts
+without the profiler.  `parts_us` is the time of the instructions of each part in a burst with the
+profiler; instructions can overlap, and the profiler adds overhead.  `--instructions N` also lists
+the N kinds of instruction that take the most time.  A fusion that spans several parts counts for
+the part of its result.  An instruction without a name, such as a slice of stacked weights, counts
+for the part that uses its result.
 """
 
 import collections
@@ -21,7 +22,7 @@ import jax
 import medium
 
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (\S+) ([\w\-]+)\(")
-_SKIPPED = ("while", "call", "conditional")  # they contain others
+_SKIPPED = ("while", "call", "conditional")  # they contain other instructions
 _PARTS = (
     ("attention", "self_attn"),
     ("routed experts", "mlp/experts"),
@@ -33,16 +34,18 @@ _PARTS = (
 )
 
 
-def shard_path(name: str) -> str:
-    """The part of the model that an instruction's `op_name` tells of."""
+def model_part(name: str) -> str:
+    """The part of the model that an instruction with this `op_name` belongs to."""
     return next((part for part, mark in _PARTS if mark in name), "sampling and the rest")
 
 
 def instructions(text: str) -> dict[str, tuple[str, str, str]]:
-    """Name -> (kind, shape, `op_name`) of a compiled program.
+    """Parses a compiled program.
 
-    The `op_name` is of a fusion that of what it fuses, and of what belongs to no part by its own
-    that of what takes its result.
+    Returns:
+      Opcode, shape and `op_name` of each instruction, by name.  If the `op_name` of a fusion is of
+      no part, it is taken from the fused instructions; if that is also of no part, from an
+      instruction that uses its result.
     """
     found, users, inner, computation = {}, collections.defaultdict(list), {}, ""
     for line in text.splitlines():
@@ -55,23 +58,23 @@ def instructions(text: str) -> dict[str, tuple[str, str, str]]:
         told = re.search(r'op_name="([^"]*)"', line)
         called = re.search(r"calls=%([\w.\-]+)", line)
         own = told.group(1) if told else ""
-        if called and shard_path(own) == shard_path(""):
+        if called and model_part(own) == model_part(""):
             own = inner.get(called.group(1), own)
-        if shard_path(own) != shard_path("") or computation not in inner:
+        if model_part(own) != model_part("") or computation not in inner:
             inner[computation] = own
         found[name] = (kind, shape.split("{")[0], own)
         for operand in re.findall(r"%([\w.\-]+)", line[match.end() :]):
             users[operand].append(name)
-    for name, (kind, shape, own) in reversed(found.items()):  # what takes a result comes later
-        if shard_path(own) == shard_path(""):
+    for name, (kind, shape, own) in reversed(found.items()):  # users of a result come later
+        if model_part(own) == model_part(""):
             takers = (found[user][2] for user in users[name])
-            own = next((told for told in takers if shard_path(told) != shard_path("")), own)
+            own = next((told for told in takers if model_part(told) != model_part("")), own)
             found[name] = (kind, shape, own)
     return found
 
 
 def profile(case: bench_generate.Case, rows: int, repeats: int) -> dict:
-    """Milliseconds of a step, and microseconds of its parts and of its kinds of instruction."""
+    """Milliseconds per step, and microseconds of its parts and its kinds of instruction."""
     run, steps = case.decode(rows), bench_generate.NEW
     seconds = min(bench_generate.seconds_of(run, repeats))
     with tempfile.TemporaryDirectory() as directory:
@@ -92,8 +95,8 @@ def profile(case: bench_generate.Case, rows: int, repeats: int) -> dict:
             continue
         kind, shape, told = known[name]
         if kind not in _SKIPPED:
-            parts[shard_path(told)] += nanoseconds
-            kinds[f"{shard_path(told)}: {re.sub(r'[.0-9]+$', '', name)} {shape}"] += nanoseconds
+            parts[model_part(told)] += nanoseconds
+            kinds[f"{model_part(told)}: {re.sub(r'[.0-9]+$', '', name)} {shape}"] += nanoseconds
     return {
         "step_ms": round(1000 * seconds / steps, 2),
         "parts_us": _microseconds(parts, steps),

@@ -4,7 +4,7 @@ import os
 import pathlib
 import signal
 
-# Before the first import of jax: eight host devices, so that meshes can be tested anywhere.
+# Set before jax is imported: eight CPU devices, so that meshes can be tested on any machine.
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _find_reference() -> pathlib.Path | None:
-    """The full reference data: beside the checkout or where VL2JAX_REFERENCE says; "off": none."""
+    """Finds the full reference data: VL2JAX_REFERENCE ("off": none), or next to the checkout."""
     setting = os.environ.get("VL2JAX_REFERENCE")
     if setting == "off":
         return None
@@ -37,31 +37,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# Files that take the longest come first, so that no process is left alone with one of them.
+# The slowest files run first, so that no worker gets a slow file last.
 LONGEST = ("test_train.py", "test_mesh.py", "test_train_step.py", "test_eval.py")
 
-# A background job of a shell ignores Ctrl-C, and so would what tests start and interrupt.
+# Background jobs of a shell ignore SIGINT, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# A test that needs more data than tests/fixtures has carries the mark `reference`.  The fixture
-# `reference` brings the mark, and so does `golden.minis` for parameters; other tests name it.
-# To a test without the mark the fixtures below give only what is carried, even where the full data
-# lie beside the checkout: what passes there passes for a newcomer.
+# A test that needs more data than tests/fixtures contains must have the mark `reference`.  The
+# fixture `reference` and the parameters of `golden.minis` add the mark; other tests add it
+# themselves.  For a test without the mark, the fixtures below give only the data in tests/fixtures,
+# even if the full data is available, so that such a test passes in a fresh clone, too.
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Marks what uses the fixture `reference`; where there is no such data, skips all marked."""
+    """Marks tests that use the fixture `reference`; skips marked tests without the data."""
     if "reference" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.reference)
     if REFERENCE is None and item.get_closest_marker("reference"):
-        reason = "needs the full reference data, which is not beside this checkout"
+        reason = "needs the full reference data, which is not next to this checkout"
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remembers whether the test that begins has the mark, for fixtures that serve many."""
+    """Stores whether the test has the mark, for fixtures with a wider scope."""
     item.config.stash[SEES_REFERENCE] = item.get_closest_marker("reference") is not None
 
 
@@ -71,16 +71,16 @@ def _check_mark(config: pytest.Config, what: str) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files, see `LONGEST`; within a file nothing moves."""
+    """Sorts the files in `LONGEST` first; the order within a file does not change."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
 def quick_compilation():
-    """Programs are compiled in half the time and run slower: XLA optimises, LLVM does not.
+    """Halves the compilation time; programs run slower, because LLVM does not optimise them.
 
-    For tests whose programs run once and briefly.  Values, tokens and two models' gradients of the
-    original (`test_train_step.py`) are checked as users have them compiled.
+    For tests whose programs run once and briefly.  Parity with the original (values, tokens, and
+    the gradients in `test_train_step.py`) is tested with the default optimizations.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -89,22 +89,22 @@ def quick_compilation():
 
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
-    """The small part of the reference data that the project carries."""
+    """tests/fixtures, the part of the reference data that is in the repository."""
     return DATA
 
 
 @pytest.fixture(scope="session")
 def reference(request) -> pathlib.Path:
-    """The full reference data; a test that asks for it by a parameter must have the mark."""
+    """The full reference data; a test that uses it indirectly must have the mark."""
     _check_mark(request.config, "full reference data")
     return REFERENCE
 
 
 @pytest.fixture(scope="session")
 def mini(request, tmp_path_factory):
-    """`mini(name, case)`: a mini checkpoint, converted and loaded once, that has this golden case.
+    """`mini(name, case)`: a mini checkpoint with this golden case, converted and loaded once.
 
-    Only tests with the mark `reference` can have more than tests/fixtures has.
+    Only tests with the mark `reference` can use data that is not in tests/fixtures.
     """
     loaded: dict[pathlib.Path, Mini] = {}
 

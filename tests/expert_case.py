@@ -1,4 +1,4 @@
-"""Tokens, weights and choices of routed experts, for tests of their implementations."""
+"""Inputs for tests of the implementations of the routed experts."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,6 @@ def case(routing: str, dtype=jnp.float32):
     chosen = {
         "random": jax.lax.top_k(jax.random.normal(keys[4], (T, E)), K)[1],
         "empty": jax.lax.top_k(jax.random.normal(keys[4], (T, K)), K)[1] + 2,  # 2, 3, 4 alone
-        "one": jnp.full((T, K), 4),  # all tokens on one expert, and that K times
+        "one": jnp.full((T, K), 4),  # all tokens choose one expert K times
     }[routing]
     return x, jax.nn.softmax(jax.random.normal(keys[5], (T, K))), chosen.astype(jnp.int32), weights

@@ -1,4 +1,4 @@
-"""Golden cases of the original PyTorch code, in the terms of this project."""
+"""Golden cases: inputs and outputs of the original PyTorch code, converted for this project."""
 
 import dataclasses
 import functools
@@ -17,18 +17,18 @@ from vl2jax.model.vl2 import VL2
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.image import image_layout
 
-DATA = pathlib.Path(__file__).parent / "fixtures"  # the part of the reference data that is carried
+DATA = pathlib.Path(__file__).parent / "fixtures"  # the part that is in the repository
 MINIS = ("mini-tiny", "mini-small", "mini-base", "mini-extra")
 
 
 def carried(name: str, case: str | None = None) -> bool:
-    """Whether the project itself has a mini checkpoint, and a golden case of it."""
+    """Whether a mini checkpoint, and a golden case of it, are in tests/fixtures."""
     golden = DATA / name / "golden"
     return golden.is_dir() and (case is None or (golden / f"{case}.npz").exists())
 
 
 def minis(names=MINIS, cases=(None,)) -> list:
-    """Parameters `name`, or with cases `name, case`; `reference` marks what is not carried."""
+    """Parameters `name`, or `name, case`; those not in tests/fixtures have the mark `reference`."""
     return [
         pytest.param(
             *(name, case)[: 1 if case is None else 2],
@@ -41,7 +41,7 @@ def minis(names=MINIS, cases=(None,)) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class Mini:
-    """One random mini checkpoint, converted and loaded, with its golden cases."""
+    """A random mini checkpoint, converted and loaded, with its golden cases."""
 
     name: str
     source: pathlib.Path
@@ -67,7 +67,7 @@ class Mini:
 
 
 def padded_batch(config: VL2Config, arrays) -> Batch:
-    """The inputs of a golden case as they are: left-padded, positions from the padded start."""
+    """The inputs of a golden case: left-padded, with positions counted from the padding."""
     ids, seen = arrays["in/input_ids"], arrays["in/attention_mask"]
     index = np.full(ids.shape, TEXT, np.int32)
     tiles: list[np.ndarray] = []
@@ -100,7 +100,7 @@ def padded_batch(config: VL2Config, arrays) -> Batch:
 
 
 def enlarge(batch: Batch, rows: int, length: int, tiles: int) -> Batch:
-    """The same batch with padding on all sides, so that many cases share one compilation."""
+    """Pads rows, tokens and tiles of a batch, so that many cases share one compilation."""
 
     def fit(x: np.ndarray, value) -> np.ndarray:
         pad = ((0, rows - x.shape[0]), (0, length - x.shape[1]))
@@ -123,13 +123,13 @@ def _probe(config: VL2Config, params, batch: Batch):
 
 
 def probe(mini: Mini, batch: Batch):
-    """Output and all sown intermediates of a forward pass."""
+    """Returns the output and all sown intermediates of a forward pass."""
     output, state = _probe(mini.config, mini.params, batch)
     return output, state["intermediates"]
 
 
 def by_original_name(config: VL2Config, tree) -> dict[str, np.ndarray]:
-    """Leaves of a parameter-shaped tree, under the original's names and in its layout."""
+    """Converts a tree of parameters or gradients to the original's names and layouts."""
     found = {}
     for entry in expand(config):
         if entry.path is DROP:
@@ -141,7 +141,7 @@ def by_original_name(config: VL2Config, tree) -> dict[str, np.ndarray]:
 
 
 def assert_close(got, want, atol: float, what: str, where=None) -> None:
-    """Largest absolute difference, over the places `where` is true; `got` may be larger."""
+    """Checks the maximum absolute difference where `where` is True; `got` may have padding."""
     got = np.asarray(got, np.float32)[tuple(map(slice, np.shape(want)))]
     difference = np.abs(got - np.asarray(want))
     if where is not None:
@@ -151,5 +151,5 @@ def assert_close(got, want, atol: float, what: str, where=None) -> None:
 
 
 def all_tokens(batch: Batch) -> jnp.ndarray:
-    """Balance ids that count padding too, as the original does in training."""
+    """Segment ids for the load balance that count padding, too, as the original does."""
     return jnp.ones_like(batch.segment_ids)

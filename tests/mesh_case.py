@@ -1,4 +1,4 @@
-"""A model whose sizes every mesh of eight devices divides, and batches of unequal rows for it."""
+"""A model whose sizes every mesh of eight devices divides, and batches with rows of all kinds."""
 
 import functools
 import types
@@ -20,7 +20,7 @@ POOLS, LENGTH, TILES, STEPS = 8, 24, 3, 5
 
 
 def architecture(attention: str) -> VL2Config:
-    """MLA or MHA, a dense layer and two with experts, sigmoid router with correction bias."""
+    """MLA or MHA, one dense and two MoE layers, sigmoid router with correction bias."""
     kind = dict(use_mla=attention == "mla", kv_lora_rank=8, q_lora_rank=None)
     decoder = DecoderConfig(
         **kind,
@@ -59,7 +59,7 @@ def architecture(attention: str) -> VL2Config:
 
 
 def recipe(config: VL2Config, pools: int = 1, **options) -> Recipe:
-    """AdamW that also keeps the gradients; its eps is large, so that rounding stays rounding."""
+    """AdamW that also stores the gradients; a large eps keeps rounding errors from growing."""
     optim = OptimConfig(lr=0.01, schedule="constant", eps=1e-2, clip_norm=1.0)
     keeper = optax.GradientTransformation(
         lambda params: {path: jnp.zeros_like(value) for path, value in params.items()},
@@ -78,7 +78,7 @@ def recipe(config: VL2Config, pools: int = 1, **options) -> Recipe:
 
 
 def drawn(shapes, deviation: float):
-    """Parameters of these shapes, drawn by NumPy, which compiles nothing; norms scale by 1."""
+    """Random parameters, drawn with NumPy to save compilations; the scales of norms are 1."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf) -> np.ndarray:
@@ -90,9 +90,9 @@ def drawn(shapes, deviation: float):
 
 
 def start(recipe: Recipe, routing: str = "free") -> TrainState:
-    """The state before the first step, of `drawn` parameters.
+    """The state before the first step, with `drawn` parameters.
 
-    With `routing` "extreme" one expert is chosen by all tokens and half of the others by none.
+    If `routing` is "extreme", all tokens choose one expert, and none chooses four others.
     """
     shapes = abstract_params(recipe.model.config)
     params = drawn(shapes["params"], 0.15)
@@ -102,7 +102,7 @@ def start(recipe: Recipe, routing: str = "free") -> TrainState:
 
 
 def _sample(rng: np.random.Generator) -> Sample:
-    """Random tokens, with none to two tiles (one token each) and a newline and a separator."""
+    """Random tokens with up to two tiles (one token each), and if any a newline and a separator."""
     tiles, length = int(rng.integers(0, 3)), int(rng.integers(6, 16))
     index = np.full(length, -1, np.int32)
     index[1 : 1 + tiles] = FIRST_TILE_ROW + np.arange(tiles)
@@ -122,7 +122,7 @@ def _sample(rng: np.random.Generator) -> Sample:
 
 @functools.cache
 def pooled_batches() -> list[Batch]:
-    """A batch for each step, in eight pools of one row; some rows have room."""
+    """One batch per step, with eight pools of one row; some rows have padding."""
     rng, found = np.random.default_rng(0), []
     shape = BatchShape(pools=POOLS, rows=1, length=LENGTH, tiles=TILES, segments=3)
     packer = Packer(shape, waiting=2)
@@ -134,7 +134,7 @@ def pooled_batches() -> list[Batch]:
 
 
 def batches(pools: int) -> list[Batch]:
-    """The same rows and tiles in fewer pools; [1, rows or tiles, ...] as a step takes them."""
+    """The same rows and tiles in fewer pools, as one microbatch: [1, rows or tiles, ...]."""
     joined = POOLS // pools
 
     def join(batch: Batch) -> Batch:

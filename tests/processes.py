@@ -1,4 +1,4 @@
-"""Programs of the repository as several processes of one run, started as a user starts them."""
+"""Starts programs of the repository as several processes of one run, as a user would."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ long_test = pytest.mark.skipif(
 
 
 def start(program: str, devices: int, *arguments) -> subprocess.Popen:
-    """One process, with so many devices."""
+    """Starts one process with this number of CPU devices."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     command = [sys.executable, program, *map(str, arguments)]
@@ -30,14 +30,14 @@ def free_port() -> int:
 def start_two(
     program: str, devices: int, *arguments, second: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
-    """Processes 0 and 1 of a run; `second`: further arguments of the latter."""
+    """Starts processes 0 and 1 of a run; `second`: additional arguments of process 1."""
     join = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--join_timeout=60"]
     first = start(program, devices, *arguments, *join, "--process_id=0")
     return [first, start(program, devices, *arguments, *join, "--process_id=1", *second)]
 
 
 def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of each; SIGKILL for what hangs."""
+    """Waits for processes and kills those that hang; returns exit code, output and errors."""
     found = []
     for process in processes:
         try:

@@ -1,4 +1,4 @@
-"""The configuration of training tests: `configs/tiny.py`, and as little of it as works."""
+"""The configuration of training tests: `configs/tiny.py` with the smallest sizes that work."""
 
 from configs import tiny
 

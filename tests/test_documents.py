@@ -1,4 +1,4 @@
-"""What README and docs say is what the commands beside them write."""
+"""The generated parts of README and docs are up to date, and their paths and links exist."""
 
 import pathlib
 import re
@@ -23,7 +23,7 @@ def test_tables_counted_from_shapes():
 
 @pytest.fixture(scope="module")
 def plans():
-    """The results that `benchmarks/plan_table.py` keeps, by table."""
+    """The recorded results of `benchmarks/plan_table.py`, by table."""
     known = plan_table.known()
     return {
         name: [known[key] for flags in group if (key := " ".join(flags)) in known]
@@ -44,13 +44,13 @@ def test_tables_of_plans(plans):
 
 
 def test_scores_of_the_demo():
-    """The claim about the small model is the range over the runs that are kept."""
+    """The text about the demo is that of the recorded runs."""
     assert readme_tables.between_marks(README, "demo") == demo_spread.sentence(demo_spread.kept())
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_paths_and_links_lead_somewhere(path):
-    """Files of the repository that a document names exist."""
+    """Links and paths of the repository in a document exist."""
     text = path.read_text()
     links = re.findall(r"\]\(([^)#\s]+)\)|(?:src|href)=\"([^\"#]+)\"", text)
     for link in filter(None, (a or b for a, b in links)):

@@ -1,4 +1,4 @@
-"""What a bug report needs, and the version."""
+"""Information for bug reports, and the version."""
 
 import json
 import subprocess

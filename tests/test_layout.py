@@ -1,4 +1,4 @@
-"""The house: packages import one way, have no circles inside, and only `ops` knows platforms."""
+"""The layout of the library: one import order, no circular imports, platforms only in `ops`."""
 
 import ast
 import pathlib
@@ -14,12 +14,12 @@ ORDER = (
     *("checkpoints", "inference", "training", "evaluation", "cli", "plan"),
 )
 PROGRAMS = ("env",)  # single modules, which may import all packages
-# What only `ops` asks, and `parallel.processes`, where processes are joined.
+# Only `ops` may ask for the platform, and `parallel.processes`, which initialises processes.
 PLATFORM = re.compile(r"\bon_(cpu|tpu|gpu)\b|\bdefault_backend\b|\bplatform\(\)")
 
 
 def _modules() -> dict[str, set[str]]:
-    """All modules of the library, and what each imports of it, inside functions too."""
+    """All modules of the library, and the modules that each imports, also inside functions."""
     paths = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in PACKAGE.rglob("*.py")
@@ -56,7 +56,7 @@ def test_packages_import_one_way():
 
 def test_no_circles():
     modules = _modules()
-    # A package's face hands names on; whoever imports one of its modules does not need it.
+    # `__init__.py` only re-exports names, so importing a module of its package is no dependency.
     faces = {name for name in modules if any(other.startswith(f"{name}.") for other in modules)}
     order = {name: deps - faces for name, deps in modules.items() if name not in faces}
     assert len(list(TopologicalSorter(order).static_order())) > 80
@@ -71,7 +71,7 @@ def test_only_ops_knows_platforms():
 
 
 def test_every_package_says_what_it_is_for():
-    """What it is for, what it may import, and where to start reading."""
+    """The docstring says what a package is for, what it imports, and where to start reading."""
     modules = _modules()
     for place, name in enumerate(ORDER):
         text = " ".join(ast.get_docstring(_parsed(PACKAGE / name / "__init__.py")).split())

@@ -1,11 +1,11 @@
-"""Who may see the full reference data: tests with the mark alone."""
+"""Only tests with the mark `reference` can use the full reference data."""
 
 import pytest
 from golden import MINIS, carried, minis
 
 
 def test_without_the_mark_only_carried_data_are_seen(mini):
-    """Also where the full data lie beside the checkout; else a newcomer would find out."""
+    """Even if the full data is available, so that unmarked tests pass in a fresh clone."""
     assert carried("mini-small", "one_image") and mini("mini-small", "one_image").has("one_image")
     for name, case in (("mini-base", None), ("mini-small", "three_images")):
         with pytest.raises(pytest.fail.Exception, match=f"{name}.*: mark this test with"):

@@ -1,4 +1,4 @@
-"""A small training state, as a workdir saves it."""
+"""A small training state to save in a workdir."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def state(seed: int, rows: int = 8):
-    """Parameters and optimizer state of a small model: bfloat16, float32 and int32 leaves."""
+    """Random parameters and optimizer state with bfloat16, float32 and int32 leaves."""
     rng = np.random.default_rng(seed)
     params = {
         "params": {

@@ -274,9 +274,7 @@ def test_chat_answers_keeps_its_history_and_saves_it(chat, ask, picture, tmp_pat
 
 
 def test_chat_survives_mistakes(chat, scripted, picture, tmp_path):
-    asked = scripted(
-        "<image> fine"
-    )  # a placeholder in an answer must not be counted in the next turn
+    asked = scripted("<image> fine")  # the next turn must not count this placeholder
     taken = tmp_path / "taken.txt"
     taken.write_text("keep me")
     lines = [

@@ -1,4 +1,4 @@
-"""Counting what a compiled program does, against programs whose work is known."""
+"""Costs of compiled programs, against programs whose costs are known."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def _scan(w, x):
 
 @pytest.fixture(scope="module")
 def sharded():
-    """Forward and backward pass of a scan over layers, rows over `data`, widths over `tensor`."""
+    """Costs of the gradients of a scan, sharded over `data` (rows) and `tensor` (width)."""
     mesh = make_mesh({"data": 2, "fsdp": 1, "expert": 1, "tensor": 4})
     assert mesh.axis_names == AXES
 
@@ -41,14 +41,14 @@ def test_loops_count_as_often_as_they_run():
     found = hlo.analyse(compiled.as_text())
     once = 2 * ROWS * WIDTH * WIDTH
     assert found.flops == LAYERS * once
-    assert compiled.cost_analysis()["flops"] < 2 * once  # which is why there is such a thing
+    assert compiled.cost_analysis()["flops"] < 2 * once  # XLA counts the loop once
     assert not found.collectives and not found.open_loops
     weights = LAYERS * WIDTH * WIDTH * 4
-    assert weights < found.traffic < 8 * weights  # the CPU copies each layer's before it is used
+    assert weights < found.traffic < 8 * weights  # the CPU copies each layer's weights first
 
 
 def test_sharded_work_is_that_of_one_device(sharded):
-    """The forward pass, and two products backward, of which each of 8 devices has its part."""
+    """One product forward and two backward, sharded over 8 devices."""
     assert sharded.flops == pytest.approx(3 * LAYERS * 2 * ROWS * WIDTH * WIDTH / 8)
 
 
@@ -56,11 +56,13 @@ def test_collectives_have_kind_group_and_count(sharded):
     along = {"tensor": 4, "data": 2}
     gathers = [c for c in sharded.collectives if c.kind == "all-gather"]
     assert {len(c.group) for c in gathers} == {along["tensor"]}
-    rows = ROWS // 2 * WIDTH * 4  # one device's rows, whole
+    rows = ROWS // 2 * WIDTH * 4  # the rows of one device, with full width
     forward = [c for c in gathers if c.nbytes == rows]
     assert sum(c.count for c in forward) >= LAYERS
     assert forward[0].sent == pytest.approx(rows * 3 / 4)
-    over_data = [c for c in sharded.collectives if len(c.group) == 2]  # of gradients of weights
+    over_data = [
+        c for c in sharded.collectives if len(c.group) == 2
+    ]  # reductions of weight gradients
     assert sum(c.count * c.nbytes for c in over_data) >= LAYERS * WIDTH * WIDTH * 4 / 4
 
 
@@ -111,7 +113,7 @@ def test_kernels_tell_their_cost_or_are_named():
 
 
 def test_products_written_as_convolutions():
-    """As TPU programs write batched products: the batch is a window over the other operand."""
+    """On TPU, a batched product is a convolution whose batch is a window over an operand."""
 
     def line(result, left, right, labels, window):
         return hlo.analyse(

@@ -1,4 +1,4 @@
-"""Planning: the table of chips, times on a torus, costs of kernels, and small compilations."""
+"""Planning: table of chips, times of collectives, costs of kernels, and small compilations."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def _on_square(side: int):
 
 
 def test_rings_and_lines():
-    """A ring of 16 sends both ways, a line of 4 one way; two axes have twice the links."""
+    """A ring of 16 sends in both directions, a line of 4 in one; two axes double the links."""
     chip, size = TPUS["v5e"], 1e9
     gather = Collective("all-gather", size, tuple(range(16)), 1, "")
     ring = collective_seconds(chip, _on_square(16), gather)
@@ -50,7 +50,7 @@ def test_rings_and_lines():
 
 
 def test_all_to_all_is_bound_by_the_middle():
-    """Half of what each of 16 on a ring sends crosses its middle, over two links each way."""
+    """On a ring of 16, half of the traffic crosses the middle, on two links per direction."""
     chip, size = TPUS["v5e"], 1e9
     exchange = Collective("all-to-all", size, tuple(range(16)), 1, "")
     seconds = collective_seconds(chip, _on_square(16), exchange)
@@ -63,7 +63,7 @@ def test_one_device_waits_for_nobody():
 
 
 def test_cost_of_grouped_products_is_that_of_rows_there_are():
-    """A buffer of 4096 rows of which 1024 are used, 8 experts: 9 tiles of 128 at least."""
+    """A buffer of 4096 rows, 1024 of them in use, and 8 experts."""
     rows, weights = Array("bf16", (4096, 256), True), Array("bf16", (8, 256, 512), True)
     out = Array("bf16", (4096, 512), True)
     flops, traffic = kernel_cost(1024.0, 8)("gmm.1", [rows, weights], (out,))
@@ -79,7 +79,7 @@ def test_cost_of_splash_is_half_where_causal():
     causal, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [q, q, v, numbers], (v,))
     assert whole == 2 * 2 * 4 * 4096**2 * (192 + 128)
     assert causal / whole == pytest.approx(9 / 16)
-    q, v = (Array("bf16", a.shape[1:], True) for a in (q, v))  # a single row has no axis
+    q, v = (Array("bf16", a.shape[1:], True) for a in (q, v))  # a single row has no batch axis
     blocks = Array("s8", (1, 8, 8), True)
     single, _ = kernel_cost(1.0, 1)("splash_mha_fwd.1", [blocks, q, q, v], (v,))
     assert single == whole / 2
@@ -99,12 +99,12 @@ def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
 def test_a_slice_is_asked_for():
     found = _plan("--config=configs/tiny.py")
     assert found.returncode == 1
-    assert found.stderr == "error: give the slice to plan for: --topology=v5p:4x4x4\n"
+    assert found.stderr == "error: no TPU slice; give one, for example --topology=v5p:4x4x4\n"
 
 
 @needs_libtpu
 def test_small_run_compiles_for_tpu_with_its_kernels():
-    """The kernels compile for TPU, and the counted work is near what the model asks for."""
+    """Train, prefill and decode compile for TPU; all their loops and kernels are counted."""
     small = (
         *("--config=tests/smallest.py", "--config.compute.moe_implementation=auto"),
         *("--config.batch.rows=8", "--config.mesh.expert=2", "--config.mesh.data=2"),

@@ -92,10 +92,7 @@ def test_pools_and_shards_are_chosen():
     assert choose_pools(mesh, batch, 3, None) == (12, 3)
     saved = {"pools": 12, "shards": [{}, {}]}
     assert choose_pools(mesh, batch, 0, saved) == (12, 2)
-    assert choose_pools(mesh, batch, 0, saved | {"pools": 16}) == (
-        4,
-        2,
-    )  # 16 pools do not divide 24 rows
+    assert choose_pools(mesh, batch, 0, saved | {"pools": 16}) == (4, 2)  # 16 does not divide 24
     with pytest.raises(
         UserError, match=r"data\.shards is 4, but the checkpoint .* with 2 data shards"
     ):

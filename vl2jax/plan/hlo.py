@@ -1,7 +1,7 @@
-"""Counts what a compiled program does: products, memory traffic, collectives; loops included.
+"""Counts the FLOPs, memory traffic and collectives of a compiled program.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here everything is counted as often as it
-runs: a loop over layers as many times as there are layers.
+XLA's `cost_analysis` counts the body of a loop once.  Here, it is counted once per iteration, for
+example once per layer in a scan over layers.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from vl2jax.plan.hlo_text import Array, Computation, Instruction, group_of, parameters_of, parse
 
-_FREE = {  # instructions that move nothing
+_FREE = {  # instructions without memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
     *("conditional", "call", "partition-id", "replica-id", "opt-barrier", "domain", "iota"),
 }
@@ -27,11 +27,12 @@ class Collective:
     """A collective operation.
 
     Attributes:
-      kind: of `hlo_text.COLLECTIVES`.
-      nbytes: of the whole on one device: what is gathered, reduced, exchanged or passed on.
-      group: numbers of the devices that take part together, one group of them.
-      count: how often it runs.
-      op_name: where it comes from.
+      kind: one of `hlo_text.COLLECTIVES`.
+      nbytes: bytes of the whole array on one device: the result of an all-gather, otherwise the
+        operands.
+      group: ids of the devices of its first group.
+      count: how many times it runs.
+      op_name: its origin in the program.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends in one run, on a ring."""
+        """Bytes that one device sends each time it runs, with a ring algorithm."""
         share = (len(self.group) - 1) / max(len(self.group), 1)
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.nbytes * factor
@@ -50,14 +51,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does in a run of a program.
+    """Costs of one device in one run of a program.
 
     Attributes:
-      flops: of products (two per multiplication), kernels included.
-      traffic: bytes between main memory and the chip.
-      collectives: all of them.
-      open_loops: where loops come from whose length the program does not tell.
-      unknown_kernels: custom calls that nothing is known of.
+      flops: FLOPs of matrix products (two per multiply-add), including those of kernels.
+      traffic: bytes read from and written to HBM.
+      collectives: all collectives.
+      open_loops: origins of the loops whose trip count is unknown.
+      unknown_kernels: names of the custom calls whose cost is unknown.
     """
 
     flops: float
@@ -67,7 +68,7 @@ class Cost:
     unknown_kernels: tuple[str, ...]
 
 
-# (name, operands, results) of a kernel -> (flops, bytes), or None where it is not known.
+# (name, operands, results) of a kernel -> (FLOPs, bytes), or None if the kernel is unknown.
 KernelCost = Callable[[str, list[Array], tuple[Array, ...]], tuple[float, float] | None]
 
 
@@ -77,13 +78,14 @@ def analyse(
     open_trips: Callable[[str], int | None] = lambda _: None,
     kernel_cost: KernelCost = lambda *_: None,
 ) -> Cost:
-    """Counts what a compiled program does.
+    """Counts the costs of a compiled program.
 
     Args:
-      text: `compiled.as_text()`.
-      open_trips: by the origin of a loop how often it runs, where the program does not tell; None:
-        not known (it is counted once, and named).
-      kernel_cost: of kernels that are known.
+      text: the program, `compiled.as_text()`.
+      open_trips: returns the trip count of a loop that the program does not contain, given the
+        origin of the loop; None: unknown.  Such a loop is counted once and reported in
+        `open_loops`.
+      kernel_cost: returns the cost of a kernel.
     """
     counter = _Counter(parse(text), open_trips, kernel_cost)
     counter.visit(counter.entry, 1.0, inside_fusion=False)
@@ -97,7 +99,7 @@ def analyse(
 
 
 class _Counter:
-    """Walks from the entry through everything that is called, as often as it is called."""
+    """Visits the entry computation and all computations that it calls, with their counts."""
 
     def __init__(self, parsed, open_trips, kernel_cost):
         self.computations, self.entry = parsed
@@ -108,6 +110,7 @@ class _Counter:
         self.unknown: list[str] = []
 
     def visit(self, name: str, count: float, inside_fusion: bool) -> None:
+        """Adds the costs of a computation that runs `count` times."""
         computation = self.computations[name]
         for instruction in computation.values():
             self.flops += count * self._flops(computation, instruction)
@@ -130,7 +133,7 @@ class _Counter:
             for name in called:
                 self.visit(name, count, True)
         elif instruction.opcode in ("call", "conditional", "async-start"):
-            for name in called:  # of a conditional one branch runs: the last, as XLA orders them
+            for name in called:  # of a conditional, only the last branch is counted
                 if instruction.opcode != "conditional" or name == called[-1]:
                     self.visit(name, count, inside_fusion)
 
@@ -145,7 +148,7 @@ class _Counter:
             return int(known[1])
         instructions = self.computations[condition]
         root = next(i for i in instructions.values() if i.is_root)
-        if root.opcode == "fusion":  # the comparison, wrapped
+        if root.opcode == "fusion":  # the comparison is inside a fusion
             bounds = [instructions[n] for n in root.operands if n in instructions]
             inner = self.computations[root.called[0]].values()
             compares = any(i.opcode == "compare" and "direction=LT" in i.rest for i in inner)
@@ -175,7 +178,7 @@ class _Counter:
         return 0.0
 
     def _kernel(self, computation, instruction: Instruction) -> tuple[float, float]:
-        """Flops and bytes of a hand-written kernel."""
+        """FLOPs and bytes of a Pallas kernel."""
         if "tpu_custom_call" not in instruction.rest:
             return 0.0, 0.0
         operands = [a for i in self._operands(computation, instruction) for a in i.arrays]
@@ -190,7 +193,7 @@ class _Counter:
         return 0.0, sum(a.nbytes for a in (*operands, *instruction.arrays) if a.in_memory)
 
     def _collective(self, where: str, computation, instruction: Instruction, count: float) -> bool:
-        """Notes a collective; False where this is a later part of one that is split up."""
+        """Records a collective; returns False for a later part of an asynchronous one."""
         kind = instruction.kind
         if kind is None:
             return True
@@ -198,7 +201,7 @@ class _Counter:
         if "AsyncCollectiveDone" in targets or where.startswith("async_collective_fusion"):
             return False
         key = where, instruction.name
-        if key in self.collectives:  # called from another place as well
+        if key in self.collectives:  # its computation has several callers
             noted = self.collectives[key]
             self.collectives[key] = dataclasses.replace(noted, count=noted.count + count)
             return True
@@ -206,7 +209,7 @@ class _Counter:
         nbytes = sum(a.nbytes for a in operands)
         if kind == "all-gather":
             results = instruction.arrays
-            if instruction.opcode.endswith("-start"):  # operands, then results
+            if instruction.opcode.endswith("-start"):  # its type lists operands, then results
                 results = results[len(operands) :]
             nbytes = max(nbytes, sum(a.nbytes for a in results))
         elif kind == "ragged-all-to-all":
@@ -218,7 +221,7 @@ class _Counter:
         return True
 
     def _traffic(self, computation, instruction: Instruction, fresh: bool) -> float:
-        """Bytes between main memory and chip, of an instruction outside of fusions."""
+        """HBM traffic in bytes of an instruction outside fusions."""
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done") or opcode == "custom-call" or not fresh:
             return 0.0
@@ -241,9 +244,9 @@ class _Counter:
             )
             return read + written
         results = instruction.arrays
-        if opcode == "slice-start":  # what is sliced, the slice, bookkeeping
+        if opcode == "slice-start":  # its type lists the operand, the slice, and bookkeeping
             results = results[1:2]
-        elif opcode.endswith("-start"):  # what follows the destination is bookkeeping
+        elif opcode.endswith("-start"):  # its type lists the destination, then bookkeeping
             results = results[:1]
         if opcode in ("dynamic-slice", "slice", "slice-start", "gather"):
             moved = sum(a.nbytes for a in results)
@@ -255,7 +258,7 @@ class _Counter:
         return sum(a.nbytes for a in arrays if a.in_memory)
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Bytes of a fusion's parameter that it reads: of slices only what is sliced."""
+        """Bytes of a parameter that a fusion reads; if it is only sliced, those of the slices."""
         total = 0.0
         for user in inner.values():
             if parameter.name not in user.operands:
@@ -276,10 +279,10 @@ class _Counter:
         return min(total, parameter.nbytes)
 
     def _written(self, inner: Computation, result: Instruction) -> float:
-        """Bytes that a fusion writes for one of its results."""
+        """Bytes that a fusion writes for one result."""
         if result.opcode == "parameter" or result.opcode == "custom-call" or result.kind:
             return 0.0
-        if result.opcode in ("dynamic-update-slice", "scatter"):  # in place
+        if result.opcode in ("dynamic-update-slice", "scatter"):  # updates its operand in place
             put = 1 if result.opcode == "dynamic-update-slice" else -1
             return inner[result.operands[put]].nbytes
         if result.opcode == "bitcast" and result.operands[0] in inner:
@@ -293,15 +296,15 @@ class _Counter:
 
 
 def _search(pattern: str, text: str) -> re.Match[str]:
-    """What every instruction of its kind has."""
+    """Searches for a pattern that must be there; raises ValueError if it is not."""
     found = re.search(pattern, text)
     if found is None:
-        raise ValueError(f"no {pattern!r} in {text!r}; is this the text of another XLA?")
+        raise ValueError(f"no {pattern!r} in {text!r}; this version of XLA is not supported")
     return found
 
 
 def _convolution_flops(left: Array, right: Array, instruction: Instruction) -> float:
-    """Two per multiplication that does not meet padding; a batched product is such a thing, too."""
+    """FLOPs of a convolution without padding; on TPU, batched products are convolutions, too."""
     labels = _search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     window = dict(
         re.findall(
@@ -332,7 +335,7 @@ def _convolution_flops(left: Array, right: Array, instruction: Instruction) -> f
 
 @functools.cache
 def _taps(out: int, kernel: int, size: int, stride: int, dilate: int, spread: int, low: int) -> int:
-    """Pairs of output place and kernel place that meet an element of the input."""
+    """Number of pairs of output and kernel positions that multiply an element of the input."""
     where = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * dilate - low
     inside = (where >= 0) & (where <= (size - 1) * spread) & (where % spread == 0)
     return int(inside.sum())

@@ -1,4 +1,4 @@
-"""A compiled program's text as computations and instructions."""
+"""Parses the text of a compiled program (HLO) into computations and instructions."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ _CALLS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type.
+    """One array in the type of an instruction.
 
     Attributes:
-      dtype: as XLA writes it.
+      dtype: dtype in the notation of XLA.
       shape: dimensions.
-      in_memory: it lies in the device's main memory, not in a memory on the chip.
+      in_memory: whether it is in HBM, and not in memory on the chip.
     """
 
     dtype: str
@@ -35,6 +35,7 @@ class Array:
 
     @property
     def nbytes(self) -> float:
+        """Size in bytes."""
         bits = re.search(r"\d+", self.dtype)
         size = _ITEMSIZE.get(self.dtype) or (int(bits[0]) / 8 if bits else 0)
         return math.prod(self.shape) * size
@@ -42,7 +43,17 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `rest` is what follows its operands."""
+    """One instruction of a computation.
+
+    Attributes:
+      name: name of the instruction.
+      opcode: opcode, such as "dot" or "fusion".
+      arrays: arrays of its type, that is, its results.
+      operands: names of its operands.
+      arguments: text between the parentheses.
+      rest: text after the parentheses: attributes and metadata.
+      is_root: whether its result is that of the computation.
+    """
 
     name: str
     opcode: str
@@ -54,21 +65,24 @@ class Instruction:
 
     @property
     def nbytes(self) -> float:
+        """Size of its results in bytes."""
         return sum(array.nbytes for array in self.arrays)
 
     @property
     def op_name(self) -> str:
+        """Its origin in the JAX program; "" if unknown."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
     @property
     def kind(self) -> str | None:
-        """Which of `COLLECTIVES` it is; their second halves (-done) are none."""
+        """Its kind in `COLLECTIVES`; None for other instructions and for `-done` halves."""
         name = self.opcode.removesuffix("-start")
         return name if name in COLLECTIVES else None
 
     @property
     def called(self) -> tuple[str, ...]:
+        """Names of the computations that it calls."""
         names = [a or b for a, b in _CALLS.findall(self.rest)]
         return tuple(part.strip().lstrip("%") for name in names for part in name.split(","))
 
@@ -77,7 +91,14 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, their instructions by name; and the name of the entry."""
+    """Parses a program.
+
+    Args:
+      text: `compiled.as_text()`.
+
+    Returns:
+      Computations by name, each with its instructions by name, and the name of the entry.
+    """
     computations, entry, current = {}, "", None
     for line in _whole_lines(text):
         header = _COMPUTATION.match(line)
@@ -90,7 +111,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _whole_lines(text: str):
-    """Lines of the text; those of an attribute that is written over several lines joined."""
+    """Yields the lines of a program; joins attributes that span several lines."""
     held = ""
     for line in text.splitlines():
         begins = line == "}" or line.startswith(("%", "ENTRY", "HloModule"))
@@ -122,7 +143,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for place in re.compile(r"[()]").finditer(text, start):
         depth += 1 if place[0] == "(" else -1
@@ -132,13 +153,17 @@ def _closing(text: str, start: int) -> int:
 
 
 def parameters_of(computation: Computation) -> dict[int, Instruction]:
-    """A computation's parameters by number."""
+    """The parameters of a computation, by number."""
     found = (i for i in computation.values() if i.opcode == "parameter")
     return {int(i.arguments): i for i in found}
 
 
 def group_of(rest: str) -> tuple[int, ...]:
-    """Devices of the first group of a collective."""
+    """Ids of the devices in the first group of a collective.
+
+    Args:
+      rest: `Instruction.rest`.
+    """
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
     if pairs:
         return int(pairs[1]), int(pairs[2])

@@ -1,7 +1,7 @@
-"""What the TPU kernels compute and move, from the shapes of their operands.
+"""FLOPs and HBM traffic of the TPU kernels, computed from the shapes of their operands.
 
-XLA knows nothing of a kernel's inside, and the kernels' own estimates count every row of a buffer
-and every block of a mask, also those that the kernels skip.
+XLA cannot analyse a kernel.  The estimates that kernels provide count all rows of a buffer and all
+blocks of a mask, including those that the kernels skip.
 """
 
 import math
@@ -13,12 +13,16 @@ from vl2jax.plan.hlo_text import Array
 
 
 def kernel_cost(rows_per_device: float, groups_per_layer: int) -> KernelCost:
-    """The costs of `splash` and `grouped_ffn`.
+    """Makes a cost function of the grouped matrix product and splash attention kernels.
 
     Args:
-      rows_per_device: pairs of token and expert that a device works on, with balanced experts; a
-        buffer may have room for more.
-      groups_per_layer: experts of one layer on a device; the weights may be those of many layers.
+      rows_per_device: number of (token, expert) pairs of a device if the load is balanced; a buffer
+        can have more rows.
+      groups_per_layer: number of experts of one layer on a device; a weight array can contain the
+        experts of all layers.
+
+    Returns:
+      A function for `hlo.analyse`.
     """
 
     def cost(name: str, operands: list[Array], results: tuple[Array, ...]):
@@ -32,7 +36,7 @@ def kernel_cost(rows_per_device: float, groups_per_layer: int) -> KernelCost:
 
 
 def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, float]:
-    """A tile of rows is worked off once for every expert that has rows in it."""
+    """Grouped matrix product: a tile of rows is computed once per expert with rows in it."""
     left, right = [a for a in operands if len(a.shape) >= 2][-2:]
     out, size = results[0], left.nbytes / math.prod(left.shape)
     buffer = left.shape[0]
@@ -53,13 +57,13 @@ def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, 
 
 
 def _splash(name, operands, results) -> tuple[float, float]:
-    """Of a causal mask the blocks on and below the diagonal."""
-    # [B, H, T, .], or without the axis of rows where there is one row.
+    """Splash attention: with a causal mask, only blocks on and below the diagonal are computed."""
+    # [B, H, T, .], or [H, T, .] if there is one row.
     q, k, v = [a for a in operands if len(a.shape) >= 3 and a.dtype in ("bf16", "f32")][:3]
     length = q.shape[-2]
     block = next(b for b in range(MAX_BLOCK, 0, -128) if length % b == 0)
     blocks = length // block
-    # The kernel of a causal mask gets the numbers of the queries as one more operand.
+    # With a causal mask, the kernel has the positions of the queries as an additional operand.
     causal = any(a.shape == (length, 128) for a in operands)
     share = (blocks + 1) / (2 * blocks) if causal else 1.0
     scores = math.prod(q.shape[:-1]) * k.shape[-2] * share
@@ -69,6 +73,8 @@ def _splash(name, operands, results) -> tuple[float, float]:
         products = 2 * keys + values
     elif "_dkv" in name:
         products = 2 * keys + 2 * values
-    again = (k.nbytes + v.nbytes) * max(blocks * share - 1, 0)  # keys and values, per block of q
+    again = (k.nbytes + v.nbytes) * max(
+        blocks * share - 1, 0
+    )  # keys and values are read per block of q
     moved = sum(a.nbytes for a in (*operands, *results) if a.in_memory)
     return 2.0 * scores * products, moved + again

@@ -1,10 +1,10 @@
-"""Does it fit, and what will limit it: compiles a run for TPUs that are not there.
+"""Compiles a run for TPUs without having them: does it fit, and what limits its speed?
 
     python -m vl2jax.plan --config=configs/vl2_base.py:sft --topology=v5p:4x4x4 \\
         --config.mesh.expert=8 --what=train,decode --json
 
-Compiled are the programs that `train.py` and `sample.py` run. Needs libtpu: pip install
-"vl2jax[tpu]".
+It compiles the same programs that `train.py` and `sample.py` run.  It needs libtpu:
+pip install "vl2jax[tpu]".
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from vl2jax.training.run_config import RunConfig, read_run_config
 from vl2jax.training.setup import choose_architecture
 
 WHAT = ("train", "prefill", "decode")
-# How hard the compiler tries: -1 takes half as long and gives nearly the same program.
+# Effort of the compiler; -1 takes half the time and gives nearly the same program.
 EFFORT = "jax_exec_time_optimization_effort"
 
 
@@ -54,19 +54,19 @@ def plan(
     what: str,
     request: Request,
 ) -> dict:
-    """Compiles one program and counts.
+    """Compiles a program and computes its costs.
 
     Args:
-      config: of the run; of `prefill` and `decode` only model, dtype and mesh matter.
-      topology: like `v5p:4x4x4`.
-      what: of `WHAT`.
-      request: of `prefill` and `decode`.
+      config: configuration of the run; `prefill` and `decode` use only its model, dtype and mesh.
+      topology: TPU slice, such as `v5p:4x4x4`.
+      what: program, one of `WHAT`.
+      request: sizes of `prefill` and `decode`.
 
     Returns:
-      Sizes in bytes, times in seconds, all per device; see `describe`.
+      Sizes in bytes and times in seconds, per device; `describe` explains them.
 
     Raises:
-      UserError: it does not fit, or the mesh does not.
+      UserError: the program does not fit in memory, or the mesh does not fit the slice.
     """
     chip, devices = find_chip(topology), tpu_devices(topology)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
@@ -77,7 +77,7 @@ def plan(
         build = {"prefill": build_prefill, "decode": build_decode}[what]
         built = build(config, architecture, mesh, request)
     tokens, flops = work(config, architecture, what, request)
-    # A step has several microbatches, a burst several tokens of a row: what is on the way at once.
+    # A train step computes one microbatch at a time, and a burst one token per row at a time.
     parts = {"train": config.batch.microbatches, "decode": MAX_BURST}.get(what, 1)
     decoder = architecture.decoder
     chosen, routed = decoder.num_experts_per_tok or 0, decoder.n_routed_experts or 0
@@ -111,9 +111,10 @@ def plan(
 
 
 def work(config: RunConfig, architecture: VL2Config, what: str, request: Request):
-    """Tokens of the decoder in one run of a program, and the operations the model asks for.
+    """Tokens of the decoder in one run of a program, and the FLOPs that the model needs for them.
 
-    Six per activated parameter in training, two in a forward pass; see `report.model_flops`.
+    A train step needs six FLOPs per activated parameter, a forward pass two; see
+    `report.model_flops`.
     """
     per_token, per_tile = model_flops(architecture)
     if what == "train":
@@ -126,10 +127,12 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Request
 
 
 def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards: int) -> int | None:
-    """Loops whose length depends on the data: a burst of decoding counts as whole; the loss goes
-    over blocks of a device's rows (one of `shards` parts) until none has a supervised token left,
-    here over all; experts are balanced, and where they are worked off one by one (few rows of
-    int8) all rows choose different ones."""
+    """The assumed trip count of a loop whose trip count depends on the data; None: not known.
+
+    A decode burst is complete.  The loss has supervised tokens in all blocks of a device's rows
+    (the batch has `shards` parts).  The load of the experts is balanced; if experts are computed
+    one by one (few rows with int8 weights), all rows choose different experts.
+    """
     if SCOPE in origin:
         return CHUNKS
     if ACTIVE in origin:
@@ -144,7 +147,7 @@ def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards:
 
 
 def _report(chip: TPU, mesh: Mesh, built: Built, cost: Cost, model: float) -> dict:
-    """Memory, work, collectives and the roofline of one device."""
+    """Memory, FLOPs, collectives and roofline of one device."""
     where = [device.coords for device in mesh.devices.flat]
     kinds: dict[str, dict[str, float]] = {}
     links = 0.0
@@ -180,14 +183,14 @@ def _report(chip: TPU, mesh: Mesh, built: Built, cost: Cost, model: float) -> di
 
 
 def _axes(mesh: Mesh, group: tuple[int, ...]) -> str:
-    """The axes along which the devices of a group differ."""
+    """Names of the mesh axes along which the devices of a group differ."""
     places = np.unravel_index(group, mesh.devices.shape)
     differ = [len(set(place.tolist())) > 1 for place in places]
     return "+".join(name for name, does in zip(mesh.axis_names, differ, strict=True) if does)
 
 
 def describe(found: dict) -> str:
-    """What `plan` found, for people."""
+    """Formats the result of `plan` as plain text."""
     gib = 2.0**30
     size, bound, mesh = found["bytes"], found["roofline"], found["mesh"]
     axes = ", ".join(f"{name} {n}" for name, n in mesh.items() if n > 1) or "one device"
@@ -201,40 +204,43 @@ def describe(found: dict) -> str:
     lines = {
         "program": f"{found['what']} of {found['config']} on {found['topology']}"
         f" ({found['devices']} devices: {axes})",
-        "memory": f"{size['peak'] / gib:.2f} of {found['hbm'] / gib:.0f} GiB at most on a device"
+        "memory": f"peak {size['peak'] / gib:.2f} of {found['hbm'] / gib:.0f} GiB per device"
         f" ({memory} GiB)",
-        "work": f"{found['flops']:.3g} flops on a device, {ratio:.2f} times what the model asks for"
-        f" ({found['model_flops']:.3g}); {found['traffic'] / 1e9:.3g} GB to and from memory",
+        "work": f"{found['flops']:.3g} FLOPs per device, {ratio:.2f} times those of the model"
+        f" ({found['model_flops']:.3g}); {found['traffic'] / 1e9:.3g} GB of HBM traffic",
         "sent": moved or "nothing",
         "step": f"at least {bound['step']:.3g} s, bound by {bound['binding']} ({times} s);"
         f" {found['tokens'] / bound['step']:,.0f} tokens/s, MFU at most"
         f" {100 * found['mfu_bound']:.0f}%",
         "compiled": f"in {found['compile_seconds']} s",
     }
-    for name, text in (("open_loops", "loops counted once"), ("unknown_kernels", "not counted")):
+    for name, text in (
+        ("open_loops", "loops counted once"),
+        ("unknown_kernels", "kernels not counted"),
+    ):
         if found[name]:
             lines[text] = ", ".join(found[name])
     return "\n".join(f"{name:8} {text}" for name, text in lines.items())
 
 
 def define_plan_flags() -> None:
-    """Defines the flags of `train.py`, and those of this program."""
+    """Defines the flags of `train.py` and those of this program."""
     define_flags()
-    flags.DEFINE_string("topology", None, "the slice, like v5p:4x4x4 or v5e:2x4")
+    flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4 or v5e:2x4")
     flags.DEFINE_list("what", ["train"], f"programs: {', '.join(WHAT)}")
-    flags.DEFINE_integer("rows", 8, "prompts at a time, of prefill and decode", lower_bound=1)
+    flags.DEFINE_integer("rows", 8, "batch size of prefill and decode", lower_bound=1)
     flags.DEFINE_integer("prompt", 2048, "tokens of a prompt", lower_bound=1)
     flags.DEFINE_integer("slots", 4096, "tokens of prompt and answer", lower_bound=2)
-    flags.DEFINE_enum("quantize", None, KINDS, "weights of prefill and decode (as they are)")
-    flags.DEFINE_boolean("json", False, "one line of JSON per program")
-    flags.DEFINE_float("effort", 0.0, "how hard the compiler tries, -1 to 1")
+    flags.DEFINE_enum("quantize", None, KINDS, "quantise weights for prefill and decode (off)")
+    flags.DEFINE_boolean("json", False, "print one line of JSON per program")
+    flags.DEFINE_float("effort", 0.0, "effort of the compiler, -1 to 1")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plans what the command line asks for; the exit code."""
+    """Plans the programs of the command line and prints the results; returns the exit code."""
     config = read_run_config(read_flags(argv))
     if not FLAGS.topology:
-        raise UserError("give the slice to plan for: --topology=v5p:4x4x4")
+        raise UserError("no TPU slice; give one, for example --topology=v5p:4x4x4")
     unknown = [what for what in FLAGS.what if what not in WHAT]
     if unknown or not FLAGS.what:
         raise UserError(f"--what takes {', '.join(WHAT)}, got {','.join(unknown) or 'nothing'}")
@@ -252,5 +258,5 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line entry; the exit code."""
+    """Entry point of the command line; returns the exit code."""
     return run_cli(lambda: run(argv))

@@ -1,4 +1,4 @@
-"""The programs of training and generation, compiled for TPUs that are not there."""
+"""Compiles the programs of training and generation for TPUs that need not be present."""
 
 import dataclasses
 import functools
@@ -32,13 +32,13 @@ from vl2jax.training.setup import jit_train_step, make_recipe, state_shapes
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a prefill or decoding program is for.
+    """Sizes of a prefill or decode program.
 
     Attributes:
-      rows: prompts at a time.
-      prompt: tokens of each.
-      slots: of the cache, prompt and answer.
-      quantize: the weights, see `vl2jax.load`.
+      rows: number of prompts in the batch.
+      prompt: tokens per prompt.
+      slots: cache slots per row, for prompt and answer.
+      quantize: see `vl2jax.load`.
     """
 
     rows: int
@@ -52,11 +52,11 @@ class Built:
     """A compiled program.
 
     Attributes:
-      text: what the compiler made.
-      kept: bytes per device of what it is given, by kind.
-      temporaries: bytes per device at the fullest moment, beyond what it is given.
-      peak: bytes per device at the fullest moment.
-      seconds: that compilation took.
+      text: the compiled HLO.
+      kept: bytes per device of its arguments, by kind.
+      temporaries: peak bytes per device besides the arguments.
+      peak: peak bytes per device.
+      seconds: compilation time.
     """
 
     text: str
@@ -67,16 +67,19 @@ class Built:
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """Devices of a slice that need not be there.
+    """Describes the devices of a TPU slice, which need not be present.
+
+    Args:
+      topology: such as `v5p:4x4x4`.
 
     Raises:
-      UserError: no libtpu, or not such a slice.
+      UserError: libtpu is not installed, or the slice does not exist.
     """
     find_chip(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('compiling for TPU needs libtpu: pip install "vl2jax[tpu]"')
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask,
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and none to share
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is locked
     single = re.fullmatch(r"\w+:(1x)*1", topology) is not None
     options = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
     try:
@@ -87,7 +90,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 
 def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built:
-    """The step that `train.py` runs."""
+    """Compiles the train step of `train.py`."""
     recipe = make_recipe(config, architecture, mesh)
     state, split, batch = state_shapes(recipe, mesh), batch_sharding(mesh), config.batch
     parts, side = batch.microbatches, architecture.vision.image_size
@@ -113,7 +116,7 @@ def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built
 def build_prefill(
     config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request
 ) -> Built:
-    """The decoder over whole prompts, as `sample.py` runs it."""
+    """Compiles the prefill of whole prompts, as `sample.py` runs it."""
     dtype, params = _params(config, architecture, mesh, request.quantize)
     place = functools.partial(_placed, mesh)
     x = place((request.rows, request.prompt, architecture.decoder.hidden_size), dtype)
@@ -126,11 +129,11 @@ def build_prefill(
 
 
 def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request) -> Built:
-    """The loop that adds a token to every row, as `sample.py` runs it."""
+    """Compiles the burst, the loop that decodes several tokens per row, as `sample.py` runs it."""
     dtype, params = _params(config, architecture, mesh, request.quantize)
     rows = request.rows
 
-    def place(shape: tuple[int, ...], dtype: Any) -> Any:  # in place of an array
+    def place(shape: tuple[int, ...], dtype: Any) -> Any:  # a `ShapeDtypeStruct` replaces an array
         return _placed(mesh, shape, dtype)
 
     caches = _caches(mesh, architecture, rows, request.slots, dtype)
@@ -149,8 +152,7 @@ def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request
 
 
 def _params(config: RunConfig, architecture: VL2Config, mesh: Mesh, quantize: str | None):
-    """Variables for generation: weights in the compute dtype or int8, the router's bias in
-    float32."""
+    """The dtype of generation and its variables: in this dtype or int8, router bias in float32."""
     dtype = jnp.dtype(DTYPES[config.compute.dtype])
     shapes = abstract_params(architecture)
     shardings = param_shardings(mesh, shapes)
@@ -170,14 +172,14 @@ def _params(config: RunConfig, architecture: VL2Config, mesh: Mesh, quantize: st
 
 
 def _placed(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """Rows over the axes that batches are split over, where they divide."""
+    """A shape whose rows are sharded over the batch axes of the mesh, if these divide them."""
     rows = BATCH_AXES if shape[0] % batch_shards(mesh) == 0 else None
     sharding = NamedSharding(mesh, PartitionSpec(rows))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _caches(mesh: Mesh, architecture: VL2Config, rows: int, slots: int, dtype):
-    """Caches, split as `init_caches` splits them."""
+    """Shapes of the caches, with the shardings of `init_caches`."""
     with compiling_for("tpu"):
         shapes = jax.eval_shape(lambda: init_caches(architecture.decoder, rows, slots, dtype))
     divides = rows % batch_shards(mesh) == 0
@@ -192,10 +194,16 @@ def _caches(mesh: Mesh, architecture: VL2Config, rows: int, slots: int, dtype):
 
 
 def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Built:
-    """Traces, lowers and compiles.
+    """Traces, lowers and compiles a program.
+
+    Args:
+      mesh: mesh of TPU devices.
+      step: jitted function.
+      arguments: its arguments, as shapes with shardings.
+      kept: arguments whose sizes are reported, by kind.
 
     Raises:
-      UserError: it needs more memory than the chip has.
+      UserError: the program needs more memory than the chip has.
     """
     nbytes = {name: _device_bytes(tree) for name, tree in kept.items()}
     with compiling_for("tpu"), jax.set_mesh(mesh):
@@ -213,13 +221,13 @@ def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Built:
     memory = compiled.memory_analysis()
     given = memory.argument_size_in_bytes
     temporaries = max(memory.peak_memory_in_bytes - given, 0)
-    # What the program does not use lies there all the same: the vision tower while decoding.
+    # Parameters that the program does not use are also in memory, such as the vision tower.
     peak = temporaries + max(given, sum(nbytes.values()))
     return Built(compiled.as_text(), nbytes, temporaries, peak, seconds)
 
 
 def _device_bytes(tree) -> int:
-    """Bytes of one device's part of all leaves."""
+    """Bytes of all shards of one device."""
     leaves = jax.tree.leaves(tree)
     parts = (np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     return int(sum(parts))

@@ -1,4 +1,4 @@
-"""Slices of TPU chips: their names, and how long a collective takes on their torus."""
+"""TPU slices: their names, and the time of a collective on their torus of links."""
 
 from collections.abc import Sequence
 
@@ -8,27 +8,29 @@ from vl2jax.plan.hlo import Collective
 
 
 def find_chip(topology: str) -> TPU:
-    """The chip of a topology like `v5p:4x4x4`.
+    """Returns the chip of a topology such as `v5p:4x4x4`.
 
     Raises:
-      UserError: not such a name, or a chip that is not in the table.
+      UserError: the topology has another form, or the chip is unknown.
     """
     name, colon, shape = topology.partition(":")
     if not colon or not all(part.isdigit() for part in shape.split("x")):
         raise UserError(f"--topology must be CHIP:SHAPE, like v5p:4x4x4, got {topology!r}")
     if name not in TPUS:
-        raise UserError(f"--topology {topology!r}: chips are {', '.join(TPUS)}")
+        raise UserError(f"--topology {topology!r}: unknown chip; choose from {', '.join(TPUS)}")
     return TPUS[name]
 
 
 def collective_seconds(chip: TPU, where: Sequence[Sequence[int]], collective: Collective) -> float:
-    """How long one run takes if the links do nothing else.
+    """Estimates the seconds of one run of a collective, with no other traffic on the links.
 
-    A ring sends in both directions; a group that spans several axes of the torus uses the links of
-    all; an exchange of all with all is bound by what crosses the middle of its longest axis.
+    A ring sends in both directions.  A group that spans several axes of the torus uses the links of
+    all these axes.  An all-to-all is bound by its traffic across the middle of its longest axis.
 
     Args:
-      where: coordinates of every device, by number in the program.
+      chip: the chip.
+      where: coordinates of all devices, by id in the program.
+      collective: the collective.
     """
     places = [tuple(where[number]) for number in collective.group]
     if len(places) < 2:

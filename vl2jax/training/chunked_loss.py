@@ -52,7 +52,7 @@ def chunked_next_token_loss(
       kernel: [D, vocab], the output head.  It is cast to `dtype`; its gradient has its own dtype.
       batch: gives the targets and the mask.
       dtype: dtype of the operands of matrix products, which accumulate in float32.
-      chunk: maximum number of tokens whose logits a device holds at a time.
+      chunk: number of tokens whose logits a device holds at a time; at least one per row.
 
     Returns:
       The sums over all rows, on all devices.
@@ -69,9 +69,8 @@ def chunked_next_token_loss(
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     targets = jnp.pad(jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, pad)))
     loop_config = _LoopConfig(jnp.dtype(dtype), columns, mesh)
-    sums: Any = _sorted_loss(
-        hidden, kernel, targets, counts, loop_config
-    )  # custom_vjp hides its type
+    # `Any`, because custom_vjp hides the type.
+    sums: Any = _sorted_loss(hidden, kernel, targets, counts, loop_config)
     loss_sum, correct = sums
     return LossSums(loss_sum, jnp.sum(counts, dtype=jnp.float32), correct)
 

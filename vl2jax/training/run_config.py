@@ -108,7 +108,7 @@ class ComputeConfig:
       moe_implementation: implementation of the routed experts, one of
         `ops.experts.IMPLEMENTATIONS`.
       ops: implementations to try first, such as "attention=xla,matmul=xla", see `ops.registry`.
-      loss_chunk: maximum number of tokens whose logits a device holds at a time.
+      loss_chunk: number of tokens whose logits a device holds at a time.
     """
 
     dtype: str = "bfloat16"

@@ -55,7 +55,7 @@ class Recipe:
       schedule: learning rate by step, for the metrics.
       trained: paths of the trained parameters.
       bias_update_step: u of the auxiliary-loss-free balancing; 0 keeps the biases.
-      loss_chunk: maximum number of tokens whose logits a device holds at a time.
+      loss_chunk: number of tokens whose logits a device holds at a time.
     """
 
     model: VL2
