@@ -119,10 +119,15 @@ def run_on_cpu(main: Callable[[], None]) -> int:
 
 
 def _until_interrupted(main: Callable[[], None]) -> int:
-    """Runs `main`; after a signal prints what is left on disk."""
+    """Runs `main`; after a signal or an error the message says what is left on disk."""
     try:
         main()
         return 0
+    except (UserError, OSError) as error:
+        notes = getattr(error, "__notes__", [])
+        if not notes:
+            raise
+        raise UserError("; ".join([str(error), *notes])) from error
     except Interrupted as error:
         what = "; ".join(getattr(error, "__notes__", [_NOTHING_LEFT]))
         print(f"\ninterrupted: {what}", file=sys.stderr, flush=True)

@@ -468,7 +468,7 @@ def test_the_command_writes_llava_json(tmp_path, capsys):
 def test_the_command_spares_what_is_not_its_own(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: holds notes.txt")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: has notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
     other = tmp_path / "other"
     (other / "images").mkdir(parents=True)

@@ -61,14 +61,9 @@ def run_cli(
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
-        print(f"error: {'; '.join([str(error), *_notes(error)])}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"error: not enough memory on the device; try {out_of_memory}", file=sys.stderr)
     return 1
-
-
-def _notes(error: BaseException) -> list[str]:
-    """Notes added to an error with `add_note`."""
-    return getattr(error, "__notes__", [])
