@@ -28,7 +28,6 @@ from collections.abc import Sequence
 
 import jax
 
-from vl2jax import ops
 from vl2jax.cli.batch import answer_batch
 from vl2jax.cli.batch_processes import answer_batch_by_processes
 from vl2jax.cli.chat import Chat
@@ -36,7 +35,8 @@ from vl2jax.cli.command import run_cli
 from vl2jax.cli.output import Output
 from vl2jax.cli.sample_flags import parse_flags
 from vl2jax.cli.shards import Shard, choose_shard, read_distributed_options
-from vl2jax.common.compilation_cache import set_compilation_cache, show_compilations
+from vl2jax.cli.verbose import print_compilations_and_choices
+from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
 from vl2jax.inference.request import Request, from_prompt, read_request
 from vl2jax.inference.session import Session
@@ -81,8 +81,7 @@ def run_here(args: argparse.Namespace, shard: Shard) -> int:
     )
     set_compilation_cache(args.compilation_cache)
     if args.verbose:
-        show_compilations()
-        ops.report_choices(lambda line: print(f"ops: {line}", file=sys.stderr))
+        print_compilations_and_choices()
     if args.plan:
         session.plan(args.batch_size if args.batch else 1)
         return 0

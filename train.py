@@ -44,7 +44,7 @@ from vl2jax.processing.processor import Processor
 from vl2jax.training.events import Profile, Skipped, StopSignal, keep_batch
 from vl2jax.training.feed import DeviceBatch, Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.training.lineage import init_params
-from vl2jax.training.metrics import MetricsLog, NoLog, Throughput
+from vl2jax.training.metrics_log import MetricsLog, NoLog, Throughput
 from vl2jax.training.report import describe_run, model_flops
 from vl2jax.training.run_config import RunConfig, read_run_config, read_sources
 from vl2jax.training.setup import (

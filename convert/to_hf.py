@@ -24,7 +24,7 @@ from convert.source import NUMPY_DTYPES, SHORT_NAMES, some
 from convert.staging import disk_full, map_ahead, parse_bytes, run_on_cpu, staged_directory
 from convert.stopping import Stop, run_stoppable
 from vl2jax.checkpoints import model_dir as checkpoint
-from vl2jax.checkpoints.store import ParamStore, read_array
+from vl2jax.checkpoints.param_store import ParamStore, read_array
 from vl2jax.common.errors import UserError
 from vl2jax.common.progress import Progress
 

@@ -22,7 +22,7 @@ from convert.staging import disk_full, map_ahead, run_on_cpu, staged_directory
 from convert.stopping import Stop, run_stoppable
 from convert.writer import StreamedArray, save_streamed
 from vl2jax.checkpoints import model_dir as checkpoint
-from vl2jax.checkpoints.store import CheckpointError, ParamStore, read_array
+from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, read_array
 from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for metadata and small files

@@ -20,7 +20,7 @@ from vl2jax.checkpoints.model_dir import (
     read_model_dir,
     write_model_json,
 )
-from vl2jax.checkpoints.store import ParamStore, read_array
+from vl2jax.checkpoints.param_store import ParamStore, read_array
 from vl2jax.config import architecture as presets
 
 TREE = {

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from vl2jax.checkpoints.model_dir import complete_steps, flatten, load_params
-from vl2jax.checkpoints.store import ParamStore, read_array
+from vl2jax.checkpoints.param_store import ParamStore, read_array
 from vl2jax.synthetic import question
 from vl2jax.training.metrics_file import read_metrics
 

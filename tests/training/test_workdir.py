@@ -25,7 +25,7 @@ import vl2jax
 from convert import to_hf, to_jax
 from vl2jax.checkpoints.model_dir import CheckpointError, load_params, read_model_dir
 from vl2jax.checkpoints.orbax_io import reason
-from vl2jax.checkpoints.store import ParamStore
+from vl2jax.checkpoints.param_store import ParamStore
 from vl2jax.common.errors import UserError
 from vl2jax.training import lineage
 from vl2jax.training.workdir import Workdir

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vl2jax.checkpoints.store import CheckpointError, ParamStore, Shape, read_array
+from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, Shape, read_array
 from vl2jax.config import ConfigError, VL2Config
 
 MODEL_FILE = "model.json"

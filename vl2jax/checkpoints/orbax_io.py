@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from vl2jax.checkpoints.model_dir import flatten, read_leaf
-from vl2jax.checkpoints.store import ParamStore
+from vl2jax.checkpoints.param_store import ParamStore
 from vl2jax.common.errors import is_disk_full
 
 _CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk; smaller shards are stored as one chunk

@@ -1,8 +1,6 @@
 """JAX's persistent compilation cache: where it is, and a log of compilations."""
 
-import logging
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -35,24 +33,3 @@ def default_directory() -> Path:
     """Returns the default cache directory, `$XDG_CACHE_HOME/vl2jax/jax` or under `~/.cache`."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home, "vl2jax", "jax")
-
-
-def show_compilations() -> None:
-    """Logs compilations to standard error: the program, the time it took, and the cache miss."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage().strip()
-            # A miss inside a program is part of tracing it.  A miss at the engine's call of a
-            # program tells why it is compiled again.
-            called = text.startswith("TRACING CACHE MISS") and "engine.py" in text.split("\n")[0]
-            if called or text.startswith(_LOGGED):
-                print(f"compile: {text}", file=sys.stderr)
-
-    jax.config.update("jax_log_compiles", True)
-    jax.config.update("jax_explain_cache_misses", True)
-    logger = logging.getLogger("jax")
-    logger.handlers, logger.propagate = [Handler()], False
-
-
-_LOGGED = ("Finished XLA compilation", "Persistent compilation cache hit")

@@ -14,7 +14,7 @@ from vl2jax.config.architecture import (
     VisionConfig,
     VL2Config,
     base,
-    given,
+    required,
     small,
     tiny,
 )
@@ -31,7 +31,7 @@ __all__ = [
     "VL2Config",
     "VisionConfig",
     "base",
-    "given",
+    "required",
     "small",
     "tiny",
 ]

@@ -15,7 +15,7 @@ from vl2jax.config.schema import ConfigError, read, write
 T = TypeVar("T")
 
 
-def given(value: T | None) -> T:
+def required(value: T | None) -> T:
     """Returns an optional field that this kind of model must have; `checks.py` has validated it."""
     assert value is not None
     return value

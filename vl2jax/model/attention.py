@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vl2jax.config import DecoderConfig, given
+from vl2jax.config import DecoderConfig, required
 from vl2jax.model.layers import Kernel, Linear, RMSNorm
 from vl2jax.model.rope import apply_rope, softmax_scale
 from vl2jax.ops import cache as cache_ops
@@ -105,7 +105,9 @@ def init_cache(cfg: DecoderConfig, layers: int, rows: int, slots: int, dtype) ->
         return constrain(jnp.zeros((layers, rows, *shape), dtype), *CACHE_RULES[name])
 
     if cfg.use_mla:
-        return LatentCache(zeros("latent", slots, given(cfg.kv_lora_rank) + cfg.qk_rope_head_dim))
+        return LatentCache(
+            zeros("latent", slots, required(cfg.kv_lora_rank) + cfg.qk_rope_head_dim)
+        )
     heads, width = cfg.num_attention_heads, cfg.qk_head_dim
     return KVCache(*(zeros(name, heads, slots, width) for name in ("keys", "values")))
 
@@ -193,7 +195,11 @@ class MLA(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        heads, nope, rank = cfg.num_attention_heads, cfg.qk_nope_head_dim, given(cfg.kv_lora_rank)
+        heads, nope, rank = (
+            cfg.num_attention_heads,
+            cfg.qk_nope_head_dim,
+            required(cfg.kv_lora_rank),
+        )
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(_LATENT_NORM_EPS, self.dtype, self.param_dtype, name=name)

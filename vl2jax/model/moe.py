@@ -12,7 +12,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
-from vl2jax.config import DecoderConfig, given
+from vl2jax.config import DecoderConfig, required
 from vl2jax.model.layers import GatedMLP
 from vl2jax.model.losses import batch_balance_loss, expert_load, sequence_balance_loss
 from vl2jax.model.parameter import parameter
@@ -75,11 +75,11 @@ def route(cfg: DecoderConfig, logits: jax.Array, bias: jax.Array | None = None) 
     Returns:
       The chosen experts, their gate values and all scores.
     """
-    top_k = given(cfg.num_experts_per_tok)
+    top_k = required(cfg.num_experts_per_tok)
     score = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}[cfg.scoring_func]
     scores = choice = score(logits.astype(jnp.float32))
     if cfg.topk_method == "noaux_tc":
-        choice = scores + jnp.expand_dims(given(bias), range(scores.ndim - 1))
+        choice = scores + jnp.expand_dims(required(bias), range(scores.ndim - 1))
     if cfg.topk_method != "greedy":
         choice = _limit_groups(cfg, choice)
     _, experts = jax.lax.top_k(choice, top_k)
@@ -94,8 +94,8 @@ def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
     grouped = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
     best = 2 if cfg.topk_method == "noaux_tc" else 1
     group_scores = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
-    _, kept = jax.lax.top_k(group_scores, given(cfg.topk_group))
-    keep = jax.nn.one_hot(kept, given(cfg.n_group), dtype=jnp.bool_).any(axis=-2)
+    _, kept = jax.lax.top_k(group_scores, required(cfg.topk_group))
+    keep = jax.nn.one_hot(kept, required(cfg.n_group), dtype=jnp.bool_).any(axis=-2)
     return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
@@ -113,7 +113,7 @@ class Gate(nn.Module):
     def __call__(self, x: jax.Array) -> Routing:
         cfg, bias = self.cfg, None
         init = nn.initializers.normal(cfg.initializer_range)
-        shape = (x.shape[-1], given(cfg.n_routed_experts))
+        shape = (x.shape[-1], required(cfg.n_routed_experts))
         kernel = parameter(self, "kernel", init, shape, self.param_dtype)
         logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
         if cfg.topk_method == "noaux_tc":
@@ -142,7 +142,11 @@ class Experts(nn.Module):
     ) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; `layer` is the index of the layer in its run."""
         cfg = self.cfg
-        experts, hidden, width = given(cfg.n_routed_experts), cfg.moe_intermediate_size, x.shape[-1]
+        experts, hidden, width = (
+            required(cfg.n_routed_experts),
+            cfg.moe_intermediate_size,
+            x.shape[-1],
+        )
         tokens = math.prod(x.shape[:-1])
         inputs = (
             x.reshape(tokens, width),
@@ -239,5 +243,5 @@ class MoE(nn.Module):
             )
         else:
             loss = batch_balance_loss(routing.scores, routing.experts, counted)
-        load = expert_load(routing.experts, counted, given(cfg.n_routed_experts))
+        load = expert_load(routing.experts, counted, required(cfg.n_routed_experts))
         return y, Balance(loss * cfg.aux_loss_alpha, load)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.common.errors import UserError
-from vl2jax.config import VL2Config, given
+from vl2jax.config import VL2Config, required
 from vl2jax.model.adaptor import Adaptor
 from vl2jax.model.decoder import Caches, Decoder
 from vl2jax.model.layers import REMAT
@@ -151,7 +151,7 @@ class VL2(nn.Module):
         """
         segments = jnp.ones_like(positions)
         hidden, written, _ = self.decoder(x, positions, segments, caches)
-        return hidden, given(written)
+        return hidden, required(written)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the output head: [..., D] -> float32[..., vocab]."""

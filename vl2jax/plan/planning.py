@@ -31,8 +31,8 @@ from vl2jax.parallel.sharding import make_mesh
 from vl2jax.plan.hlo import Cost, analyse
 from vl2jax.plan.kernel_costs import kernel_cost
 from vl2jax.plan.programs import (
-    Built,
-    Request,
+    CompiledProgram,
+    GenerationSizes,
     build_decode,
     build_prefill,
     build_train,
@@ -52,7 +52,7 @@ def plan(
     config: RunConfig,
     topology: str,
     what: str,
-    request: Request,
+    request: GenerationSizes,
 ) -> dict:
     """Compiles a program and computes its costs.
 
@@ -110,7 +110,7 @@ def plan(
     }
 
 
-def work(config: RunConfig, architecture: VL2Config, what: str, request: Request):
+def work(config: RunConfig, architecture: VL2Config, what: str, request: GenerationSizes):
     """Tokens of the decoder in one run of a program, and the FLOPs that the model needs for them.
 
     A train step needs six FLOPs per activated parameter, a forward pass two; see
@@ -146,7 +146,7 @@ def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards:
     return None
 
 
-def _report(chip: TPU, mesh: Mesh, built: Built, cost: Cost, model: float) -> dict:
+def _report(chip: TPU, mesh: Mesh, built: CompiledProgram, cost: Cost, model: float) -> dict:
     """Memory, FLOPs, collectives and roofline of one device."""
     where = [device.coords for device in mesh.devices.flat]
     kinds: dict[str, dict[str, float]] = {}
@@ -246,7 +246,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--what takes {', '.join(WHAT)}, got {','.join(unknown) or 'nothing'}")
     jax.config.update(EFFORT, FLAGS.effort)
     slots = max(FLAGS.slots, FLAGS.prompt + 1)
-    request = Request(FLAGS.rows, FLAGS.prompt, slots, FLAGS.quantize)
+    request = GenerationSizes(FLAGS.rows, FLAGS.prompt, slots, FLAGS.quantize)
     for what in FLAGS.what:
         try:
             with ops.use(**ops.parse(config.compute.ops)):

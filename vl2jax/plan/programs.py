@@ -31,7 +31,7 @@ from vl2jax.training.setup import jit_train_step, make_recipe, state_shapes
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class GenerationSizes:
     """Sizes of a prefill or decode program.
 
     Attributes:
@@ -48,7 +48,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
+class CompiledProgram:
     """A compiled program.
 
     Attributes:
@@ -89,7 +89,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise UserError(f"--topology {topology!r}: {what}") from error
 
 
-def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built:
+def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> CompiledProgram:
     """Compiles the train step of `train.py`."""
     recipe = make_recipe(config, architecture, mesh)
     state, split, batch = state_shapes(recipe, mesh), batch_sharding(mesh), config.batch
@@ -114,8 +114,8 @@ def build_train(config: RunConfig, architecture: VL2Config, mesh: Mesh) -> Built
 
 
 def build_prefill(
-    config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request
-) -> Built:
+    config: RunConfig, architecture: VL2Config, mesh: Mesh, request: GenerationSizes
+) -> CompiledProgram:
     """Compiles the prefill of whole prompts, as `sample.py` runs it."""
     dtype, params = _params(config, architecture, mesh, request.quantize)
     place = functools.partial(_placed, mesh)
@@ -128,7 +128,9 @@ def build_prefill(
     )
 
 
-def build_decode(config: RunConfig, architecture: VL2Config, mesh: Mesh, request: Request) -> Built:
+def build_decode(
+    config: RunConfig, architecture: VL2Config, mesh: Mesh, request: GenerationSizes
+) -> CompiledProgram:
     """Compiles the burst, the loop that decodes several tokens per row, as `sample.py` runs it."""
     dtype, params = _params(config, architecture, mesh, request.quantize)
     rows = request.rows
@@ -193,7 +195,7 @@ def _caches(mesh: Mesh, architecture: VL2Config, rows: int, slots: int, dtype):
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Built:
+def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> CompiledProgram:
     """Traces, lowers and compiles a program.
 
     Args:
@@ -223,7 +225,7 @@ def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Built:
     temporaries = max(memory.peak_memory_in_bytes - given, 0)
     # Parameters that the program does not use are also in memory, such as the vision tower.
     peak = temporaries + max(given, sum(nbytes.values()))
-    return Built(compiled.as_text(), nbytes, temporaries, peak, seconds)
+    return CompiledProgram(compiled.as_text(), nbytes, temporaries, peak, seconds)
 
 
 def _device_bytes(tree) -> int:

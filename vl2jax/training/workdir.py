@@ -28,7 +28,7 @@ from vl2jax.checkpoints.orbax_io import (
     reason,
     save_args,
 )
-from vl2jax.checkpoints.store import CheckpointError, ParamStore
+from vl2jax.checkpoints.param_store import CheckpointError, ParamStore
 from vl2jax.common.errors import UserError, listed
 from vl2jax.common.file_lock import lock_directory
 

@@ -19,6 +19,7 @@ from vl2jax.ops.experts import AUTO, ExpertWeights, routed_experts
 from vl2jax.ops.experts.exchange import EXCHANGES, choose_exchange
 from vl2jax.ops.matmul.int8 import Int8, Weight, split_like
 from vl2jax.parallel.mesh import axis_size, batch_axes, batch_shards
+from vl2jax.parallel.sharding import param_spec
 
 
 def sharded_experts(
@@ -58,26 +59,29 @@ def sharded_experts(
         x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
         if len(x) % shards or len(x) < shards * shards:
             rows, exchange = None, "none" if exchange == "none" else "sum"
-    axes = tuple(a if a in mesh.axis_names else None for a in ("expert", "fsdp", "tensor"))
-    expert, fsdp, tensor = axes
-    lead = () if layer is None else (None,)
-    wide, narrow = (
-        PartitionSpec(*lead, expert, fsdp, tensor),
-        PartitionSpec(*lead, expert, tensor, fsdp),
-    )
     layers = () if layer is None else (layer,)
     body = functools.partial(_on_one_device, mesh, implementation, exchange)
     y = jax.shard_map(
         body,
         in_specs=(
             *(PartitionSpec(rows),) * 3,
-            ExpertWeights(*map(_split, w, (wide, wide, narrow))),
+            ExpertWeights(*map(_split, w, _specs(mesh, stacked=layer is not None))),
             *(PartitionSpec(),) * len(layers),
         ),
         out_specs=PartitionSpec(rows),
         check_vma=False,
     )(x, weights, experts, w, *layers)
     return y.reshape(shape)
+
+
+def _specs(mesh: AbstractMesh, stacked: bool) -> list[PartitionSpec]:
+    """Specs of gate, up and down as in `sharding.PARAM_RULES`, without axes that the mesh lacks."""
+    found = []
+    for name in ("gate", "up", "down"):
+        rule = param_spec(f"decoder/moe_0/mlp/experts/{name}_proj")  # with an axis of layers
+        axes = (axis if axis in mesh.axis_names else None for axis in rule[0 if stacked else 1 :])
+        found.append(PartitionSpec(*axes))
+    return found
 
 
 def _on_one_device(mesh, implementation, exchange, x, weights, experts, w, layer=None):

@@ -9,9 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vl2jax.training import metrics
-from vl2jax.training.metrics import MetricsLog, Throughput
+from vl2jax.training import metrics_log as metrics
 from vl2jax.training.metrics_file import read_metrics
+from vl2jax.training.metrics_log import MetricsLog, Throughput
 
 
 class Terminal(io.StringIO):
