@@ -87,11 +87,14 @@ def test_a_picture_on_a_mesh_of_two_processes(ckpt, capfd):
 
 
 def test_rows_are_shared_and_put_together(ckpt, questions, answers, tmp_path):
-    """Resumes an interrupted run: two rows in OUT, one and a half rows of process 1."""
+    """Resumes an interrupted run: two rows in OUT, one and a half rows of process 1.
+
+    Each process answers prompts of its own, one at a time.
+    """
     lines, target = answers.splitlines(keepends=True), tmp_path / "out.jsonl"
     target.write_text("".join(lines[:2]))
     shard_path(target, (1, 2)).write_text(lines[3] + lines[5][:40])
-    flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 2)
+    flags = flags_of(ckpt, "--batch", questions, "--out", target, "--batch_size", 1)
     first, second = finish(*start_two("sample.py", 1, *flags))
     assert (first[0], second[0]) == (1, 1), (first, second)  # because of the bad row
     assert same(target.read_text()) == same(answers)

@@ -99,7 +99,8 @@ class Engine:
           rows: maximum number of sequences in the batch.
           keep_turns: whether to keep the cache of a finished sequence that was alone in the batch,
             for a prompt that continues the conversation.
-          check_prompts_equal: whether to check that all processes of a run answer the same prompts.
+          check_prompts_equal: whether to check, if the parameters are shared by several processes,
+            that all answer the same prompts.
           tokenizer, temperature, top_p, top_k, repetition_penalty, stop, eos_token_id, chunk_size,
             dtype, cache_dtype: see `generate.stream`.
 
@@ -117,7 +118,8 @@ class Engine:
         self._tokenizer, self._stop, self._eos = tokenizer, stop, _as_list(eos_token_id)
         self._eos_array = np.asarray(self._eos or [-1], np.int32)
         self._max_rows, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
-        self._n_compared = 0 if check_prompts_equal else None
+        is_shared = not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+        self._n_compared = 0 if check_prompts_equal and is_shared else None
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype)
