@@ -7,9 +7,9 @@ Commands:
         --prompt "How many shapes do you see?"
     python eval.py --ckpt runs/tiny --data synthetic
 
-Device, memory, time: two CPU cores, 1.8 GB, 15 minutes.
+Device, memory, time: two CPU cores, 1.8 GB, 15 to 18 minutes.
 Expected result: on 400 questions about colours, shapes, counts and digits in held-out images, 95%
-to 97% of the answers are correct; benchmarks/results.md has all scores.
+of the answers are correct; boxes vary from run to run (benchmarks/results.md).
 """
 
 import ml_collections
