@@ -30,7 +30,7 @@ from vl2jax.inference.steps import MAX_BURST, NO_TOKEN, DecodeState, compiled_st
 from vl2jax.model.decoder import Caches
 from vl2jax.model.vl2 import compute_dtype
 from vl2jax.ops.platform import platform_of
-from vl2jax.parallel.mesh import mesh_of
+from vl2jax.parallel.mesh import mesh_of, spans_processes
 from vl2jax.parallel.processes import assert_equal_across_processes
 from vl2jax.processing.batch import TEXT
 
@@ -118,8 +118,7 @@ class Engine:
         self._tokenizer, self._stop, self._eos = tokenizer, stop, _as_list(eos_token_id)
         self._eos_array = np.asarray(self._eos or [-1], np.int32)
         self._max_rows, self._chunk, self._keep_turns = rows, chunk_size, keep_turns
-        is_shared = not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
-        self._n_compared = 0 if check_prompts_equal and is_shared else None
+        self._n_compared = 0 if check_prompts_equal and spans_processes(params) else None
         dtype = jnp.dtype(dtype or compute_dtype(params))
         cache_dtype = None if cache_dtype is None else jnp.dtype(cache_dtype)
         self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype)

@@ -83,6 +83,12 @@ def mesh_of(tree) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh)
 
 
+def spans_processes(tree) -> bool:
+    """Whether some arrays of a tree lie on devices of several processes."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return not all(leaf.is_fully_addressable for leaf in leaves)
+
+
 def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
     """Wraps a function in `shard_map`, because the compiler cannot partition a kernel by itself.
 
