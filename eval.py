@@ -26,7 +26,7 @@ from typing import Any
 
 from vl2jax.checkpoints.model_dir import read_model_dir, write_json
 from vl2jax.cli.command import Parser, run_cli, whole
-from vl2jax.cli.output import json_line, text_of
+from vl2jax.cli.output import json_line
 from vl2jax.cli.shards import Shard, add_distributed_flags, choose_shard, read_distributed_options
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
@@ -259,7 +259,7 @@ def answer_window(
         answers = answer([sample for *_, sample in group])
         yield [
             Outcome(
-                family, index, text_of(said), said.finish_reason, score(question, text_of(said))
+                family, index, said.text or "", said.finish_reason, score(question, said.text or "")
             )
             for (family, index, question, _), said in zip(group, answers, strict=True)
         ]

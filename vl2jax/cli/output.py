@@ -61,12 +61,13 @@ class Output:
 
     def finish(self, generation: Generation, sample: Sample) -> None:
         """Prints the complete answer, or the end of a streamed one, and draws its boxes."""
+        text = generation.text or ""  # a session always has a tokenizer
         if self._as_json:
             print(json_line(record(generation, sample, self._draw_on)), flush=True)
         else:
-            print("" if self._streams else _printable(text_of(generation)), flush=True)
+            print("" if self._streams else _printable(text), flush=True)
         if self._draw is not None:
-            found = grounding.parse_answer(text_of(generation), sample.image_sizes, self._draw_on)
+            found = grounding.parse_answer(text, sample.image_sizes, self._draw_on)
             source = sample.image_sources[-1 if self._draw_on is None else self._draw_on - 1]
             picture = load_image(source, exif=self._exif)
             grounding.draw(picture, found.boxes).save(self._draw)
@@ -83,12 +84,6 @@ def _printable(text: str) -> str:
     return text.translate(_VISIBLE) if sys.stdout.isatty() else text
 
 
-def text_of(generation: Generation) -> str:
-    """The text of an answer; a session always has a tokenizer, so it is not None."""
-    assert generation.text is not None
-    return generation.text
-
-
 def record(generation: Generation, sample: Sample, draw_on: int | None = None) -> dict[str, Any]:
     """Converts an answer to a JSON object.
 
@@ -97,7 +92,7 @@ def record(generation: Generation, sample: Sample, draw_on: int | None = None) -
       sample: its prompt.
       draw_on: number of the image (from 1) for whose pixels `boxes` are computed; None: the last.
     """
-    found = grounding.parse_answer(text_of(generation), sample.image_sizes, draw_on)
+    found = grounding.parse_answer(generation.text or "", sample.image_sizes, draw_on)
     return {
         "text": generation.text,
         "tokens": generation.tokens,
