@@ -14,12 +14,12 @@ import PIL.Image
 import pytest
 from conftest import ROOT
 
-import sample
 from convert import random_hf, to_jax
 from vl2jax.cli import output as answer_output
 from vl2jax.inference.generate import Generation
 from vl2jax.inference.request import Request
 from vl2jax.inference.session import Session
+from vl2jax.programs import sample
 
 QUESTION = "OCR see | 图片里有什么 a f(x): no or you"
 # The original's answer to QUESTION about one_image_0_0.png, from golden.json.

@@ -12,13 +12,13 @@ import pytest
 from conftest import ROOT
 from processes import finish, long_test, start_two
 
-import eval as program
-import sample
 from convert import random_hf, to_jax
 from vl2jax.cli.batch import shard_path
 from vl2jax.cli.batch_processes import _append_parts, _refuse_other_parts
 from vl2jax.cli.shards import choose_shard
 from vl2jax.common.errors import UserError
+from vl2jax.programs import eval as program
+from vl2jax.programs import sample
 
 SHORT = ["--dtype", "float32", "--max_new_tokens", "5"]
 

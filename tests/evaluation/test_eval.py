@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import PIL.Image
 import pytest
 
-import eval as program
 from convert import random_hf, to_jax
 from vl2jax.checkpoints.model_dir import CHECKPOINTS, PARAMS
 from vl2jax.evaluation import scoring
@@ -16,6 +15,7 @@ from vl2jax.evaluation.contact_sheet import RIGHT, WRONG
 from vl2jax.evaluation.scoring import Score
 from vl2jax.inference.generate import Generation
 from vl2jax.inference.session import Session
+from vl2jax.programs import eval as program
 from vl2jax.synthetic import FAMILIES, question
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from golden import padded_batch
 
-import eval as program
-import sample
 import vl2jax
 from convert import random_hf, to_jax
 from vl2jax.checkpoints import model_dir as checkpoint
@@ -36,6 +34,8 @@ from vl2jax.ops.matmul.int8 import int8_sharding, scale_spec
 from vl2jax.ops.platform import compiling_for
 from vl2jax.parallel.mesh import AXES
 from vl2jax.parallel.sharding import make_mesh, param_shardings, param_spec
+from vl2jax.programs import eval as program
+from vl2jax.programs import sample
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

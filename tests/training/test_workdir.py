@@ -20,13 +20,13 @@ from convert_case import read_all, write_source
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from workdir_case import state
 
-import sample
 import vl2jax
 from convert import to_hf, to_jax
 from vl2jax.checkpoints.model_dir import CheckpointError, load_params, read_model_dir
 from vl2jax.checkpoints.orbax_io import reason
 from vl2jax.checkpoints.param_store import ParamStore
 from vl2jax.common.errors import UserError
+from vl2jax.programs import sample
 from vl2jax.training import lineage
 from vl2jax.training.workdir import Workdir
 

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 
 from vl2jax.common.errors import UserError
-from vl2jax.parallel.processes import DistributedOptions
+from vl2jax.parallel.processes import DistributedOptions, assert_equal_across_processes
 from vl2jax.parallel.sharding import parse_mesh, read_mesh
 
 
@@ -62,6 +62,17 @@ def read_distributed_options(args: argparse.Namespace) -> DistributedOptions:
         process_id=args.process_id,
         timeout=args.join_timeout,
     )
+
+
+def check_same_flags(args: argparse.Namespace) -> None:
+    """Compares the flags of all processes, but for those that belong to one process.
+
+    Raises:
+      UserError: the flags of two processes differ.
+    """
+    own = ("process_id", "join_timeout")
+    same = {name: str(value) for name, value in vars(args).items() if name not in own}
+    assert_equal_across_processes(same, "flags")
 
 
 def choose_shard(mesh: str, *, rows: bool) -> Shard:

@@ -17,8 +17,13 @@ FLAGS = flags.FLAGS
 _LAST_LINE = re.compile(r"^\s*(?:[\w.]*(?:Error|Exception): )?(\S.*)$", re.MULTILINE)
 
 
-def define_flags() -> None:
-    """Defines --config, --workdir, --compilation_cache, --help and those of `jax.distributed`."""
+def define_flags(description: str | None) -> None:
+    """Defines --config, --workdir, --compilation_cache, --help and those of `jax.distributed`.
+
+    Args:
+      description: what --help prints first; absl takes it from the main module.
+    """
+    sys.modules["__main__"].__doc__ = description
     app.define_help_flags()
     what = "configuration file, with its argument if it has one: configs/FILE.py[:ARG]"
     config_flags.DEFINE_config_file("config", None, what)

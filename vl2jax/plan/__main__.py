@@ -1,4 +1,4 @@
-"""`python -m vl2jax.plan`, see `planning.py`."""
+"""`python -m vl2jax.plan` and `vl2jax-plan`, see `planning.py`."""
 
 import sys
 
@@ -6,8 +6,13 @@ import jax
 
 from vl2jax.plan import planning
 
-if __name__ == "__main__":
-    __doc__ = planning.__doc__  # what --help prints
+
+def script() -> int:
+    """Runs the planner with the command line of this process."""
     jax.config.update("jax_platforms", "cpu")  # the TPU is compiled for, not used
     planning.define_plan_flags()
-    raise SystemExit(planning.main(sys.argv))
+    return planning.main(sys.argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(script())

@@ -225,7 +225,7 @@ def describe(found: dict) -> str:
 
 def define_plan_flags() -> None:
     """Defines the flags of `train.py` and those of this program."""
-    define_flags()
+    define_flags(__doc__)
     flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4 or v5e:2x4")
     flags.DEFINE_list("what", ["train"], f"programs: {', '.join(WHAT)}")
     flags.DEFINE_integer("rows", 8, "batch size of prefill and decode", lower_bound=1)

@@ -25,7 +25,6 @@ HELD_OUT = (
     *(("red", "circle"), ("green", "star"), ("blue", "triangle"), ("yellow", "cross")),
     *(("purple", "diamond"), ("orange", "square"), ("black", "circle"), ("cyan", "triangle")),
 )
-ORDINALS = (("first", "第一"), ("second", "第二"), ("third", "第三"))
 
 # English words and their Chinese; each is unique, so that translation is unambiguous.
 _WORDS = """
