@@ -82,6 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
         images_root="",
         supervise="answers",
         on_error="raise",
+        max_skipped=0.5,
         threads=1,
         workers=0,
         prefetch=4,

@@ -88,7 +88,7 @@ def test_one_batch(processor):
     assert 0 < packed.supervised < packed.tokens
     assert (packed.pool_counts[:, 0] == (batch.segment_ids > 0).sum(axis=(1, 2))).all()
     whole = [packed.tokens, packed.images, packed.tiles, packed.supervised]
-    assert packed.pool_counts.sum(axis=0).tolist() == whole
+    assert packed.pool_counts.sum(axis=0)[:4].tolist() == whole
     batches.close()
 
 
@@ -270,12 +270,60 @@ def test_data_without_a_valid_row(processor, repeat):
     with pytest.raises(UserError, match=r"no valid row.*malformed; repair it.*a:\d: unknown role"):
         list(start(bad, processor, on_error="skip", repeat=repeat))
     if repeat:  # also together with a valid source
-        with pytest.raises(UserError, match=r"data source 2 has no valid row: the last 82"):
-            list(start([(Rows("b", 90), 0.9), (bad, 0.1)], processor, on_error="skip"))
+        both = [(Rows("b", 90), 0.9), (bad, 0.1)]
+        with pytest.raises(UserError, match=r"data source 2 has no valid row: the last 51 that"):
+            list(start(both, processor, on_error="skip"))
+        with pytest.raises(UserError, match=r"data source 2 has no valid row: the last 109"):
+            list(start(both, processor, on_error="skip", max_skipped=1))
+
+
+@pytest.mark.parametrize(("max_skipped", "most"), [(0.5, 51), (0.1, 11), (0.0, 1)])
+def test_a_large_source_without_a_valid_row_ends_a_run_early(processor, max_skipped, most):
+    """Also if one of many processes reads it."""
+    source, told = Rows("a", 2**20, bad=range(2**20)), []
+    options = {"on_error": "skip", "max_skipped": max_skipped, "on_skip": told.append}
+    batches = start(source, processor, process_index=7, process_count=64, **options)
+    with pytest.raises(UserError, match=f"no valid row: the last {most} that were read"):
+        next(batches)
+    assert len(told) == most
+    batches.close()
+
+
+def test_the_share_of_skipped_rows_is_limited(processor):
+    third, options = Rows("a", 999, bad=range(0, 999, 3)), {"on_error": "skip", "shape": LARGE}
+    batches = start(third, processor, max_skipped=0.5, **options)
+    read, skipped = take(batches, 9)[-1].pool_counts[0, 4:6]
+    batches.close()
+    assert read > 200 and 0.25 < skipped / read < 0.42
+    batches = start(third, processor, max_skipped=0.2, **options)
+    limit = r"data source 1: 2\d of the \d+ rows read so far .*config.data.max_skipped 0.2 allows"
+    with pytest.raises(UserError, match=limit):
+        take(batches, 9)
+    batches.close()
+
+
+def test_counts_of_rows_continue_after_a_restart(processor):
+    source = Rows("a", 30, bad=(3, 20))
+    batches = start(source, processor, on_error="skip")
+    whole = take(batches, 8)
+    batches.close()
+    counts = [batch.pool_counts.sum(axis=0)[4:].tolist() for batch in whole]
+    assert counts[-1][0] > 60 and counts[-1][1] >= 4 and counts[0] < counts[3] < counts[-1]
+    batches = start(source, processor, on_error="skip")
+    take(batches, 4)
+    state = json.loads(json.dumps(batches.get_state()))
+    batches.close()
+    resumed = start(source, processor, on_error="skip")
+    resumed.set_state(state)
+    assert [b.pool_counts.sum(axis=0)[4:].tolist() for b in take(resumed, 4)] == counts[4:]
+    del state["rows"]  # as a checkpoint of an older version: counting begins again
+    resumed.set_state(state)
+    assert next(resumed).pool_counts[0, 4] <= counts[4][0] - counts[3][0]
+    resumed.close()
 
 
 def test_a_single_valid_row_is_enough(processor):
-    batches = start(Rows("a", 9, bad=range(8)), processor, on_error="skip")
+    batches = start(Rows("a", 9, bad=range(8)), processor, on_error="skip", max_skipped=1)
     assert set(names(take(batches, 2))) == {"a:8"}
     batches.close()
 
@@ -306,6 +354,7 @@ def test_a_source_that_says_so_is_read_in_order(processor):
         ([(Rows("a", 3), 0.0)], {}, "data source 1 has weight 0.0"),
         ([(Rows("a", 3), float("nan"))], {}, "data source 1 has weight nan"),
         ([(Rows("a", 3), 1.0)], {"on_error": "ignore"}, "on_error is 'ignore', expected"),
+        ([(Rows("a", 3), 1.0)], {"max_skipped": 1.5}, "max_skipped is 1.5, expected a share"),
         ([(Rows("a", 3), 1.0)], {"threads": 0}, "threads is 0, expected 1 or more"),
         ([(Rows("a", 3), 1.0)], {"seed": -1}, "seed is -1, expected 0 or more"),
     ],

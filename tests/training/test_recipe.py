@@ -87,6 +87,7 @@ def test_tiny_has_every_feature():
             lambda c: c["data"].update(supervise="all"),
             "data.supervise must be one of answers, text",
         ),
+        (lambda c: c["data"].update(max_skipped=-0.1), "data.max_skipped must be a share from 0"),
         (lambda c: c["data"].update(on_error="ignore"), "data.on_error must be one of raise, skip"),
         (lambda c: c["compute"].update(dtype="fp8"), "compute.dtype must be one of float32"),
         (lambda c: c.pop("optim"), "optim"),

@@ -25,6 +25,10 @@ from vl2jax.processing.processor import Processor
 
 # Samples that each thread or worker process reads ahead.
 READ_AHEAD = 8
+# What `PackedBatch.pool_counts` counts.
+BATCH_COUNTS = ("tokens", "images", "tiles", "supervised")
+ROW_COUNTS = ("rows_read", "rows_skipped", "rows_too_long", "rows_truncated")
+COUNTS = BATCH_COUNTS + ROW_COUNTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,9 @@ class PackedBatch:
       tiles: number of tiles.
       tokens: number of tokens without padding.
       supervised: number of tokens that count in the loss.
-      pool_counts: int64[pools, 4]; tokens, images, tiles and supervised tokens of each pool.
+      pool_counts: int64[pools, `COUNTS`]; the first four are of each pool of the batch.  The others
+        are counts of rows since the beginning of the run (see `malformed.Counts`), in the first
+        pool.
     """
 
     batch: Batch
@@ -65,6 +71,7 @@ def make_pipeline(
     shuffle: bool = True,
     repeat: bool = True,
     on_error: str = "raise",
+    max_skipped: float = 0.5,
     on_skip: Callable[[str], None] | None = None,
     threads: int = 2,
     workers: int = 0,
@@ -88,6 +95,7 @@ def make_pipeline(
       shuffle: whether to shuffle the rows of each source.
       repeat: whether to repeat the sources forever; otherwise the last batch may be partly empty.
       on_error: "raise" raises a UserError for a malformed row, "skip" skips the row.
+      max_skipped: maximum share of skipped rows of a source, 0 to 1, see `malformed.Malformed`.
       on_skip: called once with each message about skipped rows, in a background thread.
       threads: threads that read rows, decode images and tokenize, in each worker process.
       workers: worker processes that do so; 0: only threads of this process.  With workers, sources
@@ -107,6 +115,8 @@ def make_pipeline(
     opened = [source for source, _ in sources]
     _check_sources(opened, weights)
     _check_settings(on_error, seed, threads, workers, prefetch)
+    if not 0 <= max_skipped <= 1:
+        raise UserError(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
     order = mixed_order(
         opened,
         weights,
@@ -123,6 +133,7 @@ def make_pipeline(
         threads=threads,
         workers=workers,
         on_skip=None if on_error == "raise" else on_skip or _ignore,
+        max_skipped=max_skipped,
         identity={
             "seed": seed,
             "shuffle": shuffle,
@@ -142,6 +153,7 @@ class PackedDataset(grain.IterDataset):
       samples: the dataset, in the data order.
       shape: shape of the batches.
       on_skip: called with messages about malformed rows; None: they are raised.
+      max_skipped: maximum share of malformed rows of a source.
       identity: settings that determine the data order.
       assemble: makes a `Batch` of placed samples.
     """
@@ -155,6 +167,7 @@ class PackedDataset(grain.IterDataset):
         threads: int,
         workers: int,
         on_skip: Callable[[str], None] | None,
+        max_skipped: float,
         identity: dict[str, Any],
     ):
         """
@@ -165,12 +178,13 @@ class PackedDataset(grain.IterDataset):
           threads: threads that read ahead, in each worker process.
           workers: worker processes; 0: none.
           on_skip: called with messages about malformed rows; None: raise them.
+          max_skipped: maximum share of malformed rows of a source.
           identity: settings that determine the data order, as JSON values; a state with other
             settings is rejected.
         """
         super().__init__(samples)
         self.samples, self.shape = samples, shape
-        self.on_skip, self.identity = on_skip, identity
+        self.on_skip, self.max_skipped, self.identity = on_skip, max_skipped, identity
         self._threads, self._workers = threads, workers
         self.assemble = functools.partial(
             assemble,
@@ -210,7 +224,9 @@ class PackedIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._packer: Packer[ReadRow] = Packer(dataset.shape)
         self._next = 0
-        self._errors = Malformed(dataset.identity["rows"], dataset.identity["process"][1])
+        self._errors = Malformed(
+            dataset.identity["rows"], dataset.identity["process"][1], dataset.max_skipped
+        )
 
     def __next__(self) -> PackedBatch:
         if self._ahead is None:
@@ -223,12 +239,13 @@ class PackedIterator(grain.DatasetIterator):
         samples = [item.sample for item in items]
         batch = self._dataset.assemble([(place, item.sample) for place, item in placed])
         process_index, process_count = self._dataset.identity["process"]
-        counts = np.zeros((self._dataset.shape.pools, 4), np.int64)
+        counts = np.zeros((self._dataset.shape.pools, len(COUNTS)), np.int64)
         for place, item in placed:
             sample = item.sample
             counts[place.pool, :3] += len(sample), len(sample.image_sizes), len(sample.tiles)
         counts[:, 3] = supervised(batch).sum(axis=(1, 2))
-        tokens, images, tiles, targets = counts.sum(axis=0).tolist()
+        counts[0, len(BATCH_COUNTS) :] = self._errors.counts.totals()
+        tokens, images, tiles, targets = counts.sum(axis=0).tolist()[: len(BATCH_COUNTS)]
         return PackedBatch(
             batch=batch,
             rows=np.array([item.index * process_count + process_index for item in items], np.int64),
@@ -244,7 +261,12 @@ class PackedIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         """Returns the state after the last batch, as JSON values."""
         waiting = [item.index for item in self._packer.waiting]
-        return {"next": self._next, "waiting": waiting, "data": self._dataset.identity}
+        return {
+            "next": self._next,
+            "waiting": waiting,
+            "rows": self._errors.get_state(),
+            "data": self._dataset.identity,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which the state was taken.
@@ -265,7 +287,7 @@ class PackedIterator(grain.DatasetIterator):
             waiting.append(item)
         self._stop_reading()
         self._next, self._packer.waiting = state["next"], waiting
-        self._errors.given |= self._next > 0
+        self._errors.set_state(state.get("rows"), self._next > 0)
 
     def close(self) -> None:
         """Ends the threads and worker processes."""
@@ -284,7 +306,7 @@ class PackedIterator(grain.DatasetIterator):
             if isinstance(item, BadRow):
                 self._errors.add(item, self._dataset.on_skip)
             else:
-                self._errors.clear(item.source)
+                self._errors.valid(item)
                 yield item
 
 

@@ -27,14 +27,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vl2jax.common.errors import UserError
-from vl2jax.data.pipeline import PackedBatch
+from vl2jax.data.pipeline import COUNTS, PackedBatch
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.sharding import batch_sharding
 from vl2jax.processing.batch import Batch
 from vl2jax.training.run_config import BatchConfig
 
 # Counts of each pool.  The devices sum them over all processes.
-COUNTED = ("tokens", "images", "tiles", "supervised", "stop")
+COUNTED = (*COUNTS, "stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,9 @@ class DeviceBatch:
       packed: batches that this process read, by number of the data shard.
       totals: float32[] for each name in `COUNTED`, summed over all processes, and
         "tile_imbalance": tiles of the fullest part of the batch / mean tiles of a part - 1.  The
-        arrays are on the device; the host does not wait for them.
+        arrays are on the device; the host does not wait for them.  `rows_read`, `rows_skipped`,
+        `rows_too_long` and `rows_truncated` count from the beginning of the run, also after a
+        restart.
     """
 
     batch: Batch
@@ -159,17 +161,24 @@ class FeedIterator(Iterator[DeviceBatch]):
 
 
 def fill_metrics(device_batch: DeviceBatch) -> dict[str, float]:
-    """Metrics of the packing of a batch.
+    """Metrics of the reading and packing of a batch.
 
     Returns:
+      `data/skipped`, `data/too_long` and `data/truncated`: rows since the beginning of the run, of
+      all processes; `data/skipped_share`: skipped rows / read rows, 0 to 1.
       `data/token_fill` and `data/tile_fill`: used fraction of the token and tile slots, 0 to 1.
       `data/tile_imbalance`: see `DeviceBatch.totals`.
     """
     slots = math.prod(device_batch.batch.tiles.shape[:2])
+    totals = {name: float(value) for name, value in device_batch.totals.items()}
     return {
-        "data/token_fill": float(device_batch.totals["tokens"]) / device_batch.batch.tokens.size,
-        "data/tile_fill": float(device_batch.totals["tiles"]) / slots if slots else 1.0,
-        "data/tile_imbalance": float(device_batch.totals["tile_imbalance"]),
+        "data/skipped": totals["rows_skipped"],
+        "data/skipped_share": totals["rows_skipped"] / max(totals["rows_read"], 1.0),
+        "data/too_long": totals["rows_too_long"],
+        "data/truncated": totals["rows_truncated"],
+        "data/token_fill": totals["tokens"] / device_batch.batch.tokens.size,
+        "data/tile_fill": totals["tiles"] / slots if slots else 1.0,
+        "data/tile_imbalance": totals["tile_imbalance"],
     }
 
 

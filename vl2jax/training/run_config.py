@@ -56,6 +56,8 @@ class DataConfig:
       supervise: tokens that count in the loss: "answers" (answers and their end tokens), or "text"
         (questions, too).
       on_error: "raise" stops at a malformed row, "skip" reports it and continues without it.
+      max_skipped: maximum share of skipped rows of a source, 0 to 1; more of them stop the run.  It
+        is judged on the rows that a data shard has read so far, at least 100.
       threads: number of threads that read rows and decode images, in each worker process.
       workers: number of worker processes; 0: the threads run in the main process.
       prefetch: number of batches prepared in advance.
@@ -71,6 +73,7 @@ class DataConfig:
     images_root: str = ""
     supervise: str = "answers"
     on_error: str = "raise"
+    max_skipped: float = 0.5
     threads: int = 2
     workers: int = 0
     prefetch: int = 2
@@ -80,6 +83,8 @@ class DataConfig:
     def __post_init__(self):
         _one_of("data.supervise", self.supervise, ("answers", "text"))
         _one_of("data.on_error", self.on_error, ("raise", "skip"))
+        if not 0 <= self.max_skipped <= 1:
+            raise UserError(f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
         if self.shards < 0:
             raise UserError(f"data.shards must be 0 or more, got {self.shards}")
 

@@ -195,6 +195,7 @@ def make_data(
             shuffle=training,
             repeat=training,
             on_error=data.on_error,
+            max_skipped=data.max_skipped,
             on_skip=on_skip,
             threads=data.threads,
             workers=data.workers,
