@@ -6,6 +6,7 @@ Axis legend: B rows, T tokens, D width, E experts, K experts per token, N sequen
 import jax
 import jax.numpy as jnp
 
+from vl2jax.ops.matmul import product
 from vl2jax.processing.batch import Batch
 
 
@@ -67,8 +68,8 @@ def sequence_balance_loss(
     member = (segment_ids[..., None] == numbers[None, None]).astype(jnp.float32)  # [B, T, N]
     lengths = member.sum(axis=1)  # [B, N]
     counts = _one_hot_counts(experts, scores.shape[-1])  # [B, T, E]
-    chosen = jnp.einsum("BTN,BTE->BNE", member, counts)
-    score = jnp.einsum("BTN,BTE->BNE", member, scores)
+    chosen = product("BTN,BTE->BNE", member, counts)
+    score = product("BTN,BTE->BNE", member, scores)
     safe = jnp.maximum(lengths, 1)[..., None]
     share = chosen / safe * (scores.shape[-1] / experts.shape[-1])
     per_sequence = jnp.sum(share * (score / safe), axis=-1)  # [B, N]
@@ -108,7 +109,7 @@ def expert_load(experts: jax.Array, mask: jax.Array, n_experts: int) -> jax.Arra
       float32[E].
     """
     counts = _one_hot_counts(experts, n_experts)
-    return jnp.einsum("BT,BTE->E", mask.astype(jnp.float32), counts)
+    return product("BT,BTE->E", mask.astype(jnp.float32), counts)
 
 
 def _one_hot_counts(experts: jax.Array, n_experts: int) -> jax.Array:

@@ -18,7 +18,7 @@ from vl2jax.model.losses import batch_balance_loss, expert_load, sequence_balanc
 from vl2jax.model.parameter import parameter
 from vl2jax.ops.experts import ExpertWeights, routed_experts
 from vl2jax.ops.experts.sharded import sharded_experts
-from vl2jax.ops.matmul import Weight
+from vl2jax.ops.matmul import Weight, product
 from vl2jax.parallel.mesh import current_mesh
 
 EXPERT_STACKS = "expert_stacks"  # name of a Flax collection, see `expert_stacks`
@@ -100,7 +100,7 @@ def _limit_groups(cfg: DecoderConfig, choice: jax.Array) -> jax.Array:
 
 
 class Gate(nn.Module):
-    """Router, computed in float32.
+    """Router, computed in float32 on every platform, see `ops.matmul.product`.
 
     The correction bias of `noaux_tc` is in the collection `router`, not in `params`: the optimizer
     does not train it.
@@ -115,7 +115,7 @@ class Gate(nn.Module):
         init = nn.initializers.normal(cfg.initializer_range)
         shape = (x.shape[-1], required(cfg.n_routed_experts))
         kernel = parameter(self, "kernel", init, shape, self.param_dtype)
-        logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
+        logits = product("BTD,DE->BTE", x.astype(jnp.float32), kernel.astype(jnp.float32))
         if cfg.topk_method == "noaux_tc":
             shape = (cfg.n_routed_experts,)
             bias = self.variable("router", "e_score_correction_bias", jnp.zeros, shape).value

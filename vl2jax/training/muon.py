@@ -81,7 +81,8 @@ def scale_by_muon_or_adam(b1: float, b2: float, eps: float) -> optax.GradientTra
         matrices, rest = _split(updates)
         rest, adam_state = adam.update(rest, state.adam)
         before = optax.contrib.MuonState(state.count, state.momentum, constants)
-        matrices, after = muon.update(matrices, before)
+        with jax.default_matmul_precision("highest"):  # else bfloat16 on TPU, TF32 on GPU
+            matrices, after = muon.update(matrices, before)
         scaled = {path: step * _scale(path, step.shape) for path, step in matrices.items()}
         return {**rest, **scaled}, MuonState(after.count, after.mu, adam_state)
 

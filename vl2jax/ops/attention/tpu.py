@@ -17,7 +17,12 @@ MAX_BLOCK = 512
 
 
 def unsupported(q, k, v, scale, visibility) -> str:
-    """Supports self-attention of whole sequences: training, unchunked prefill, image tiles."""
+    """Supports self-attention of whole sequences: training, unchunked prefill, image tiles.
+
+    float32 is rejected, because the kernel rounds float32 operands to bfloat16.
+    """
+    if q.dtype == jnp.float32:
+        return "float32"
     if q.shape[:3] != k.shape[:3]:
         return "queries and keys are not the same tokens"
     return "" if q.shape[1] >= LANES else f"fewer than {LANES} tokens"

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vl2jax.ops.matmul import product
+
 
 def sorted_by_expert(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> jax.Array:
     """Sorts tokens by expert, applies `grouped`, and sums its results per token.
@@ -30,7 +32,7 @@ def sorted_by_expert(grouped, x_TD, weights_TK, experts_TK, n_experts: int) -> j
     y_PD = grouped(_dispatch(x_TD, order_P, inverse_P, top_k), group_sizes)
     y_TKD = _permute(y_PD, inverse_P, order_P).reshape(*experts_TK.shape, -1)
     weights_TK = weights_TK.astype(jnp.float32)
-    return jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
+    return product("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32)).astype(x_TD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

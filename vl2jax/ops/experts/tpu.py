@@ -18,7 +18,13 @@ MIN_CHUNKED_PAIRS = 4096  # minimum number of pairs per device to compute in chu
 
 
 def unsupported(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
-    """Rejects few tokens with int8 weights, because all experts of the layer would be converted."""
+    """Rejects float32, and few tokens with int8 weights.
+
+    The kernels round float32 operands to bfloat16.  With int8 weights, all experts of the layer
+    would be converted.
+    """
+    if x_TD.dtype == jnp.float32:
+        return "float32"
     if isinstance(w.gate, Int8) and experts_TK.size < (n_experts or w.gate.shape[0]):
         return "few tokens, int8 weights"
     return ""

@@ -9,8 +9,14 @@ from vl2jax.ops.matmul.int8 import Int8, Weight, scaled_product
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two operands with a float32 result, for operands of any float dtype."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    """`jnp.einsum` of two operands with a float32 result, for operands of any float dtype.
+
+    A float32 product is exact to float32 rounding on every platform.  By default, a TPU would round
+    its operands to bfloat16, and a GPU to TF32.
+    """
+    is_float32 = jnp.result_type(a, b) == jnp.float32
+    precision = jax.lax.Precision.HIGHEST if is_float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def einsum(equation: str, x: jax.Array, w: Weight) -> jax.Array:
