@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 from convert.random_source import write_weights
 from convert.staging import run_on_cpu, staged_directory
 from convert.stopping import Stop, run_stoppable
+from vl2jax.common.paths import path_flag
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.synthetic.tokens import train_bpe, write_processor_files
 
@@ -92,7 +93,7 @@ def _main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out_dir", type=Path, help="directory to make")
+    parser.add_argument("out_dir", type=path_flag(), help="directory to make")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()
 

@@ -26,6 +26,7 @@ from convert.stopping import Stop, run_stoppable
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.param_store import ParamStore, read_array
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import path_flag
 from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for headers, index and small files
@@ -156,9 +157,11 @@ def _main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "ckpt_dir", type=Path, help="vl2jax checkpoint directory, training workdir or step of one"
+        "ckpt_dir",
+        type=path_flag(remote=True),
+        help="vl2jax checkpoint directory, training workdir or step of one",
     )
-    parser.add_argument("out_dir", type=Path, help="Hugging Face directory to write")
+    parser.add_argument("out_dir", type=path_flag(), help="Hugging Face directory to write")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),

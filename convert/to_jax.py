@@ -23,6 +23,7 @@ from convert.stopping import Stop, run_stoppable
 from convert.writer import StreamedArray, save_streamed
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, read_array
+from vl2jax.common.paths import path_flag
 from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for metadata and small files
@@ -180,8 +181,10 @@ def _main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("hf_dir", type=Path, help="original checkpoint (Hugging Face layout)")
-    parser.add_argument("out_dir", type=Path, help="vl2jax checkpoint directory to write")
+    parser.add_argument(
+        "hf_dir", type=path_flag(), help="original checkpoint (Hugging Face layout)"
+    )
+    parser.add_argument("out_dir", type=path_flag(), help="vl2jax checkpoint directory to write")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),

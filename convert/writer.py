@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from vl2jax.checkpoints.orbax_io import silence_orbax
+from vl2jax.checkpoints.plain_names import plain_name
 
 _IN_FLIGHT = 64 * 2**20  # maximum bytes of slices whose writes have not finished
 
@@ -63,7 +64,7 @@ def save_streamed(directory: Path, arrays: Mapping[str, StreamedArray]) -> None:
     silence_orbax()
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(Path(directory).resolve(), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(plain_name(directory), args=ocp.args.PyTreeSave(tree))
 
 
 def _handler(ocp):

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from vl2jax.common.errors import UserError
 from vl2jax.training.recipe import STAGES, paper_run
-from vl2jax.training.run_config import RunConfig, read_architecture, read_run_config, read_sources
+from vl2jax.training.run_config import RunConfig, read_architecture, read_run_config
 
 
 def load(name: str, *args) -> ml_collections.ConfigDict:
@@ -107,13 +107,3 @@ def test_profile():
     for wrong in ("7", "7:3", "a:b", "3:3"):
         with pytest.raises(UserError, match="profile must be START:STOP"):
             _ = read_run_config(values | {"profile": wrong}).profiled_steps
-
-
-def test_sources():
-    assert read_sources("synthetic", "data.train") == [("synthetic", 1.0)]
-    assert read_sources("a.jsonl=0.7, b=c.json=3", "x") == [("a.jsonl", 0.7), ("b=c.json", 3.0)]
-    for wrong in ("a.json=0", "a.json=-1", "a.json=nan", "a.json=x"):
-        with pytest.raises(UserError, match="weight above 0"):
-            read_sources(wrong, "data.train")
-    with pytest.raises(UserError, match=r"data\.train has no source"):
-        read_sources(" ", "data.train")

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, Shape, read_array
+from vl2jax.common.paths import local_path
 from vl2jax.config import ConfigError, VL2Config
 
 MODEL_FILE = "model.json"
@@ -121,7 +122,7 @@ def read_model_dir(path: str | os.PathLike) -> ModelDir:
     Raises:
       CheckpointError: the directory does not exist or is not a complete vl2jax model.
     """
-    path = Path(path).expanduser()
+    path = local_path(path, "checkpoint")
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "does not exist"
         raise CheckpointError(

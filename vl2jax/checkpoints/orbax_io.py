@@ -13,6 +13,7 @@ import jax
 
 from vl2jax.checkpoints.model_dir import flatten, read_leaf
 from vl2jax.checkpoints.param_store import ParamStore
+from vl2jax.checkpoints.plain_names import plain_name
 from vl2jax.common.errors import is_disk_full
 
 _CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk; smaller shards are stored as one chunk
@@ -40,7 +41,7 @@ def open_manager(directory: Path, keep: int, keep_every: int | None):
         save_root_metadata=False,
         lightweight_initialize=True,  # tolerates a checkpoint that was deleted only in part
     )
-    return ocp.CheckpointManager(directory, options=options)
+    return ocp.CheckpointManager(plain_name(directory), options=options)
 
 
 def close_manager(manager) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vl2jax.checkpoints.plain_names import plain_name
 from vl2jax.common.errors import UserError, listed
 
 _IN_FLIGHT = 128 * 2**20  # bytes that are read concurrently
@@ -33,7 +34,8 @@ class ParamStore:
     def __init__(self, directory: Path):
         import tensorstore as ts  # slow to import
 
-        self._base = f"file://{Path(directory).resolve()}/"
+        self._directory = directory
+        self._base = {"driver": "file", "path": f"{plain_name(directory)}/"}
         kvstore = {"driver": "ocdbt", "base": self._base}
         try:
             keys = ts.KvStore.open(kvstore).result().list().result()
@@ -86,7 +88,7 @@ class ParamStore:
         problems = self.differences({path: (shape, None) for path, shape in expected.items()})
         if problems:
             raise CheckpointError(
-                f"the parameters in {self._base} do not match the model:\n{listed(problems)}"
+                f"the parameters in {self._directory} do not match the model:\n{listed(problems)}"
             )
 
     def differences(self, expected: Mapping[str, tuple[Shape, np.dtype | None]]) -> list[str]:

@@ -3,12 +3,12 @@
 import argparse
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 
 from vl2jax.cli.command import Parser, whole
 from vl2jax.cli.output import check_drawing, check_folder
 from vl2jax.cli.shards import add_distributed_flags, read_distributed_options
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import path_flag
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.model.quantization import KINDS
 
@@ -21,13 +21,15 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """
     parser = Parser("sample.py", description)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="converted checkpoint or training workdir")
+    local, any_path = path_flag(), path_flag(remote=True)
+    what = "converted checkpoint or training workdir"
+    add("--ckpt", type=any_path, required=True, metavar="DIR", help=what)
     add("--prompt", metavar="TEXT", help="a question; <image> marks the place of an image")
     add("--image", action="append", default=[], metavar="FILE", help="an image; repeatable")
     add("--system", metavar="TEXT", help="system message, for --prompt and chat")
-    add("--messages", type=Path, metavar="FILE.json", help="answer a conversation")
-    add("--batch", type=Path, metavar="IN.jsonl", help="answer each row of a file; needs --out")
-    add("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; an old file is resumed")
+    add("--messages", type=local, metavar="FILE.json", help="answer a conversation")
+    add("--batch", type=local, metavar="IN.jsonl", help="answer each row of a file; needs --out")
+    add("--out", type=local, metavar="OUT.jsonl", help="answers of --batch; an old file is resumed")
     add("--process_index", type=whole(0), metavar="I", help="index of this process, for --batch")
     add("--process_count", type=whole(1), metavar="N", help="split --batch into N files of answers")
     add("--batch_size", type=whole(1), default=8, help="rows answered at the same time (8)")
@@ -46,13 +48,15 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--stream", action="store_true", default=True, help="print text while generated (default)")
     add("--nostream", dest="stream", action="store_false", help="print only complete answers")
     add("--json", action="store_true", help="print one JSON object per answer, on one line")
-    add("--draw", type=Path, metavar="OUT.png", help="draw the boxes of the answer on an image")
+    add("--draw", type=local, metavar="OUT.png", help="draw the boxes of the answer on an image")
     add("--draw_on", type=whole(1), metavar="N", help="number of that image, from 1 (last)")
     add("--raw_orientation", action="store_true", help="ignore EXIF orientation, as the original")
     add("--nocrop", action="store_true", help="encode only the global view of images, no tiles")
     add("--plan", action="store_true", help="print the memory needed, and stop")
     add("--verbose", action="store_true", help="print compilations and chosen implementations")
-    add("--compilation_cache", metavar="DIR|off", help="compiled programs (~/.cache/vl2jax/jax)")
+    cache = path_flag(remote=True, off=True)
+    what = "compiled programs (~/.cache/vl2jax/jax)"
+    add("--compilation_cache", type=cache, metavar="DIR|off", help=what)
     return parser
 
 

@@ -10,6 +10,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import local_path, user_path
 from vl2jax.parallel.processes import DistributedOptions
 
 FLAGS = flags.FLAGS
@@ -46,9 +47,10 @@ def read_flags(argv: Sequence[str]) -> Mapping:
       The configuration with its overrides, as a nested dict.
 
     Raises:
-      UserError: the configuration file is missing or fails, a flag or field does not exist, or a
-        value has the wrong type.
+      UserError: the configuration file is missing or fails, a flag or field does not exist, a value
+        has the wrong type, or a path is not one, see `user_path`.
     """
+    argv = [argv[0], *map(_config_path, argv[1:])]
     overrides = [arg for arg in argv[1:] if arg.lstrip("-").startswith("config.")]
     others = [arg for arg in argv[1:] if arg not in overrides]
     try:
@@ -70,6 +72,9 @@ def read_flags(argv: Sequence[str]) -> Mapping:
             FLAGS(list(argv))
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"{error}; give a value of the type in the configuration file") from error
+    for name in ("workdir", "compilation_cache"):
+        if (value := FLAGS[name].value) not in (None, "off"):
+            user_path(value, f"--{name}")
     return FLAGS.config.to_dict()
 
 
@@ -86,6 +91,14 @@ def read_distributed_options() -> DistributedOptions:
         process_id=FLAGS.process_id,
         timeout=FLAGS.join_timeout,
     )
+
+
+def _config_path(arg: str) -> str:
+    """Converts the path in `--config=PATH`, see `user_path`; keeps all other arguments."""
+    flag, equals, path = arg.partition("=")
+    if not equals or flag.lstrip("-") != "config":
+        return arg
+    return f"{flag}={local_path(path, '--config')}"
 
 
 @contextlib.contextmanager

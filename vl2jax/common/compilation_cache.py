@@ -5,8 +5,10 @@ from pathlib import Path
 
 import jax
 
+from vl2jax.common.paths import user_path
 
-def set_compilation_cache(directory: str | None) -> None:
+
+def set_compilation_cache(directory: str | os.PathLike | None) -> None:
     """Turns on JAX's persistent compilation cache, so that later runs reuse compiled programs.
 
     Args:
@@ -14,11 +16,14 @@ def set_compilation_cache(directory: str | None) -> None:
         configured with, else `default_directory()`.
 
     Raises:
+      UserError: the given directory is not a path, see `user_path`.
       OSError: the given directory cannot be made.
     """
     if directory == "off" or (directory is None and jax.config.values["jax_compilation_cache_dir"]):
         return
-    path = Path(directory) if directory else default_directory()
+    path = default_directory()
+    if directory is not None:
+        path = user_path(directory, "the compilation cache")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError:

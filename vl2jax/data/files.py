@@ -7,7 +7,6 @@ its file at each read, and has only attributes that can be pickled.
 import array
 import bisect
 import functools
-import glob
 import itertools
 import json
 import operator
@@ -19,7 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import local_path
 from vl2jax.data.formats import read_row
+from vl2jax.data.patterns import matches
 from vl2jax.data.row import Row, Source
 
 # Parquet row groups in the cache of a file; rows of the same group are read from disk together.
@@ -36,7 +37,8 @@ def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | Non
     - `.array_record`, also `.array_record-00000-of-00010`: each record is a row in JSON (UTF-8),
       with images as paths, `data:` URLs or `{"bytes": "<base64>"}`.
 
-    Several files are concatenated, sorted by name.
+    Several files are concatenated, sorted by name.  Hidden files in a folder are passed over, such
+    as the `._a.json` that macOS leaves.
 
     Args:
       path: a file, a folder or a glob pattern.
@@ -47,8 +49,9 @@ def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | Non
         or pyarrow is not installed.  A malformed row raises it when it is read.
     """
     sources = []
-    for file in _find(os.fspath(path)):
-        root = file.parent if images_root is None else pathlib.Path(images_root)
+    root_of_all = None if images_root is None else local_path(images_root, "images_root")
+    for file in _find(str(local_path(path, "data"))):
+        root = file.parent if root_of_all is None else root_of_all
         kind = _opener(file)
         assert kind is not None  # `_find` returns only files of known kinds
         source = kind(file, root)
@@ -207,14 +210,15 @@ def _opener(path: pathlib.Path) -> Callable[[pathlib.Path, pathlib.Path], Source
 def _find(path: str) -> list[pathlib.Path]:
     """Sorted data files of a path or glob pattern."""
     if os.path.isdir(path):
-        found = [file for file in pathlib.Path(path).iterdir() if _opener(file) and file.is_file()]
+        found = [
+            file
+            for file in pathlib.Path(path).iterdir()
+            if not file.name.startswith(".") and _opener(file) and file.is_file()
+        ]
         if not found:
             raise UserError(f"{path}: no data file in this folder; {_KINDS} are read")
         return sorted(found)
-    if os.path.exists(path):
-        files = [path]
-    else:
-        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    files = [file for file in matches(path) if os.path.isfile(file) or file == path]
     if not files:
         raise UserError(f"{path}: no such file; expected a data file, a folder or a pattern")
     for file in files:

@@ -11,6 +11,7 @@ from typing import Any
 import PIL.Image
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import has_scheme, user_path
 from vl2jax.processing.image import URL_SCHEMES, ImageSource
 
 _FORMS = "a path, a file:// or data: URL, or {'bytes': ...}"
@@ -45,6 +46,8 @@ def picture(value: Any, root: pathlib.Path) -> ImageSource:
         raise UserError(f"expected {_FORMS}, got {value!r:.80}")
     if isinstance(value, str) and value.lower().startswith(URL_SCHEMES):
         return value
+    if isinstance(value, str) and has_scheme(value):
+        return str(user_path(value, "the picture"))
     return _existing(root / value)
 
 

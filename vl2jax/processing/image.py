@@ -10,7 +10,6 @@ import binascii
 import contextlib
 import io
 import os
-import pathlib
 import struct
 import threading
 import urllib.parse
@@ -23,6 +22,7 @@ import numpy as np
 import PIL.Image
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import user_path
 from vl2jax.processing.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
@@ -257,14 +257,13 @@ def _open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
         return "data: URL", io.BytesIO(_decode_data_url(text))
     if scheme in ("http", "https"):
         raise UserError(f"{text}: pictures are not fetched; download it and give its path")
-    if scheme == "file":
-        text = _file_url_path(text)
+    path = user_path(text, "the picture")
     try:
-        return text, pathlib.Path(text).open("rb")
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return str(path), path.open("rb")
+    except OSError as error:
         raise UserError(
-            f"{text}: cannot open the picture ({reason}); expected the path of an image file"
+            f"{path}: cannot open the picture ({error.strerror}); expected the path of an image"
+            " file"
         ) from error
 
 
@@ -279,14 +278,6 @@ def _decode_data_url(url: str) -> bytes:
         return base64.b64decode(urllib.parse.unquote(payload), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"data: URL {url[:40]!r}: not valid base64 ({error})") from error
-
-
-def _file_url_path(url: str) -> str:
-    """Local path of a `file://` URL."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.netloc not in ("", "localhost"):
-        raise UserError(f"{url}: the file is on another host; expected file:///path")
-    return urllib.parse.unquote(parts.path)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from vl2jax.checkpoints.model_dir import read_model_dir, write_json
@@ -36,6 +35,7 @@ from vl2jax.cli.shards import (
 )
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import is_remote, path_flag
 from vl2jax.common.progress import Progress
 from vl2jax.evaluation.comparison import difference, side_by_side
 from vl2jax.evaluation.contact_sheet import Card, draw_sheet
@@ -110,6 +110,8 @@ def run_here(args: argparse.Namespace, shard: Shard) -> None:
     named = list(dataset.families) if args.families is None else args.families
     families = dataset.check_families(named)
     directory = read_model_dir(args.ckpt)
+    if args.out is None and is_remote(directory.path):
+        raise UserError(f"{directory.path} is on an object store; give --out, a local folder")
     out = args.out or directory.path / "eval"
     if is_process_0():
         out.mkdir(parents=True, exist_ok=True)
@@ -362,7 +364,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; raises UserError for a wrong flag."""
     parser = Parser("eval.py", __doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="DIR", help="converted checkpoint or training workdir")
+    what = "converted checkpoint or training workdir"
+    add("--ckpt", type=path_flag(remote=True), required=True, metavar="DIR", help=what)
     add("--data", required=True, metavar="NAME", help=f"data set: {', '.join(DATASETS)}")
     add("--split", metavar="NAME", help="split of the data set (heldout)")
     add("--families", type=_names, metavar="A,B", help="families of questions (all)")
@@ -374,9 +377,11 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quantize", choices=KINDS, help="also evaluate the quantised model and compare (off)")
     add("--mesh", default="", metavar="AXIS=N,...", help="mesh: expert=4,tensor=2 (one device)")
     add_distributed_flags(parser, whole)
-    add("--out", type=Path, metavar="DIR", help="folder for the results (CKPT/eval)")
+    add("--out", type=path_flag(), metavar="DIR", help="folder for the results (CKPT/eval)")
     add("--json", action="store_true", help="print the scores as one JSON object")
-    add("--compilation_cache", metavar="DIR|off", help="compiled programs (~/.cache/vl2jax/jax)")
+    cache = path_flag(remote=True, off=True)
+    what = "compiled programs (~/.cache/vl2jax/jax)"
+    add("--compilation_cache", type=cache, metavar="DIR|off", help=what)
     return parser.parse_args(argv)
 
 

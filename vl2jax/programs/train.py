@@ -26,8 +26,10 @@ from vl2jax.cli.command import run_cli
 from vl2jax.cli.train_flags import FLAGS, define_flags, read_distributed_options, read_flags
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import local_path
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
+from vl2jax.data.source_list import read_sources
 from vl2jax.model.vl2 import DTYPES
 from vl2jax.ops.compiler_options import run_once_options
 from vl2jax.parallel.mesh import batch_shards
@@ -46,7 +48,7 @@ from vl2jax.training.feed import DeviceBatch, Feed, FeedIterator, choose_pools, 
 from vl2jax.training.lineage import init_params
 from vl2jax.training.metrics_log import MetricsLog, NoLog, Throughput
 from vl2jax.training.report import describe_run, model_flops
-from vl2jax.training.run_config import RunConfig, read_run_config, read_sources
+from vl2jax.training.run_config import RunConfig, read_run_config
 from vl2jax.training.setup import (
     choose_architecture,
     jit_eval_step,
@@ -73,7 +75,9 @@ def run(argv: Sequence[str]) -> int:
       The exit code.
     """
     config = read_run_config(read_flags(argv))
-    path = Path(FLAGS.workdir or Path("runs", config.name))
+    path = Path("runs", config.name)
+    if FLAGS.workdir is not None:
+        path = local_path(FLAGS.workdir, "--workdir")
     with distributed(read_distributed_options()):
         assert_equal_across_processes(dataclasses.asdict(config) | {"workdir": str(path)})
         mesh = make_mesh(dataclasses.asdict(config.mesh))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import path_flag
 from vl2jax.processing.image import load_image
 from vl2jax.synthetic.scene import ALLOWED
 from vl2jax.synthetic.source import LENGTH, Synthetic
@@ -94,7 +95,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--out", type=path_flag(), required=True, help="directory to make")
     parser.add_argument("-n", type=int, default=20, help="rows (default 20)")
     parser.add_argument("--split", default="train", help=", ".join(ALLOWED))
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other rows")

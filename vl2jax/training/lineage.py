@@ -12,6 +12,7 @@ import jax
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.model_dir import ModelDir
 from vl2jax.common.errors import UserError, listed
+from vl2jax.common.paths import local_path
 from vl2jax.config import VL2Config
 
 # Fields that do not affect the meaning of the parameters.
@@ -45,7 +46,7 @@ def prepare(
     Raises:
       UserError: the workdir is of another model, `path` is a converted model, or files are missing.
     """
-    path, files_from = Path(path).expanduser(), Path(files_from).expanduser()
+    path, files_from = local_path(path, "workdir"), local_path(files_from, "files_from")
     if (path / checkpoint.PARAMS).exists():
         raise UserError(f"{path} is a converted model, not a workdir; choose another workdir")
     if (path / checkpoint.MODEL_FILE).is_file():

@@ -7,8 +7,10 @@ from typing import Any
 
 from vl2jax import ops
 from vl2jax.common.errors import UserError
+from vl2jax.common.paths import user_path
 from vl2jax.config import VL2Config
 from vl2jax.config.schema import read
+from vl2jax.data.source_list import read_sources
 from vl2jax.ops.experts import IMPLEMENTATIONS
 from vl2jax.training.optim import OptimConfig
 
@@ -231,7 +233,25 @@ def read_run_config(values: Mapping[str, Any]) -> RunConfig:
     for name, cls in types.items():
         if dataclasses.is_dataclass(cls) and isinstance(values.get(name), Mapping):
             read_values[name] = read(cls, _with_tuples(values[name]), name, None)
-    return read(RunConfig, read_values, "", None)
+    return _with_paths(read(RunConfig, read_values, "", None))
+
+
+def _with_paths(config: RunConfig) -> RunConfig:
+    """Checks all paths and converts them, see `user_path`; an empty text stays."""
+
+    def convert(path: str, field: str) -> str:
+        return path and str(user_path(path, f"config.{field}"))
+
+    for split in ("train", "heldout"):
+        if sources := getattr(config.data, split):
+            read_sources(sources, f"data.{split}")
+    root = convert(config.data.images_root, "data.images_root")
+    return dataclasses.replace(
+        config,
+        init_from=convert(config.init_from, "init_from"),
+        tokenizer=convert(config.tokenizer, "tokenizer"),
+        data=dataclasses.replace(config.data, images_root=root),
+    )
 
 
 def read_architecture(config: RunConfig) -> VL2Config | None:
@@ -247,35 +267,6 @@ def with_balance(architecture: VL2Config, balance: BalanceConfig) -> VL2Config:
     """Returns the architecture with the run's weight of the auxiliary loss."""
     decoder = dataclasses.replace(architecture.decoder, aux_loss_alpha=balance.aux_loss_alpha)
     return dataclasses.replace(architecture, decoder=decoder)
-
-
-def read_sources(text: str, name: str) -> list[tuple[str, float]]:
-    """Parses sources such as "a.jsonl=0.7,b.json=0.3".
-
-    Args:
-      text: comma-separated sources; a weight is 1 if it is not given.
-      name: name of the configuration field, for error messages.
-
-    Returns:
-      Path (or "synthetic") and weight of each source.
-
-    Raises:
-      UserError: a weight is not a number above 0, or there is no source.
-    """
-    sources = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        path, equals, weight = part.rpartition("=")
-        path, weight = (path, weight) if equals else (part, "1")
-        try:
-            number = float(weight)
-        except ValueError:
-            number = -1.0
-        if not number > 0:
-            raise UserError(f"{name}: {part!r} must be PATH=WEIGHT with a weight above 0")
-        sources.append((path, number))
-    if not sources:
-        raise UserError(f"{name} has no source; expected 'synthetic' or the path of a data file")
-    return sources
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vl2jax.data.files import open_source
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.row import Source
+from vl2jax.data.source_list import SYNTHETIC, read_sources
 from vl2jax.model.vl2 import DTYPES, VL2, abstract_params
 from vl2jax.ops.compiler_options import compiler_options
 from vl2jax.parallel.mesh import batch_shards
@@ -32,7 +33,7 @@ from vl2jax.synthetic.tokens import write_processor_files
 from vl2jax.training.feed import Feed
 from vl2jax.training.lineage import config_differences, prepare
 from vl2jax.training.optim import learning_rate, make_optimizer, trained_paths
-from vl2jax.training.run_config import RunConfig, read_architecture, read_sources, with_balance
+from vl2jax.training.run_config import RunConfig, read_architecture, with_balance
 from vl2jax.training.train_step import Recipe, TrainState, eval_step, new_state, train_step
 
 
@@ -175,7 +176,7 @@ def make_data(
     names = data.train if training else data.heldout
 
     def source(name: str) -> Source:
-        if name == "synthetic":
+        if name == SYNTHETIC:
             return Synthetic(split, seed=config.seed, lessons=training)
         return open_source(name, images_root=data.images_root or None)
 

@@ -31,6 +31,7 @@ from vl2jax.checkpoints.orbax_io import (
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore
 from vl2jax.common.errors import UserError, listed
 from vl2jax.common.file_lock import lock_directory
+from vl2jax.common.paths import local_path
 
 OPT_STATE, DATA = "opt_state", "data"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # occurs in the names of incomplete checkpoints
@@ -73,7 +74,7 @@ class Workdir:
                 f"keep and keep_every must be at least 1, got {keep} and {keep_every}"
                 " (keep_every may be None: no old steps are kept)"
             )
-        self.path = Path(path).expanduser().resolve()
+        self.path = local_path(path, "workdir").resolve()
         self.on_error = on_error or _warn
         self._pending: int | None = None  # the step that is being saved
         self._checkpoints = self.path / CHECKPOINTS
