@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,9 @@ class OptimConfig:
       weight_decay: decoupled weight decay, for all parameters except `NO_DECAY`.
       b1, b2, eps: parameters of Adam.
       clip_norm: maximum global norm of the gradients.
-      moments_dtype: dtype in which moments are stored between steps, "float32" or "bfloat16".
+      moments_dtype: dtype in which moments are stored between steps, "float32" or "bfloat16",
+        whatever the dtype of the parameters.  bfloat16 needs b1 and b2 of at most 0.995: nearer to
+        1, the decay of a moment is less than half a unit of its last place, and is lost.
       lr_multipliers: factor of the learning rate by part of the model; the longest match wins.
       frozen: parts of the model that are not trained.
     """
@@ -68,6 +71,13 @@ class OptimConfig:
         ):
             if value not in choices:
                 raise UserError(f"optim.{name} must be one of {', '.join(choices)}, got {value!r}")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            if self.moments_dtype == "bfloat16" and 0.995 < value < 1:
+                raise UserError(
+                    f"optim.{name} is {value}, but moments in bfloat16 decay only up to 0.995; set"
+                    " optim.moments_dtype to float32"
+                )
         for name in ("lr", "eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
@@ -127,7 +137,8 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
 
     It applies in this order: clipping by global norm, Adam or Muon, weight decay, learning rate,
     multipliers.  The paths of a saved optimizer state contain the indices of this chain, so do not
-    change the order.
+    change the order.  Updates are computed and returned in float32, whatever the dtype of the
+    parameters and gradients.
 
     Args:
       cfg: optimizer configuration.
@@ -135,7 +146,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation
     """
     scale = {"adamw": optax.scale_by_adam, "muon": scale_by_muon_or_adam}[cfg.algorithm]
     by_part = {part: optax.scale(factor) for part, factor in cfg.lr_multipliers.items()}
-    return optax.chain(
+    return _in_float32(
         optax.clip_by_global_norm(cfg.clip_norm),
         _kept_in(scale(cfg.b1, cfg.b2, cfg.eps), jnp.dtype(cfg.moments_dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask),
@@ -163,22 +174,36 @@ def _belongs(path: str, part: str) -> bool:
     return path == part or path.startswith(part.rstrip("/") + "/")
 
 
-def _kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-    """Stores the floating-point state of a transformation in `dtype`; computes in float32."""
-    if dtype == jnp.float32:
-        return inner
-
-    def cast(state, to):
-        def one(x: jax.Array) -> jax.Array:
-            return x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        return jax.tree.map(one, state)
+def _in_float32(*transformations: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Chains transformations, which get gradients and parameters in float32."""
+    chain = optax.chain(*transformations)
 
     def init(params):
-        return cast(inner.init(params), dtype)
+        return chain.init(_cast(params, jnp.float32))
 
     def update(updates, state, params=None):
-        updates, state = inner.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+        return chain.update(_cast(updates, jnp.float32), state, _cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)
+
+
+def _kept_in(inner: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+    """Stores the floating-point state of a transformation in `dtype`; computes in float32."""
+
+    def init(params):
+        return _cast(inner.init(params), dtype)
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(updates, _cast(state, jnp.float32), params)
+        return updates, _cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _cast(tree: Any, dtype) -> Any:
+    """Casts the floating-point leaves."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)

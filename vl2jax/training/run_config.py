@@ -110,7 +110,8 @@ class ComputeConfig:
 
     Attributes:
       dtype: dtype of activations and matrix products, "float32" or "bfloat16".
-      param_dtype: dtype of the parameters, "float32" or "bfloat16".
+      param_dtype: dtype of the parameters, "float32" or "bfloat16".  Updates are computed in
+        float32, and bfloat16 parameters are rounded stochastically, see `rounding.py`.
       remat: rematerialisation policy, a key of `model.layers.REMAT`.
       moe_implementation: implementation of the routed experts, one of
         `ops.experts.IMPLEMENTATIONS`.

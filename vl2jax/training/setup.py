@@ -84,6 +84,7 @@ def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.M
         trained=trained_paths(config.optim, flatten(abstract_params(architecture)["params"])),
         bias_update_step=config.balance.bias_update_step,
         loss_chunk=compute.loss_chunk,
+        seed=config.seed,
     )
 
 

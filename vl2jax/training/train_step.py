@@ -19,6 +19,7 @@ from vl2jax.parallel.sharding import param_spec
 from vl2jax.processing.batch import Batch
 from vl2jax.training.balance import balance_metrics, update_biases
 from vl2jax.training.chunked_loss import chunked_next_token_loss
+from vl2jax.training.rounding import apply_updates
 
 Flat = Mapping[str, jax.Array]
 
@@ -56,6 +57,7 @@ class Recipe:
       trained: paths of the trained parameters.
       bias_update_step: u of the auxiliary-loss-free balancing; 0 keeps the biases.
       loss_chunk: number of tokens whose logits a device holds at a time.
+      seed: seed of the stochastic rounding of bfloat16 parameters, see `rounding.py`.
     """
 
     model: VL2
@@ -64,6 +66,7 @@ class Recipe:
     trained: tuple[str, ...]
     bias_update_step: float = 0.0
     loss_chunk: int = 256
+    seed: int = 0
 
 
 class _Sums(NamedTuple):
@@ -100,7 +103,8 @@ def train_step(
 
     The loss is the mean cross entropy over all supervised tokens of the batch, plus the mean
     auxiliary loss over all its sequences.  Packing, padding and the number of microbatches do not
-    change it.
+    change it.  Gradients are summed over microbatches and updates are added to parameters in
+    float32.
 
     Args:
       recipe: static configuration.
@@ -119,18 +123,21 @@ def train_step(
         (_, sums), grads = loss(
             recipe, trained, state.params, state.router, microbatch, tokens, sequences
         )
-        return sums, {path: constrain(grad, *param_spec(path)) for path, grad in grads.items()}
+        grads = {path: constrain(grad, *param_spec(path)) for path, grad in grads.items()}
+        return sums, _in_float32(grads)
 
     sums, grads = _sum_over_microbatches(one_microbatch, batch)
+    updates: Any  # a flat dict, like `trained`; Optax types it as any tree
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, trained)
-    updated: Any = optax.apply_updates(trained, updates)  # a flat dict, like `trained`
+    key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+    updated = apply_updates(trained, updates, key)
     params = _put(state.params, updated)
     metrics = {
         "train/loss": sums.loss,
         "train/token_acc": sums.correct / tokens,
         "train/aux_loss": sums.aux_loss,
         "train/grad_norm": optax.tree.norm(grads),
-        "train/param_norm": optax.tree.norm(updated),
+        "train/param_norm": optax.tree.norm(_in_float32(updated)),
         "train/lr": recipe.schedule(state.step),
     }
     router, decoder = state.router, recipe.model.config.decoder
@@ -193,6 +200,10 @@ def _sum_over_microbatches(one_microbatch, batch: Batch):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     add = lambda total, part: (jax.tree.map(jnp.add, total, one_microbatch(part)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _in_float32(tree: Flat) -> dict[str, jax.Array]:
+    return {path: leaf.astype(jnp.float32) for path, leaf in tree.items()}
 
 
 def _totals(batch: Batch) -> tuple[jax.Array, jax.Array]:
