@@ -1,14 +1,20 @@
 """The registry chooses implementations by platform, arguments and request, and reports them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import mesh_case
 import pytest
 
+import vl2jax
 from vl2jax import ops
 from vl2jax.common.errors import UserError
 from vl2jax.ops import registry
-from vl2jax.ops.platform import platform_of
+from vl2jax.ops.platform import platform, platform_of
 from vl2jax.ops.registry import Implementation, Operation
+from vl2jax.parallel.sharding import make_mesh
+from vl2jax.training.setup import jit_train_step, state_shapes
 
 
 @pytest.fixture
@@ -109,8 +115,50 @@ def test_every_operation_serves_every_platform():
         assert unconditional, operation.name
 
 
-def test_the_platform_is_where_arrays_lie():
-    assert platform_of({"a": jnp.ones(2)}) == "cpu"
-    assert platform_of(jax.ShapeDtypeStruct((2,), jnp.float32)) == "cpu"
-    with ops.compiling_for("tpu"):
-        assert platform_of(jnp.ones(2)) == "tpu"
+@pytest.fixture
+def tpu_by_default(monkeypatch):
+    """A machine whose default backend is a TPU, while all arrays of a test are on its CPU."""
+    monkeypatch.setattr(
+        vl2jax.ops.platform, "default_device", lambda: SimpleNamespace(platform="tpu")
+    )
+    jax.clear_caches()
+
+
+def test_the_platform_is_where_arrays_lie(tpu_by_default):
+    assert platform() == "tpu" and platform_of({"a": jnp.ones(2)}) == "cpu"
+    assert platform_of(jax.ShapeDtypeStruct((2,), jnp.float32)) == "tpu"
+    with ops.compiling_for("gpu"):
+        assert platform_of(jnp.ones(2)) == "gpu"
+
+
+def test_the_platform_is_that_of_the_mesh():
+    kind = (jax.sharding.AxisType.Auto,)
+    for name, family in (("gpu", "gpu"), ("cuda", "gpu"), ("tpu", "tpu")):
+        device = jax.sharding.AbstractDevice("a chip", None, name)
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), kind, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert platform() == family
+    with jax.default_device("cpu"):
+        assert platform() == "cpu"
+
+
+def test_programs_are_traced_for_the_parameters_platform(tpu_by_default, quick_compilation):
+    """No implementation for TPU is chosen in a forward pass, an answer and a train step."""
+    config = mesh_case.architecture("mla")
+    recipe = mesh_case.recipe(config)
+    state, batch = mesh_case.start(recipe), mesh_case.batches(1)[0]
+    params = jax.device_put({"params": state.params, "router": state.router}, jax.devices()[0])
+    lines: list[str] = []
+    ops.report_choices(lines.append)
+    try:
+        vl2jax.forward(config, params, mesh_case.prompts(1))
+        vl2jax.generate(config, params, mesh_case.prompts(1), max_new_tokens=2, eos_token_id=())
+        mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            shapes = state_shapes(recipe, mesh)
+            shardings = jax.tree.map(lambda x: x.sharding, shapes)
+            jit_train_step(recipe, mesh, shardings).trace(shapes, batch)
+    finally:
+        ops.report_choices(None)
+    assert {line.split()[0] for line in lines} >= {"attention", "experts", "matmul", "cache_write"}
+    assert all("runs on tpu only" in line for line in lines if line.startswith("attention"))

@@ -21,6 +21,7 @@ from vl2jax.inference.loading import Model, load
 from vl2jax.inference.request import Request
 from vl2jax.inference.sequence import Generation, Prompt, Sequence
 from vl2jax.model.vl2 import abstract_params
+from vl2jax.ops.platform import default_device
 from vl2jax.parallel.sharding import mesh_to_text
 from vl2jax.processing.collate import Sample
 from vl2jax.processing.processor import Processor
@@ -129,7 +130,8 @@ class Session:
         size = sum(math.prod(s) for s in flat_shapes(abstract_params(config)).values())
         nbytes = parameter_bytes(config, dtype, self._quantize)
         kind = dtype.name if self._quantize is None else f"{dtype.name} and {self._quantize}"
-        device, mesh = jax.devices()[0], self._mesh
+        mesh = self._mesh
+        device = default_device() if mesh is None else mesh.devices.flat[0]
         where = f"{device.platform} ({device.device_kind})"
         if mesh is not None:
             where = f"{mesh.size} x {where}, mesh {mesh_to_text(mesh)}"

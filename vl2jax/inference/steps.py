@@ -22,6 +22,7 @@ from vl2jax.model.decoder import Caches, init_caches
 from vl2jax.model.moe import expert_stacks
 from vl2jax.model.vl2 import VL2
 from vl2jax.ops.compiler_options import compiler_options
+from vl2jax.ops.platform import traced_for
 from vl2jax.parallel.mesh import constrain
 from vl2jax.parallel.processes import must_wait_for_steps
 from vl2jax.processing.batch import FIRST_TILE_ROW
@@ -106,7 +107,7 @@ def compiled_steps(
     Args:
       config: architecture.
       dtype: dtype of the computation.
-      backend: "cpu", "gpu" or "tpu", for the compiler options.
+      backend: "cpu", "gpu" or "tpu", where the parameters are.
       cache_dtype: dtype of cached values; None: `dtype`.
     """
     model: Any = VL2(config, dtype)
@@ -117,40 +118,44 @@ def compiled_steps(
         return model.apply(expert_stacks(params), x, positions, caches, method=VL2.decode)
 
     options = compiler_options(dtype, backend)
-    jit = functools.partial(jax.jit, compiler_options=options)
 
-    @functools.partial(jax.jit, static_argnums=1)
+    def jit(step, **more):
+        return jax.jit(traced_for(backend)(step), **more)
+
+    optimized = functools.partial(jit, compiler_options=options)
+
+    @functools.partial(jit, static_argnums=1)
     def table(params, slots):
         learned = model.apply(params, _no_tiles(config), method=VL2.image_table)[0]
         return jnp.pad(learned, ((0, slots * config.tokens_per_tile), (0, 0)))
 
-    @functools.partial(jit, donate_argnums=1)
+    @functools.partial(optimized, donate_argnums=1)
     def encode(params, table, tiles, slots):
         features = model.apply(params, tiles, method=VL2.image_table)[0, FIRST_TILE_ROW:]
         size = config.tokens_per_tile
         rows = FIRST_TILE_ROW + slots[:, None] * size + jnp.arange(size)[None]
         return table.at[rows.reshape(-1)].set(features, mode="drop")
 
-    @jax.jit
+    @jit
     def embed(params, table, tokens, image_index):
         return model.apply(params, table[None], tokens, image_index, method=VL2.embed)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(jit, static_argnums=(0, 1))
     def caches(rows, slots):
         return init_caches(cfg, rows, slots, cache_dtype)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
+    @functools.partial(jit, static_argnums=(1, 2))
     def repeat_caches(caches, rows, slots):
         def repeat(a):
             return jnp.broadcast_to(a, (a.shape[0], rows, *a.shape[2:]))
 
         return _resize(jax.tree.map(repeat, caches), slots)
 
-    @functools.partial(jit, donate_argnums=3)
+    @functools.partial(optimized, donate_argnums=3)
     def prefill(params, x, positions, caches):
         return decode(params, x, positions, caches)
 
-    @jax.jit
+    @jit
     def gather_last(last, hidden, at):
         length = hidden.shape[1]
         found = hidden[jnp.arange(len(at)), jnp.clip(at, 0, length - 1)]
@@ -165,14 +170,14 @@ def compiled_steps(
         )  # replicated, so each host reads it
         return token, seen.at[jnp.arange(seen.shape[0]), token].set(True)
 
-    @functools.partial(jax.jit, static_argnums=7)
+    @functools.partial(jit, static_argnums=7)
     def begin(params, sampling, last, caches, seen, positions, seeds, slots):
         keys = jax.vmap(jax.random.key)(seeds)
         tokens, seen = choose(params, sampling, last, seen, keys, positions)
         done = jnp.zeros(positions.shape, bool)
         return DecodeState(_resize(caches, slots), tokens, positions, seen, done, keys)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(jit, static_argnums=(0, 1))
     def empty_state(rows, slots):
         numbers = jnp.zeros(rows, jnp.int32)
         seen, done = jnp.zeros((rows, cfg.vocab_size), bool), jnp.ones(rows, bool)
@@ -182,7 +187,7 @@ def compiled_steps(
             *(numbers, numbers, seen, done, keys),
         )
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jit, donate_argnums=0)
     def insert(state, other, rows):
         def put(axis, old, new):
             for i in range(len(rows)):
@@ -198,13 +203,13 @@ def compiled_steps(
         keys = jax.random.wrap_key_data(joined.keys)
         return dataclasses.replace(joined, caches=caches, keys=keys)
 
-    @jax.jit
+    @jit
     def take(state, rows):
         caches = jax.tree.map(lambda a: a[:, rows], state.caches)
         rest = jax.tree.map(lambda a: a[rows], dataclasses.replace(state, caches=None))
         return dataclasses.replace(rest, caches=caches)
 
-    @functools.partial(jit, donate_argnums=2)
+    @functools.partial(optimized, donate_argnums=2)
     def burst(params, sampling: SamplingParams, state: DecodeState, eos, count, stop_at):
         def step(carry):
             i, state, out = carry
@@ -226,7 +231,7 @@ def compiled_steps(
 
     steps = (table, encode, embed, caches, repeat_caches, prefill)
     steps += (gather_last, begin, empty_state, insert, take, burst)
-    return CompiledSteps(*map(_blocking, steps) if must_wait_for_steps() else steps)
+    return CompiledSteps(*map(_blocking, steps) if must_wait_for_steps(backend) else steps)
 
 
 def _blocking(step: Callable) -> Callable:

@@ -19,6 +19,7 @@ from vl2jax.model.layers import REMAT
 from vl2jax.model.moe import Balance
 from vl2jax.model.parameter import parameter, shapes_only
 from vl2jax.model.vision import VisionTower
+from vl2jax.ops.platform import compiling_for, platform_of
 from vl2jax.parallel.mesh import BATCH_AXES, constrain, mesh_of
 from vl2jax.processing.batch import TEXT, Batch
 
@@ -211,7 +212,7 @@ def forward(
       float32[B, T, vocab]; logits at padding are meaningless.
     """
     dtype = jnp.dtype(dtype or compute_dtype(params))
-    with mesh_of(params):
+    with mesh_of(params), compiling_for(platform_of(params)):
         return _forward(config, dtype, moe_implementation, params, batch)
 
 

@@ -260,12 +260,15 @@ def sync_processes(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def must_wait_for_steps() -> bool:
+def must_wait_for_steps(platform: str) -> bool:
     """Returns whether each step must be finished before the next is dispatched.
 
     This is so for several processes on CPU, where gloo deadlocks if steps are dispatched ahead.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", where the steps run.
     """
-    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+    return jax.process_count() > 1 and platform == "cpu"
 
 
 def exit_process(code: int) -> int:

@@ -268,7 +268,7 @@ def train(
         return {} if heldout is None else evaluate(eval_fn, state, heldout, config.eval.batches)
 
     in_flight: InFlightStep | None = None
-    alone, in_step = jax.process_count() == 1, must_wait_for_steps()
+    alone, in_step = jax.process_count() == 1, must_wait_for_steps(mesh.devices.flat[0].platform)
     for step in range(int(state.step) + 1, config.steps + 1):
         profile.before(step)
         started = time.perf_counter()
