@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import mesh_case
 import numpy as np
 import pytest
 from golden import padded_batch
@@ -14,6 +15,7 @@ import vl2jax
 from vl2jax.common.errors import UserError
 from vl2jax.config import architecture as configs
 from vl2jax.model.vl2 import abstract_params
+from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.sharding import (
     AXES,
     PARAM_RULES,
@@ -25,6 +27,7 @@ from vl2jax.parallel.sharding import (
     read_mesh,
 )
 from vl2jax.training.optim import OptimConfig, make_optimizer
+from vl2jax.training.setup import jit_train_step, state_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -184,3 +187,103 @@ def test_optimizer_state_lies_with_its_parameters(all_paths):
         else:
             assert sharding.spec == jax.sharding.PartitionSpec()
     assert seen == dict.fromkeys(flat, 2)  # two moments each
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """A device of a TPU that is not there, as `mesh_utils` reads it."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, ...]
+    device_kind: str
+    platform: str = "tpu"
+    process_index: int = 0
+    core_on_chip: int = 0
+    num_cores: int = 1
+    client: None = None
+
+
+def _pod(kind: str, slices: int, *shape: int) -> list[_Chip]:
+    """The devices of several slices."""
+    places = [(s, tuple(map(int, place))) for s in range(slices) for place in np.ndindex(*shape)]
+    return [
+        _Chip(i, s, (*place, 0, 0)[:3], kind, process_index=i // 4)
+        for i, (s, place) in enumerate(places)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "shape", "sizes"),
+    [
+        ("TPU v5p", 1, (4, 4, 4), dict(fsdp=8, expert=8)),
+        ("TPU v5p", 2, (4, 4, 4), dict(data=2, fsdp=8, expert=8)),
+        ("TPU v5p", 2, (4, 4, 4), dict(fsdp=16, expert=8)),
+        ("TPU v5p", 3, (4, 4, 4), dict(data=3, fsdp=8, expert=8)),
+        ("TPU v5p", 3, (4, 4, 4), dict(fsdp=24, expert=4, tensor=2)),
+        ("TPU v5p", 4, (4, 4, 4), dict(data=2, fsdp=16, expert=8)),
+        ("TPU v5p", 4, (4, 4, 4), dict(data=8, expert=16, tensor=2)),
+        ("TPU v5 lite", 2, (2, 4), dict(data=2, expert=8)),
+        ("TPU v5 lite", 3, (4, 4), dict(data=6, expert=8)),
+        ("TPU v5 lite", 4, (16, 16), dict(data=4, fsdp=32, tensor=8)),
+        ("TPU v6 lite", 2, (8, 8), dict(fsdp=16, expert=8)),
+    ],
+)
+def test_only_data_and_fsdp_go_across_slices(kind, slices, shape, sizes):
+    """Every device is in the mesh once, and `data` crosses slices as far as it can."""
+    devices = _pod(kind, slices, *shape)
+    sizes = dict.fromkeys(AXES, 1) | sizes
+    grid = make_mesh(sizes, devices).devices
+    assert grid.shape == tuple(sizes.values())
+    assert sorted(device.id for device in grid.flat) == list(range(len(devices)))
+    where = np.vectorize(lambda device: device.slice_index)(grid)
+    assert (where == where[:, :, :1, :1]).all()  # expert and tensor stay in a slice
+    of_data = len(set(where[:, 0, 0, 0]))
+    assert of_data == math.gcd(sizes["data"], slices)
+    assert len(set(where[0, :, 0, 0])) == slices // of_data
+
+
+def test_gpus_of_several_hosts():
+    """Their hosts are slices to JAX; an axis that only fits all of them may cross them."""
+    devices = [dataclasses.replace(d, platform="gpu") for d in _pod("NVIDIA H100", 2, 8)]
+    grid = make_mesh({"data": 1, "fsdp": 1, "expert": 16, "tensor": 1}, devices).devices
+    assert [device.id for device in grid.flat] == list(range(16))
+
+
+def test_what_does_not_go_across_slices_is_refused():
+    for devices, sizes, message in (
+        (
+            _pod("TPU v5p", 3, 4, 4, 4),
+            (1, 8, 24, 1),
+            "mesh fsdp=8,expert=24 does not fit 3 slices of 64 devices: only data and fsdp go"
+            " across slices, so data x fsdp must be a multiple of 3; for instance"
+            " data=3,fsdp=4,expert=16",
+        ),
+        (
+            _pod("TPU v5 lite", 2, 4, 4),
+            (1, 1, 8, 4),
+            ".* must be a multiple of 2; for instance data=2,expert=4,tensor=4",
+        ),
+        (
+            _pod("TPU v5 lite", 2, 4, 4)[:24],
+            (24, 1, 1, 1),
+            "the slices must have equally many devices, but they have 8, 16",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            make_mesh(dict(zip(AXES, sizes, strict=True)), devices)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("axes", [("data",), ("fsdp",), ("expert", "tensor")])
+def test_a_mesh_may_omit_axes(axes):
+    """The train step is traced for it: state, batch, experts and loss find their shardings."""
+    mesh = _mesh(**dict(zip(axes, (4, 2) if len(axes) > 1 else (4,), strict=True)))
+    recipe = mesh_case.recipe(mesh_case.architecture("mla"), batch_shards(mesh))
+    with jax.set_mesh(mesh):
+        shapes = state_shapes(recipe, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        step = jit_train_step(recipe, mesh, shardings)
+        step.trace(shapes, mesh_case.batches(batch_shards(mesh))[0])
+    used = {axis for leaf in jax.tree.leaves(shardings) for axis in leaf.spec if axis}
+    assert used == set(axes) - {"data"}

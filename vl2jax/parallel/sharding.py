@@ -6,14 +6,16 @@ explains the mesh axes.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vl2jax.common.errors import UserError
-from vl2jax.parallel.mesh import AXES, BATCH_AXES, batch_shards
+from vl2jax.parallel.mesh import AXES, BATCH_AXES, batch_axes, batch_shards
 
 _RUN = r"decoder/(dense|moe)_\d+/"
 
@@ -63,15 +65,16 @@ CACHE_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes a mesh in which neighbours are close to each other in the network.
 
-    If the devices are in several slices, which are connected by a slower network, the axis `data`
-    goes across the slices if its size allows it, else `fsdp`.
+    If the devices are in several slices, which are connected by a slower network, only `data` and
+    `fsdp` go across the slices: `data` as far as its size allows it, `fsdp` for the rest.
 
     Args:
       sizes: number of devices along each of `AXES`; one size may be -1: all remaining devices.
       devices: the devices; None: all.
 
     Raises:
-      UserError: the product of the sizes is not the number of devices.
+      UserError: the product of the sizes is not the number of devices, the slices have different
+        sizes, or `data` and `fsdp` cannot go across them.
     """
     devices = jax.devices() if devices is None else list(devices)
     count, sizes = len(devices), {axis: sizes[axis] for axis in AXES}
@@ -84,17 +87,44 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f" be -1; for instance {_format_sizes(_nearest_sizes(sizes, count))}"
         )
     shape = [count // fixed if size == -1 else size for size in sizes.values()]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    types = (AxisType.Auto,) * len(AXES)
-    across = next((i for i in (0, 1) if shape[i] % slices == 0), None)
-    if slices == 1 or across is None:
-        # On a 4x4x4 torus an axis of size 8 is mapped to one of its axes and half of another.
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=types)
-    between = [slices if i == across else 1 for i in range(len(shape))]
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    between = _across_slices(dict(zip(AXES, shape, strict=True)), slices, devices[0].platform)
     within = [size // parts for size, parts in zip(shape, between, strict=True)]
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
-    return Mesh(grid, AXES, axis_types=types)
+    # On a 4x4x4 torus an axis of size 8 is mapped to one of its axes and half of another.
+    split: dict[str, Any] = {"allow_split_physical_axes": True}
+    if math.prod(between) == 1:
+        grid = mesh_utils.create_device_mesh(within, devices, **split)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, **split)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _across_slices(sizes: dict[str, int], slices: Mapping[int, int], platform: str) -> list[int]:
+    """For each of `AXES` the number of parts into which the slices divide it.
+
+    Args:
+      sizes: sizes of the axes.
+      slices: number of devices in each slice.
+      platform: platform of the devices.
+    """
+    count = len(slices)
+    data = math.gcd(sizes["data"], count)
+    fsdp = count // data
+    if len(set(slices.values())) > 1:
+        shown = ", ".join(map(str, sorted(slices.values())[:8]))
+        raise UserError(f"the slices must have equally many devices, but they have {shown}")
+    if sizes["fsdp"] % fsdp and platform == "gpu":  # its slices are hosts, which any axis may cross
+        return [1] * len(AXES)
+    if sizes["fsdp"] % fsdp:
+        within = max(slices.values())
+        works = _nearest_sizes(sizes, within)
+        works["data"] *= count
+        raise UserError(
+            f"mesh {_format_sizes(sizes)} does not fit {count} slices of {within} devices: only"
+            f" data and fsdp go across slices, so data x fsdp must be a multiple of {count};"
+            f" for instance {_format_sizes(works)}"
+        )
+    return [{"data": data, "fsdp": fsdp}.get(axis, 1) for axis in AXES]
 
 
 def _nearest_sizes(sizes: Mapping[str, int], count: int, divides: Mapping[str, int] | None = None):
@@ -166,7 +196,7 @@ def read_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh | 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of every field of a batch, [microbatches, rows or tiles, ...]."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
 
 
 def optimizer_shardings(mesh: Mesh, opt_state):
@@ -184,7 +214,7 @@ def optimizer_shardings(mesh: Mesh, opt_state):
 
     def sharding(path, leaf) -> NamedSharding:
         keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-        return NamedSharding(mesh, param_spec(keys[-1]) if keys else PartitionSpec())
+        return NamedSharding(mesh, _present(mesh, param_spec(keys[-1]) if keys else ()))
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
@@ -225,11 +255,11 @@ def param_shardings(mesh: Mesh, abstract):
 
     def sharding(path, leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        axes = [axis if axis in mesh.axis_names else None for axis in param_spec(name)]
-        for size, axis in zip(leaf.shape, axes, strict=True):
+        spec = _present(mesh, param_spec(name))
+        for size, axis in zip(leaf.shape, spec, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 problems.append(f"{name} {leaf.shape}: {size} by {axis}={mesh.shape[axis]}")
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        return NamedSharding(mesh, spec)
 
     tree = jax.tree_util.tree_map_with_path(sharding, abstract)
     if problems:
@@ -241,6 +271,11 @@ def param_shardings(mesh: Mesh, abstract):
             f" for instance {working} does"
         )
     return tree
+
+
+def _present(mesh: Mesh, spec: Iterable[Any]) -> PartitionSpec:
+    """A spec without the axes that the mesh omits."""
+    return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in spec))
 
 
 def _sizes(mesh: Mesh) -> dict[str, int]:
