@@ -51,6 +51,12 @@ def curve(workdir) -> np.ndarray:
     return np.array([[row[name] for name in names] for row in rows])
 
 
+def heldout(workdir) -> list[tuple[float, float]]:
+    rows = read_metrics(workdir / "metrics.jsonl")
+    names = ("heldout/loss", "heldout/token_acc")
+    return [tuple(row[name] for name in names) for row in rows if names[0] in row]
+
+
 def saved(workdir, step: int) -> dict[str, np.ndarray]:
     stores = {name: ParamStore(workdir / "checkpoints" / str(step) / name) for name in PARTS}
     return {
@@ -75,6 +81,7 @@ def both(tmp_path_factory):
     """The same run with two processes and with one."""
     steps = 20
     options = (f"--config.steps={steps}", f"--config.checkpoint.every={-(-steps // 2)}")
+    options += ("--config.eval.every=10", "--config.eval.batches=3")
     two, one = (tmp_path_factory.mktemp(name) for name in ("two", "one"))
     ended = finish(*start_two(two, *options))
     assert [code for code, *_ in ended] == [0, 0], ended
@@ -88,6 +95,9 @@ def test_two_processes_equal_one(both):
     two, one, steps, ended = both
     np.testing.assert_allclose(curve(two), curve(one), rtol=1e-5, atol=1e-6)
     assert curve(two)[:, 0].tolist() == list(range(1, steps + 1))
+    scores = [heldout(workdir) for workdir in (two, one)]
+    assert len(scores[0]) == 2
+    np.testing.assert_allclose(*scores, rtol=1e-5)
     assert complete_steps(two)[-1] == steps
     assert_same(saved(two, steps), saved(one, steps))
     # The second process writes neither metrics nor progress.

@@ -1,21 +1,30 @@
-"""Batches depend on the numbers of data shards and pools, not on the mesh; tiles are balanced."""
+"""Batches depend on the numbers of data shards and pools, not on the mesh; tiles are balanced.
 
+Held-out data: each row is read once, by the process that uses it.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
 import types
 
 import jax
 import numpy as np
 import pytest
+import smallest
 
 from vl2jax.common.errors import UserError
-from vl2jax.data.packing import BatchShape
+from vl2jax.data.packing import WAITING, BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.processing.batch import FIRST_TILE_ROW
 from vl2jax.processing.processor import Processor
 from vl2jax.synthetic import Synthetic
 from vl2jax.synthetic.tokens import write_processor_files
+from vl2jax.training import setup
 from vl2jax.training.feed import Feed, choose_pools, fill_metrics
-from vl2jax.training.run_config import BatchConfig
+from vl2jax.training.run_config import BatchConfig, RunConfig, read_run_config
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +109,87 @@ def test_pools_and_shards_are_chosen():
     few = BatchConfig(rows=6, length=8, tiles=12)
     with pytest.raises(UserError, match=r"multiples of 4 .*got 6 and 12"):
         choose_pools(mesh, few, 0, None)
+
+
+def heldout_config(batches: int, source: str = "synthetic", **batch: int) -> RunConfig:
+    config = smallest.get_config()
+    config.data.heldout, config.eval.batches = source, batches
+    config.batch.update(batch)
+    config.data.on_error = "skip"
+    return read_run_config(config.to_dict())
+
+
+def heldout_feed(config: RunConfig, processor, shards: int = 1) -> Feed:
+    mesh = make_mesh({"data": shards, "fsdp": 1, "expert": 1, "tensor": 8 // shards})
+    found = setup.make_heldout(config, mesh, processor, lambda message: None, shards, shards)
+    assert found is not None
+    return found
+
+
+def every(feed: Feed) -> list:
+    iterator = iter(feed)
+    found = list(iterator)
+    iterator.close()
+    return found
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("threads", [1, 8])
+def test_heldout_data_are_read_once_and_as_far_as_needed(processor, monkeypatch, batches, threads):
+    """Beside what waits in the packer, at most a sample for each row of a batch is read ahead."""
+    read = []
+
+    class Counted(Synthetic):
+        def __getitem__(self, number):
+            read.append(number)
+            return super().__getitem__(number)
+
+    monkeypatch.setattr(setup, "Synthetic", Counted)
+    config = heldout_config(batches, rows=8, tiles=64)
+    data = dataclasses.replace(config.data, threads=threads, prefetch=4)
+    config = dataclasses.replace(config, data=data)
+    found = every(heldout_feed(config, processor))
+    assert len(found) == batches
+    used = sum(one.packed[0].samples for one in found)
+    assert len(read) == len(set(read)) <= used + WAITING + config.batch.rows
+    # They are the first batches of the data without a limit.
+    source = Synthetic("heldout", seed=config.seed, lessons=False)
+    shape = BatchShape(1, 8, config.batch.length, 64, config.batch.segments)
+    once = dict(shuffle=False, repeat=False)
+    whole = make_pipeline([(source, 1.0)], processor, shape, mask_prompt=True, seed=0, **once)
+    with contextlib.closing(iter(whole)) as iterator:
+        for one, want in zip(found, itertools.islice(iterator, batches), strict=True):
+            got = jax.device_get(one.batch)
+            jax.tree.map(np.testing.assert_array_equal, got, want.batch)
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(5, 3), (4, 2), (1, 1)])
+@pytest.mark.parametrize("bad", [False, True])
+def test_processes_read_their_own_held_out_rows(processor, tmp_path, rows, batches, bad):
+    """Data shards may end at different batches, and have no or no valid row."""
+    written = [{"text": f"{number} " * (number + 3)} for number in range(rows)]
+    if bad:
+        written[1::2] = [{"text": 0}] * (rows // 2)
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps(written))
+    config = heldout_config(10, str(path), rows=2, tiles=0, segments=1, length=240)
+    feed = heldout_feed(config, processor, shards=2)
+    found = every(feed)
+    assert len(found) == batches
+    valid = range(0, rows, 2) if bad else range(rows)
+    for shard in (0, 1):
+        read = np.concatenate([one.packed[shard].rows for one in found])
+        assert read.tolist() == [row for row in valid if row % 2 == shard]
+    alone = heldout_feed(heldout_config(10, str(path), rows=1, tiles=0, segments=1), processor)
+    for name in ("tokens", "supervised"):
+        total = sum(float(one.totals[name]) for one in found)
+        assert total == sum(float(one.totals[name]) for one in every(alone)) > 0
+
+
+def test_held_out_data_without_a_valid_row(processor, tmp_path):
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps([{"text": 0}]))
+    config = heldout_config(2, str(path), tiles=0)
+    with pytest.raises(UserError, match="the data has no valid row, 1 are malformed"):
+        every(heldout_feed(config, processor))
+    assert every(heldout_feed(config, processor, shards=2)) == []

@@ -78,6 +78,7 @@ def make_pipeline(
     prefetch: int = 2,
     process_index: int = 0,
     process_count: int = 1,
+    batches: int = 0,
 ) -> grain.IterDataset:
     """Makes a dataset that mixes, shuffles, reads and packs the rows of several sources.
 
@@ -103,6 +104,9 @@ def make_pipeline(
       prefetch: number of batches that a background thread prepares ahead.
       process_index: number of this process; it reads its share of each source.
       process_count: number of processes.
+      batches: number of batches, the same for all processes: exactly so many come, and those after
+        the end of the data are empty.  Nothing is read for others, except the samples that wait in
+        the packer and at most one row of a batch for each of its rows.  0: until the data end.
 
     Returns:
       A dataset whose iterators produce `PackedBatch`es.  Close the iterators (`contextlib.closing`)
@@ -132,6 +136,7 @@ def make_pipeline(
         processor,
         threads=threads,
         workers=workers,
+        padded=batches > 0,
         on_skip=None if on_error == "raise" else on_skip or _ignore,
         max_skipped=max_skipped,
         identity={
@@ -143,6 +148,8 @@ def make_pipeline(
             "process": [process_index, process_count],
         },
     )
+    if batches:
+        dataset = grain.experimental.LimitIterDataset(dataset, batches)
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
 
 
@@ -152,6 +159,7 @@ class PackedDataset(grain.IterDataset):
     Attributes:
       samples: the dataset, in the data order.
       shape: shape of the batches.
+      padded: whether empty batches come after the end of the data.
       on_skip: called with messages about malformed rows; None: they are raised.
       max_skipped: maximum share of malformed rows of a source.
       identity: settings that determine the data order.
@@ -166,6 +174,7 @@ class PackedDataset(grain.IterDataset):
         *,
         threads: int,
         workers: int,
+        padded: bool,
         on_skip: Callable[[str], None] | None,
         max_skipped: float,
         identity: dict[str, Any],
@@ -177,13 +186,15 @@ class PackedDataset(grain.IterDataset):
           processor: has the padding id and the sizes of tiles.
           threads: threads that read ahead, in each worker process.
           workers: worker processes; 0: none.
+          padded: whether empty batches come after the end of the data, without end; then samples
+            are read ahead for one batch at most.
           on_skip: called with messages about malformed rows; None: raise them.
           max_skipped: maximum share of malformed rows of a source.
           identity: settings that determine the data order, as JSON values; a state with other
             settings is rejected.
         """
         super().__init__(samples)
-        self.samples, self.shape = samples, shape
+        self.samples, self.shape, self.padded = samples, shape, padded
         self.on_skip, self.max_skipped, self.identity = on_skip, max_skipped, identity
         self._threads, self._workers = threads, workers
         self.assemble = functools.partial(
@@ -199,8 +210,13 @@ class PackedDataset(grain.IterDataset):
 
     def read_from(self, index: int) -> grain.DatasetIterator:
         """Returns an iterator that reads ahead, starting at a position of the data order."""
+        rows = self.shape.pools * self.shape.rows
+
+        def bounded(count: int) -> int:
+            return min(count, rows) if self.padded else count
+
         options = grain.ReadOptions(
-            num_threads=self._threads, prefetch_buffer_size=READ_AHEAD * self._threads
+            num_threads=self._threads, prefetch_buffer_size=bounded(READ_AHEAD * self._threads)
         )
         ahead = self.samples[index:].to_iter_dataset(options)
         if self._workers:
@@ -208,7 +224,7 @@ class PackedDataset(grain.IterDataset):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(
-                num_workers=self._workers, per_worker_buffer_size=READ_AHEAD
+                num_workers=self._workers, per_worker_buffer_size=bounded(READ_AHEAD)
             )
             ahead = ahead.mp_prefetch(options)
         return iter(ahead)
@@ -223,7 +239,7 @@ class PackedIterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._packer: Packer[ReadRow] = Packer(dataset.shape)
-        self._next = 0
+        self._next, self._ended = 0, False
         self._errors = Malformed(
             dataset.identity["rows"], dataset.identity["process"][1], dataset.max_skipped
         )
@@ -231,10 +247,9 @@ class PackedIterator(grain.DatasetIterator):
     def __next__(self) -> PackedBatch:
         if self._ahead is None:
             self._ahead = self._dataset.read_from(self._next)
-        placed = self._packer.fill(self._good(self._ahead))
+        placed = [] if self._ended else self._packer.fill(self._good(self._ahead))
         if not placed:
-            self._errors.end()
-            raise StopIteration
+            self._end()
         items = [item for _, item in placed]
         samples = [item.sample for item in items]
         batch = self._dataset.assemble([(place, item.sample) for place, item in placed])
@@ -286,13 +301,22 @@ class PackedIterator(grain.DatasetIterator):
                 raise UserError(f"{item.error}; when the checkpoint was saved it could be read")
             waiting.append(item)
         self._stop_reading()
-        self._next, self._packer.waiting = state["next"], waiting
+        self._next, self._packer.waiting, self._ended = state["next"], waiting, False
         self._errors.set_state(state.get("rows"), self._next > 0)
 
     def close(self) -> None:
         """Ends the threads and worker processes."""
         self._stop_reading()
         super().close()
+
+    def _end(self) -> None:
+        """Raises StopIteration, or UserError for bad data; returns if empty batches come."""
+        self._ended = True
+        _, process_count = self._dataset.identity["process"]
+        if not self._dataset.padded or process_count == 1:  # others may have valid rows
+            self._errors.end()
+        if not self._dataset.padded:
+            raise StopIteration
 
     def _stop_reading(self) -> None:
         if self._ahead is not None:

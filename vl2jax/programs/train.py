@@ -130,7 +130,7 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
             log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
         stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
-        heldout = make_heldout(config, mesh, processor, skipped, pools)
+        heldout = make_heldout(config, mesh, processor, skipped, pools, shards)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
 
 
@@ -265,7 +265,7 @@ def train(
         return totals["stop"] > 0
 
     def heldout_scores() -> dict[str, float]:
-        return {} if heldout is None else evaluate(eval_fn, state, heldout, config.eval.batches)
+        return {} if heldout is None else evaluate(eval_fn, state, heldout)
 
     in_flight: InFlightStep | None = None
     alone, in_step = jax.process_count() == 1, must_wait_for_steps(mesh.devices.flat[0].platform)
@@ -307,22 +307,30 @@ def train(
     return 0 if workdir.latest_step() == int(state.step) else 1
 
 
-def evaluate(eval_fn, state: TrainState, heldout: Feed, count: int) -> dict[str, float]:
+def evaluate(eval_fn, state: TrainState, heldout: Feed) -> dict[str, float]:
     """Evaluates the model on the held-out data.
 
     Args:
       eval_fn: `jit_eval_step`.
       state: current state.
       heldout: held-out data.
-      count: maximum number of batches.
 
     Returns:
-      Mean loss and token accuracy over the first `count` batches.
+      Mean loss and token accuracy over all supervised tokens.
+
+    Raises:
+      UserError: no token is supervised.
     """
     totals = np.zeros(3)
     with contextlib.closing(iter(heldout)) as batches:
-        for _, device_batch in zip(range(count), batches, strict=False):
-            totals += jax.device_get(eval_fn(state.params, state.router, device_batch.batch))
+        for device_batch in batches:
+            if float(device_batch.totals["supervised"]):  # otherwise `eval_step` counts one
+                totals += jax.device_get(eval_fn(state.params, state.router, device_batch.batch))
+    if not totals[2]:
+        raise UserError(
+            "the batches of config.data.heldout have no supervised token; give it valid rows with"
+            " answers, or leave it out"
+        )
     return {"heldout/loss": totals[0] / totals[2], "heldout/token_acc": totals[1] / totals[2]}
 
 

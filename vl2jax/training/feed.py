@@ -65,6 +65,7 @@ class Feed:
       shards: number of data shards.
       mine: the pools that devices of this process hold.
       pipelines: the data shards that this process reads, by number.
+      ends: whether the iteration ends at a batch that is empty on all processes.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Feed:
         pools: int,
         shards: int,
         pipeline: Callable[[int], grain.IterDataset],
+        ends: bool = False,
     ):
         """
         Args:
@@ -80,9 +82,11 @@ class Feed:
           pools: G, a multiple of the number of parts of a batch and of the number of data shards.
           shards: number of data shards.
           pipeline: returns the pipeline of a data shard, given its number.  Its batches have
-            G / shards pools per microbatch.
+            G / shards pools per microbatch.  All data shards must give equally many batches.
+          ends: whether to end at a batch that is empty on all processes.  Then each batch waits for
+            the devices.
         """
-        self.mesh, self.pools, self.shards = mesh, pools, shards
+        self.mesh, self.pools, self.shards, self.ends = mesh, pools, shards, ends
         self.mine = _own_pools(mesh, pools)
         wanted = sorted({pool // (pools // shards) for pool in self.mine})
         self.pipelines = {number: pipeline(number) for number in wanted}
@@ -114,7 +118,7 @@ class FeedIterator(Iterator[DeviceBatch]):
         local: dict[int, Batch] = {}
         counts: dict[int, np.ndarray] = {}
         for number, one in packed.items():
-            split = jax.tree.map(lambda x: x.reshape(-1, each, *x.shape[1:]), one.batch)
+            split = jax.tree.map(lambda x: x.reshape(len(x) // each, each, *x.shape[1:]), one.batch)
             counted = one.pool_counts.reshape(-1, each, one.pool_counts.shape[-1])
             for i in range(each):
                 pool = number * each + i
@@ -125,7 +129,10 @@ class FeedIterator(Iterator[DeviceBatch]):
         batch = jax.tree.map(
             lambda *pools: self._place(dict(zip(local, pools, strict=True))), *local.values()
         )
-        return DeviceBatch(batch, packed, self._total(self._place(counts)))
+        totals = self._total(self._place(counts))
+        if self._feed.ends and not float(totals["tokens"]):
+            raise StopIteration
+        return DeviceBatch(batch, packed, totals)
 
     def _place(self, pools: dict[int, np.ndarray]) -> jax.Array:
         """Makes an array on the mesh from the pools of this process, [P, B, ...] each."""

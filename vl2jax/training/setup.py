@@ -161,6 +161,9 @@ def make_data(
 ) -> Feed:
     """Makes the feed of `data.train` (shuffled and repeated) or of `data.heldout` (in order, once).
 
+    Each process reads the rows of its data shards.  Of `data.heldout` it reads what `eval.batches`
+    batches need.
+
     Args:
       config: configuration of the run.
       mesh: mesh over which batches are sharded.
@@ -204,9 +207,10 @@ def make_data(
             prefetch=data.prefetch,
             process_index=shard,
             process_count=shards,
+            batches=0 if training else config.eval.batches,
         )
 
-    return Feed(mesh, pools, shards, pipeline)
+    return Feed(mesh, pools, shards, pipeline, ends=not training)
 
 
 def make_heldout(
@@ -215,14 +219,13 @@ def make_heldout(
     processor: Processor,
     on_skip: Callable[[str], None],
     pools: int,
+    shards: int,
 ) -> Feed | None:
     """Makes the feed of the held-out data; None if the run has no evaluation.
 
-    It has one data shard, so that all processes reach the end of the data at the same batch.
-
     Args:
-      config, mesh, processor, on_skip, pools: see `make_data`.
+      config, mesh, processor, on_skip, pools, shards: see `make_data`.
     """
     if not (config.data.heldout and config.eval.every):
         return None
-    return make_data(config, mesh, processor, on_skip, pools, split="heldout")
+    return make_data(config, mesh, processor, on_skip, pools, shards, split="heldout")
