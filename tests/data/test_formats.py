@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
 from vl2jax.config import VL2Config
 from vl2jax.data.formats import read_row
 from vl2jax.data.row import Row
@@ -309,7 +309,7 @@ def test_turns_that_do_not_alternate(refused):
 )
 def test_box_outside_the_picture(refused, box):
     text = refused(grounded("<bbox>", {"bbox": [box]}))
-    assert text.startswith(f"box 1 {box!r:.80} is empty or outside image 1 (120 x 60)")
+    assert text.startswith(f"box 1 {shown(box)} is empty or outside image 1 (120 x 60)")
     assert "expected 0 <= x1 < x2 <= 120 and 0 <= y1 < y2 <= 60" in text
 
 
@@ -370,7 +370,9 @@ def test_zero_size_image(refused, read, processor):
 def test_what_only_reading_the_sample_shows(read, processor):
     with pytest.raises(UserError, match=r"^rows.jsonl:17: .*cut.png: damaged or truncated"):
         read_sample(read(llava(image="cut.png")), processor)
-    with pytest.raises(UserError, match=r"^rows.jsonl:17: https://a/b.png: pictures are not fetch"):
+    with pytest.raises(
+        UserError, match=r"^rows.jsonl:17: image 1: https://a/b.png: pictures are not fetch"
+    ):
         read_sample(read(llava(image="https://a/b.png")), processor)
     long = [TURNS[0] | {"content": "no " * 5000}, TURNS[1]]
     with pytest.raises(UserError, match=r"^rows.jsonl:17: .* tokens, more than .* 4096"):

@@ -5,15 +5,18 @@ import hashlib
 import io
 import json
 import struct
+import urllib.parse
 import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 import pytest
 
 from vl2jax.common.errors import UserError
 from vl2jax.processing import image as images_lib
+from vl2jax.processing.image_source import decode_base64
 
 
 @pytest.fixture(
@@ -263,7 +266,8 @@ def test_decompression_bomb_is_refused_by_its_header(tmp_path, size):
     [
         ("https://example.com/a.jpg", "not fetched"),
         ("data:image/png,abc", "only data:image/...;base64"),
-        ("data:image/png;base64,%%%", "not valid base64"),
+        ("data:image/png;base64,%%%", "data: URL: not valid base64"),
+        ("HTTP://example.com/a.jpg", "not fetched"),
         ("file://elsewhere/a.png", "a path on this host"),
         (7, "must be a path, bytes or a PIL image, got int"),
     ],
@@ -276,3 +280,129 @@ def test_refused_sources(source, message):
 def test_formats_that_run_other_programs_are_not_opened():
     with pytest.raises(UserError, match="not a picture"):
         images_lib.load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+
+
+def png_with(*chunks, before=True):
+    """A PNG of 4 x 3 red pixels, with more chunks before or after its pixels."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (4, 3), "red").save(file, "PNG")
+    whole = file.getvalue()
+    more = b"".join(
+        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks
+    )
+    cut = 8 + 25 if before else len(whole) - 12
+    return whole[:cut] + more + whole[cut:]
+
+
+LARGE = zlib.compress(bytes(3 << 20))  # more than Pillow decompresses
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"Comment\0\0" + LARGE)],
+        [(b"iTXt", b"Comment\0\1\0\0\0" + LARGE)],
+        [(b"iCCP", b"sRGB\0\0" + LARGE)],
+        [(b"tEXt", b"Comment\0" + b"x" * (1 << 20))] * 65,
+        [(b"tEXt", b"k\0v"), (b"zTXt", b"Comment\0\0" + LARGE), (b"iCCP", b"a\0\0" + LARGE)],
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "tEXt", "several"],
+)
+def test_large_texts_do_no_harm(chunks, before):
+    content = png_with(*chunks, before=before)
+    image = images_lib.load_image(content)
+    assert image.size == images_lib.image_size(content) == (4, 3)
+    assert image.getpixel((3, 2)) == (255, 0, 0)
+    with pytest.raises(UserError, match="damaged or truncated"):
+        images_lib.load_image(content[:-30] if before else content[:45])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no image item"), MemoryError(), AssertionError(), KeyError(7)]
+)
+def test_a_decoder_may_raise_anything(monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", fail)
+    with pytest.raises(UserError, match=r"^image bytes: damaged or truncated picture \(.*\); get"):
+        images_lib.load_image(png_with())
+
+
+def test_a_damaged_avif():
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (40, 30), "red").save(file, "AVIF")
+    content = bytearray(file.getvalue())
+    for place in range(0, len(content), 7):
+        changed = content.copy()
+        changed[place] ^= 0xFF
+        try:
+            images_lib.load_image(bytes(changed))
+        except UserError as error:
+            assert len(str(error)) < 400
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+    with pytest.raises(UserError, match=r"Git LFS.*git lfs pull"):
+        images_lib.load_image(pointer)
+
+
+def encodings(content):
+    """Ways to write base64."""
+    plain = base64.b64encode(content).decode()
+    lines = base64.encodebytes(content).decode()
+    urlsafe = base64.urlsafe_b64encode(content).decode()
+    assert "+" in plain and "/" in plain and plain.endswith("=")
+    return [
+        plain,
+        lines,
+        lines.replace("\n", "\r\n"),
+        lines.replace("\n", "\\n"),
+        plain.replace("/", "\\/"),
+        f"  {plain}\n",
+        plain.rstrip("="),
+        urlsafe,
+        urlsafe.rstrip("="),
+        str(plain.encode()),
+    ]
+
+
+def encoded_picture():
+    for width in range(4, 99):
+        file = io.BytesIO()
+        noise = np.random.default_rng(width).integers(0, 255, (3, width, 3), np.uint8)
+        PIL.Image.fromarray(noise).save(file, "PNG")
+        plain = base64.b64encode(file.getvalue()).decode()
+        if "+" in plain and "/" in plain and plain.endswith("="):
+            return width, file.getvalue()
+    raise AssertionError("no such picture")
+
+
+def test_base64_in_all_its_forms():
+    width, content = encoded_picture()
+    headers = ["data:image/png;base64,", "DATA:IMAGE/PNG;BASE64,", "data:;base64,", "data:base64,"]
+    headers += ["data:image/png;charset=utf-8;base64,", "data:image/png;name=a.png; base64,"]
+    for text in encodings(content):
+        assert decode_base64(text) == content
+        for header in headers:
+            assert decode_base64(header + text) == content
+            assert images_lib.load_image(header + text).size == (width, 3)
+    quoted = "data:image/png;base64," + urllib.parse.quote(encodings(content)[1])
+    assert "%0A" in quoted
+    assert images_lib.load_image(quoted).size == (width, 3)
+
+
+@pytest.mark.parametrize("text", ["a", "abcde", "ab=c", "é" * 400, "ab*d" * 10**5])
+def test_what_is_not_base64(text):
+    with pytest.raises(UserError, match="not valid base64") as error:
+        decode_base64(text)
+    assert len(str(error.value)) < 250
+
+
+def test_base64_as_a_path_is_named_and_not_printed():
+    text = base64.b64encode(png_with()).decode() * 400
+    with pytest.raises(UserError, match=r"cannot open the picture .*looks like base64") as error:
+        images_lib.load_image(text)
+    assert len(str(error.value)) < 500

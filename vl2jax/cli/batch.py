@@ -18,8 +18,9 @@ from vl2jax.cli.output import json_line, record
 from vl2jax.common.errors import UserError
 from vl2jax.common.file_lock import lock_directory
 from vl2jax.common.progress import Progress, human_count
+from vl2jax.data.keys import ROW_KEYS
 from vl2jax.inference.engine import Engine
-from vl2jax.inference.request import CONVERSATION_KEYS, parse_question
+from vl2jax.inference.request import parse_question
 from vl2jax.inference.sequence import Sequence
 from vl2jax.inference.session import Session
 from vl2jax.processing.collate import Sample
@@ -189,7 +190,7 @@ def _list(source: Path) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None
     keys = {key for entry in value if isinstance(entry, dict) for key in entry}
-    return value if keys & {*CONVERSATION_KEYS} else None
+    return value if keys & {*ROW_KEYS} else None
 
 
 def resume(requests: RequestFile, out: BinaryIO, target: Path) -> tuple[int, int, int]:

@@ -2,36 +2,39 @@
 
 - `messages`, `conversations` or `conversation`: a list of turns; or the row itself is that list.  A
   turn is `{"role", "content"}` or `{"from", "value"}` (LLaVA, ShareGPT).  Its content is a text or
-  a list of OpenAI's parts, and it may have its own `images` (DeepSeek-VL2).
+  a list of OpenAI's parts, and it may have its own `images` (DeepSeek-VL2).  `"loss": false`
+  (ms-swift) or `"weight": 0` (OpenAI) leaves a turn out of the targets.
+- `prompt`: one question, or a list of turns.
+- `texts`: questions and answers, `{"user", "assistant"}` (The Cauldron).
 - `text`, instead of turns: a document, which is supervised as a whole.  A single turn of the
   assistant is a document too.
 - `images` or `image`: one image or a list, see `pictures.picture`.
-- `system`: a system message outside of the turns (LLaMA-Factory).
+- `system` or `system_prompt`: a system message outside of the turns (LLaMA-Factory).
 - `objects`: names and boxes (ms-swift), see `boxes.fill_objects`.
 
-Keys whose value is null, and other keys, are ignored.
+Keys whose value is null are ignored.  Keys that would change the meaning of the row and are not
+read, such as `videos` and `rejected`, are refused; other keys are named in `Row.unread`.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, clip, shown
+from vl2jax.data import keys
 from vl2jax.data.boxes import fill_objects
-from vl2jax.data.pictures import picture
+from vl2jax.data.pictures import is_absent, picture
+from vl2jax.data.placeholders import PLACEHOLDER, with_own_placeholders
 from vl2jax.data.row import Row
-from vl2jax.processing.image import ImageSource, image_size
-from vl2jax.processing.prompt import ASSISTANT, SYSTEM, USER, read_conversation, with_placeholders
+from vl2jax.data.turns import read_pairs, read_turns
+from vl2jax.processing.image import image_size
+from vl2jax.processing.image_source import ImageSource
+from vl2jax.processing.prompt import ASSISTANT, SYSTEM, USER, with_placeholders
 
-PLACEHOLDER = "<image>"
-TURN_KEYS = ("messages", "conversations", "conversation")
-ROLES = {
-    **{"user": USER, "human": USER, "<|User|>": USER},
-    **{"assistant": ASSISTANT, "gpt": ASSISTANT, "<|Assistant|>": ASSISTANT},
-    **{"system": SYSTEM, "deepseekapi-sys": SYSTEM},
-}
-_ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+# Longest message about a row, without the name of the row.
+MOST = 500
 _EXPECTED = (
     "expected 'messages' or 'conversations' with turns like {'role': 'user', 'content': '...'} or"
     " {'from': 'human', 'value': '...'}, or a document under 'text'"
@@ -53,121 +56,132 @@ def read_row(value: Any, *, where: str, root: pathlib.Path) -> Row:
     Raises:
       UserError: the row is malformed; the message begins with `where`.
     """
-    try:
-        row = _read(_without_nulls(value), where, root)
-        if row.messages:
-            _check_turns(row.messages)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply; {_EXPECTED}") from error
+    row = _read(value, where, [root])
+    if row.messages:
+        _named(where, _check_turns, row.messages)
     return row
 
 
-def read_question(value: Any, *, root: pathlib.Path) -> Row:
+def read_question(
+    value: Any,
+    *,
+    where: str,
+    folders: Sequence[pathlib.Path],
+    images: Sequence[Any] = (),
+    keep_answer: bool = False,
+) -> Row:
     """Reads a row of any format as a question for inference, without the answer at its end.
 
     Args:
       value: the row, as parsed from JSON or Parquet.
-      root: folder of relative image paths.
+      where: name of the row in messages.
+      folders: folders of relative image paths; the first that has an image is used.
+      images: more images, for a row that has none.
+      keep_answer: whether to keep the answer at the end, so that the model continues it.
 
     Returns:
-      A conversation as `read_row` returns it, but ending with a turn of the user.
+      A conversation as `read_row` returns it, but ending with a turn of the user, or with the
+      answer that is kept.
 
     Raises:
-      UserError: the row is malformed or has no question.
+      UserError: the row is malformed or has no question; the message begins with `where`.
     """
-    try:
-        row = _read(_without_nulls(value), "", root)
-    except RecursionError as error:
-        raise UserError(f"nested too deeply; {_EXPECTED}") from error
+    value = _without_empty_answer(value)
+    row = _read(value, where, folders, images)
     messages = list(row.messages)
-    if messages and messages[-1]["role"] == ASSISTANT:
+    if messages and messages[-1]["role"] == ASSISTANT and not keep_answer:
         messages.pop()
-    if not messages or messages[-1]["role"] != USER:
-        raise UserError("no turn of the user before the last answer, so nothing is asked")
-    _check_order(messages)
+    _named(where, _check_question, messages)
     return dataclasses.replace(row, messages=messages)
 
 
-def _read(value: Any, where: str, root: pathlib.Path) -> Row:
+def _named(where: str, work, *args: Any) -> Any:
+    """Calls a function; puts the name of the row before its error, and bounds its length."""
+    try:
+        return work(*args)
+    except UserError as error:
+        raise UserError(f"{where}: {clip(str(error), MOST)}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply; {_EXPECTED}") from error
+
+
+def _read(
+    value: Any, where: str, folders: Sequence[pathlib.Path], images: Sequence[Any] = ()
+) -> Row:
     """Reads a row without checking the order of its turns."""
+    return _named(where, lambda: _read_parts(_without_nulls(value), where, folders, images))
+
+
+def _read_parts(
+    value: Any, where: str, folders: Sequence[pathlib.Path], more: Sequence[Any]
+) -> Row:
     row = {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, Mapping):
         raise UserError(f"{_EXPECTED}; got {type(value).__name__}")
-    key = _one_key(row, (*TURN_KEYS, "text"), _EXPECTED)
-    for other in ("videos", "audios"):
-        if row.get(other):
-            raise UserError(f"{other!r} are not read; give frames as 'images' or leave the row out")
-    given = _given_images(row)
-    if key == "text":
-        messages, named = [_document(row["text"])], []
-    else:
-        messages, named = _read_turns(row[key], row.get("system"))
-    images = [_named_picture(n, image, root) for n, image in enumerate(_choose(given, named), 1)]
+    keys.check_row(row)
+    key = keys.one_key(row, keys.ROW_KEYS, _EXPECTED)
+    given = _given_images(row, more)
+    turns = _turns(key, row[key])
+    messages, named = read_turns(turns, _system(row))
+    images = [_named_picture(n, image, folders) for n, image in enumerate(_choose(given, named), 1)]
+    _set_texts(
+        messages,
+        with_own_placeholders([(m["role"], m["content"]) for m in messages], len(images)),
+    )
+    document = [message["role"] for message in messages] == [ASSISTANT]
+    if not document:
+        _check_places(messages)
     if given:
         _add_placeholders(messages, len(images))
     _check_count(messages, len(images))
-    _fill(messages, row.get("objects"), images)
-    if key == "text" or [message["role"] for message in messages] == [ASSISTANT]:
-        return Row(text=messages[0]["content"], images=images, where=where)
-    return Row(messages=messages, images=images, where=where)
+    size = functools.cache(lambda number: image_size(images[number]))
+    texts = [message["content"] for message in messages]
+    _set_texts(messages, fill_objects(texts, row.get("objects"), len(images), size))
+    unread = keys.unread(row, turns)
+    if document:
+        if messages[0].get("loss") is False:
+            raise UserError("the only turn has no loss, so nothing to learn; leave the row out")
+        text = _answer(1, messages[0]["content"])
+        return Row(text=text, images=images, where=where, unread=unread)
+    return Row(messages=messages, images=images, where=where, unread=unread)
 
 
-def _document(text: Any) -> dict[str, str]:
-    """Represents a document as a single turn of the assistant."""
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"'text' must be a text that is not empty, got {text!r:.80}")
-    return {"role": ASSISTANT, "content": text}
+def _turns(key: str, value: Any) -> Any:
+    """The turns under a key of `ROW_KEYS`."""
+    if key == "text":
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"'text' must be a text that is not empty, got {shown(value)}")
+        return [{"role": ASSISTANT, "content": value}]
+    if key == "texts":
+        return read_pairs(value)
+    if key == "prompt" and not isinstance(value, list | tuple):
+        if not isinstance(value, str):
+            raise UserError(f"'prompt' must be a text, got {type(value).__name__}")
+        return [{"role": USER, "content": value}]
+    return value
 
 
-def _read_turns(turns: Any, system: Any) -> tuple[list[dict[str, str]], list[Any]]:
-    """Messages with plain text, and the images that they name (None for a part without source)."""
-    if not isinstance(turns, list | tuple):
-        raise UserError(f"the conversation must be a list of turns, got {type(turns).__name__}")
-    entries = [_entry(number, turn) for number, turn in enumerate(turns, 1)]
-    if system is not None and system != "":
-        if any(entry["role"] == SYSTEM for entry in entries):
-            raise UserError("a system message both in the turns and under 'system'; give it once")
-        entries.insert(0, {"role": SYSTEM, "content": system})
-    if len(entries) == 1 and entries[0]["role"] == ASSISTANT:
-        # A document.  It may have images, which only a user's message may, so it is read as one.
-        read, named = read_conversation([entries[0] | {"role": USER}], image_token=PLACEHOLDER)
-        return [{"role": ASSISTANT, "content": _answer(1, read[0].text)}], named
-    read, named = read_conversation(entries, image_token=PLACEHOLDER)
-    return [{"role": message.kind, "content": message.text} for message in read], named
+def _system(row: Mapping[str, Any]) -> str | None:
+    """A system message outside of the turns."""
+    found = [key for key in keys.SYSTEM_KEYS if row.get(key)]
+    if len(found) > 1:
+        raise UserError(f"{found[0]!r} and {found[1]!r} are both given; give one of them")
+    if found and not isinstance(row[found[0]], str):
+        raise UserError(f"{found[0]!r} must be a text, got {shown(row[found[0]])}")
+    return row[found[0]] if found else None
 
 
-def _entry(number: int, turn: Any) -> dict[str, Any]:
-    """Converts a turn to a message for `read_conversation`."""
-    where = f"message {number}"
-    if not isinstance(turn, Mapping):
-        raise UserError(
-            f"{where}: expected a turn like {{'role': 'user', 'content': '...'}}, got {turn!r:.80}"
-        )
-    role = turn[_one_key(turn, _ROLE_KEYS, f"{where}: expected one of 'role' and 'from'")]
-    content = turn[_one_key(turn, _CONTENT_KEYS, f"{where}: expected one of 'content' and 'value'")]
-    if not isinstance(role, str) or role not in ROLES:
-        raise UserError(f"{where}: unknown role {role!r:.40}; expected one of {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = [_part(part) for part in content]
-    return {"role": ROLES[role], "content": content, "images": turn.get("images", [])}
-
-
-def _part(part: Any) -> Any:
-    """A part of the content; an image that is a record moves to the key `url`."""
-    if isinstance(part, Mapping) and isinstance(part.get("image"), Mapping):
-        return {"type": "image", "url": part["image"]}
-    return part
-
-
-def _given_images(row: Mapping[str, Any]) -> list[Any]:
-    """Images given by the row, outside of its turns."""
-    found = [key for key in ("images", "image") if row.get(key) not in (None, [])]
+def _given_images(row: Mapping[str, Any], more: Sequence[Any]) -> list[Any]:
+    """Images given by the row outside of its turns, or by the caller."""
+    found = [key for key in keys.IMAGE_KEYS if not is_absent(row.get(key)) and row[key] != []]
     if len(found) > 1:
         raise UserError("'image' and 'images' are both given; give one of them")
     images = row[found[0]] if found else []
-    return list(images) if isinstance(images, list | tuple) else [images]
+    images = list(images) if isinstance(images, list | tuple) else [images]
+    images = [image for image in images if not is_absent(image)]
+    if images and more:
+        raise UserError("images in the row and outside of it; give them only once")
+    return images or list(more)
 
 
 def _choose(given: list[Any], named: list[Any]) -> list[Any]:
@@ -180,14 +194,28 @@ def _choose(given: list[Any], named: list[Any]) -> list[Any]:
     return given or named
 
 
-def _named_picture(number: int, value: Any, root: pathlib.Path) -> ImageSource:
+def _named_picture(number: int, value: Any, folders: Sequence[pathlib.Path]) -> ImageSource:
     try:
-        return picture(value, root)
+        return picture(value, folders)
     except UserError as error:
         raise UserError(f"image {number}: {error}") from error
 
 
-def _add_placeholders(messages: list[dict[str, str]], images: int) -> None:
+def _set_texts(messages: list[dict[str, Any]], texts: Sequence[str]) -> None:
+    for message, text in zip(messages, texts, strict=True):
+        message["content"] = text
+
+
+def _check_places(messages: Sequence[Mapping[str, Any]]) -> None:
+    for number, message in enumerate(messages, 1):
+        if message["role"] != USER and PLACEHOLDER in message["content"]:
+            raise UserError(
+                f"message {number}: a placeholder of an image in the text of role"
+                f" {message['role']!r}; images belong in user messages"
+            )
+
+
+def _add_placeholders(messages: list[dict[str, Any]], images: int) -> None:
     """Prepends all placeholders to the first question or document, if no text has any."""
     if any(PLACEHOLDER in message["content"] for message in messages):
         return
@@ -195,7 +223,7 @@ def _add_placeholders(messages: list[dict[str, str]], images: int) -> None:
     first["content"] = with_placeholders(first["content"], images, PLACEHOLDER)
 
 
-def _check_count(messages: Sequence[Mapping[str, str]], images: int) -> None:
+def _check_count(messages: Sequence[Mapping[str, Any]], images: int) -> None:
     count = sum(message["content"].count(PLACEHOLDER) for message in messages)
     if count != images:
         raise UserError(
@@ -204,17 +232,13 @@ def _check_count(messages: Sequence[Mapping[str, str]], images: int) -> None:
         )
 
 
-def _fill(messages: list[dict[str, str]], objects: Any, images: list[ImageSource]) -> None:
-    texts = [message["content"] for message in messages]
-    filled = fill_objects(texts, objects, len(images), lambda number: image_size(images[number]))
-    for message, text in zip(messages, filled, strict=True):
-        message["content"] = text
-
-
-def _check_turns(messages: Sequence[Mapping[str, str]]) -> None:
-    """Raises UserError unless non-empty questions and answers alternate and an answer is last."""
-    if not any(message["role"] == ASSISTANT for message in messages):
+def _check_turns(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError unless questions and answers alternate and an answer is last."""
+    answers = [message for message in messages if message["role"] == ASSISTANT]
+    if not answers:
         raise UserError("no turn of the assistant, so nothing to learn; add its answer")
+    if not any(message.get("loss", message["role"] == ASSISTANT) for message in messages):
+        raise UserError("no turn has a loss, so nothing to learn; leave the row out")
     _check_order(messages)
     if messages[-1]["role"] != ASSISTANT:
         raise UserError(
@@ -223,7 +247,14 @@ def _check_turns(messages: Sequence[Mapping[str, str]]) -> None:
         )
 
 
-def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
+def _check_question(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError unless questions and answers alternate, beginning with a question."""
+    if not any(message["role"] == USER for message in messages):
+        raise UserError("no turn of the user before the last answer, so nothing is asked")
+    _check_order(messages)
+
+
+def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError unless non-empty questions and answers alternate."""
     first = int(messages[0]["role"] == SYSTEM)
     for place, (number, message) in enumerate(list(enumerate(messages, 1))[first:]):
@@ -247,12 +278,16 @@ def _answer(number: int, text: str) -> str:
     return text
 
 
-def _one_key(value: Mapping[str, Any], keys: Sequence[str], expected: str) -> str:
-    found = [key for key in keys if key in value]
-    if len(found) != 1:
-        got = f"{found} together" if found else f"the keys {sorted(map(str, value))[:8]}"
-        raise UserError(f"{expected}; got {got}")
-    return found[0]
+def _without_empty_answer(value: Any) -> Any:
+    """Drops a last turn of the assistant without content, which the model is to answer."""
+    if isinstance(value, Mapping):
+        return {k: _without_empty_answer(v) if k in keys.TURN_KEYS else v for k, v in value.items()}
+    if isinstance(value, list) and value and isinstance(last := value[-1], Mapping):
+        role = next((last[key] for key in keys.ROLE_KEYS if key in last), None)
+        is_answer = isinstance(role, str) and keys.ROLES.get(role.strip().lower()) == ASSISTANT
+        if is_answer and not any(last.get(key) for key in keys.CONTENT_KEYS):
+            return value[:-1]
+    return value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,74 +1,108 @@
 """Image sources in rows of data files: paths, URLs, bytes, or records with one of these."""
 
-import base64
-import binascii
 import os
 import pathlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import PIL.Image
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, clip, named, reason, shown
 from vl2jax.common.paths import has_scheme, user_path
-from vl2jax.processing.image import URL_SCHEMES, ImageSource
+from vl2jax.processing.image_source import (
+    URL_SCHEMES,
+    ImageSource,
+    advice_for_path,
+    check_local,
+    decode_base64,
+)
 
 _FORMS = "a path, a file:// or data: URL, or {'bytes': ...}"
+_BYTES = ("bytes", "base64", "data")  # keys of records whose text is base64
+_KEYS = (*_BYTES, "path", "url", "image_url", "image", "source")
 
 
-def picture(value: Any, root: pathlib.Path) -> ImageSource:
+def picture(value: Any, folders: Sequence[pathlib.Path]) -> ImageSource:
     """Converts an image of a row to a source for `image.load_image`; checks that the file exists.
 
     Args:
-      value: a path, a URL, bytes, a PIL image, or a mapping with `bytes` (base64 if it is a text),
-        `path` or `url`; the first of these keys is used.
-      root: folder of relative paths.
+      value: a path, a URL, bytes, a PIL image, or a record of one of these under `bytes` (base64 if
+        it is a text), `base64`, `data`, `path`, `url`, `image_url`, `image` or `source`; the first
+        of these keys that is not empty is used.
+      folders: folders of relative paths; the first that has the file is used.
 
     Raises:
-      UserError: the value is none of these, the file does not exist or is empty, or `bytes` is not
-        valid base64.
+      UserError: the value is none of these, the file does not exist or is empty, `bytes` is not
+        valid base64, or the image is on another host.
     """
     if isinstance(value, Mapping):
-        key = next((key for key in ("bytes", "path", "url") if value.get(key) is not None), None)
+        key = next((key for key in _KEYS if value.get(key) not in (None, "", b"")), None)
         if key is None:
-            raise UserError(f"expected {_FORMS}, got the keys {sorted(map(str, value))[:8]}")
-        value = value[key]
-        if key == "bytes" and isinstance(value, str):
-            value = _decode_base64(value)
+            if b"" in [value.get(key) for key in _BYTES]:
+                raise UserError("no bytes; expected the content of an image file")
+            raise UserError(f"expected {_FORMS}, got the keys {named(value)}")
+        found = value[key]
+        if key in _BYTES:
+            return _bytes(found)
+        return picture(found, folders)
     if isinstance(value, PIL.Image.Image):
         return value
     if isinstance(value, bytes):
-        if not value:
-            raise UserError("no bytes; expected the content of an image file")
-        return value
+        return _bytes(value)
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise UserError(f"expected {_FORMS}, got {value!r:.80}")
-    if isinstance(value, str) and value.lower().startswith(URL_SCHEMES):
-        return value
-    if isinstance(value, str) and has_scheme(value):
-        return str(user_path(value, "the picture"))
-    return _existing(root / value)
+        raise UserError(f"expected {_FORMS}, got {shown(value)}")
+    if isinstance(value, str):
+        value = value.strip() or value
+        check_local(value)
+        if value[:5].lower().startswith(URL_SCHEMES):
+            return value
+        if has_scheme(value):
+            return str(user_path(value, "the picture"))
+    return _existing(value, folders)
 
 
-def _existing(path: pathlib.Path) -> str:
-    try:
-        found = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(
-            f"{path}: cannot open the picture ({reason}); relative paths begin at the data file's"
-            " folder or at images_root: correct one of them"
-        ) from error
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{path}: not a file; expected the path of an image file")
-    if not found.st_size:
-        raise UserError(f"{path}: the picture is empty (0 bytes); get it again")
-    return str(path)
+def is_absent(value: Any) -> bool:
+    """Returns whether a row says with this value that it has no image: null, "" or empty records.
+
+    Args:
+      value: an image of a row, as for `picture`.
+    """
+    if isinstance(value, Mapping):
+        return all(inner is None or inner == "" for inner in value.values())
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _decode_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"'bytes' is a text that is not valid base64 ({error})") from error
+def _bytes(value: Any) -> bytes:
+    """The content of a file: bytes, base64, or a list of integers."""
+    if isinstance(value, str):
+        value = decode_base64(value)
+    if isinstance(value, list) and all(type(x) is int and 0 <= x < 256 for x in value):
+        value = bytes(value)
+    if not isinstance(value, bytes):
+        raise UserError(f"'bytes' must be bytes or a base64 text, got {shown(value)}")
+    if not value:
+        raise UserError("no bytes; expected the content of an image file")
+    return value
+
+
+def _existing(value: str | os.PathLike, folders: Sequence[pathlib.Path]) -> str:
+    failed: Exception | None = None
+    for folder in folders:
+        path = folder / value
+        try:
+            found = path.stat()
+        except (OSError, ValueError) as error:  # ValueError: a null character in the path
+            failed = failed or error
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{clip(str(path))}: not a file; expected the path of an image file")
+        if not found.st_size:
+            raise UserError(f"{clip(str(path))}: the picture is empty (0 bytes); get it again")
+        return str(path)
+    assert failed is not None  # there is at least one folder
+    advice = "relative paths begin at the data file's folder or at images_root: correct one of them"
+    raise UserError(
+        f"{clip(str(folders[0] / value))}: cannot open the picture ({reason(failed)});"
+        f" {advice_for_path(os.fspath(value), advice)}"
+    ) from failed

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from vl2jax.processing.image import ImageSource
+from vl2jax.processing.image_source import ImageSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,16 +13,19 @@ class Row:
 
     Attributes:
       messages: the messages of a conversation, `{"role": "user", "content": ...}`, with `<image>`
-        placeholders in the text, see `prompt.read_conversation`; empty for a document.
+        placeholders in the text, see `prompt.read_conversation`; empty for a document.  A message
+        may have `loss`: whether it is supervised, whatever the run's settings say.
       images: source of the image of each placeholder, in order.
       where: name of the row in messages, such as "captions.jsonl:17".
       text: a document (pre-training), which is supervised as a whole; None for a conversation.
+      unread: keys of the row that were not read.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()
     images: Sequence[ImageSource] = ()
     where: str
     text: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 class Source(Protocol):

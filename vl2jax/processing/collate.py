@@ -11,7 +11,7 @@ import numpy as np
 
 from vl2jax.common.errors import UserError
 from vl2jax.processing.batch import FIRST_TILE_ROW, TEXT, Batch
-from vl2jax.processing.image import ImageSource
+from vl2jax.processing.image_source import ImageSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

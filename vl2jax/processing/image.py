@@ -5,38 +5,29 @@ Dynamic tiling is described in DeepSeek-VL2, section 2.
 Axis legend: S pixels per tile side, Q visual tokens per tile, n views of one image.
 """
 
-import base64
-import binascii
-import contextlib
-import io
-import os
-import struct
 import threading
-import urllib.parse
 import warnings
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import IO
+from collections.abc import Callable, Iterable
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import PIL.Image
 
-from vl2jax.common.errors import UserError
-from vl2jax.common.paths import user_path
+from vl2jax.common.errors import UserError, reason
 from vl2jax.processing.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
+from vl2jax.processing.image_source import (
+    ImageSource,
+    is_lfs_pointer,
+    open_source,
+    without_texts,
+)
 
-ImageSource = str | os.PathLike | bytes | PIL.Image.Image
-URL_SCHEMES = ("data:", "file:", "http:", "https:")  # prefixes of sources that are not paths
+T = TypeVar("T")
 
 # Pillow's default threshold, 256 MiB as RGB.  A small file can decode to more and fill the memory.
 MAX_PIXELS = 89_478_485
 MEAN_COLOUR = (127, 127, 127)  # int(0.5 * 255), the released mean, which is the only supported one
 
-# Exceptions of Pillow's decoders for damaged files.
-_DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError),
-    *(OverflowError, struct.error, zlib.error, PIL.Image.DecompressionBombError),
-)
 # Formats that Pillow decodes itself; for some others it starts external programs.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 # Formats whose header has the final size; other formats may change it while decoding.
@@ -71,7 +62,8 @@ def load_image(source: ImageSource, *, exif: bool = True) -> PIL.Image.Image:
       UserError: the source cannot be opened, is not an image, is truncated, is empty, or has more
         than `MAX_PIXELS` pixels.
     """
-    with _reading(source) as (name, opened):
+
+    def load(name: str, opened: Any) -> PIL.Image.Image:
         if isinstance(opened, PIL.Image.Image):
             _check_pixels(opened.size, name)
             return _to_rgb(opened)
@@ -80,6 +72,8 @@ def load_image(source: ImageSource, *, exif: bool = True) -> PIL.Image.Image:
         orientation = _orientation(image) if exif else 1
         image = _to_rgb(image)
         return image.transpose(_TRANSPOSES[orientation]) if orientation in _TRANSPOSES else image
+
+    return _decode(source, load)
 
 
 def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
@@ -95,7 +89,8 @@ def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
     Raises:
       UserError: as `load_image`, except for damage that is only found by decoding.
     """
-    with _reading(source) as (name, opened):
+
+    def size(name: str, opened: Any) -> tuple[int, int]:
         if isinstance(opened, PIL.Image.Image):
             _check_pixels(opened.size, name)
             return opened.size
@@ -104,6 +99,8 @@ def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
             image.load()
         width, height = image.size
         return (height, width) if exif and _orientation(image) in _SIDEWAYS else (width, height)
+
+    return _decode(source, size)
 
 
 def select_best_resolution(
@@ -243,62 +240,44 @@ def _with_newlines(rows: np.ndarray) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, 1)), constant_values=IMAGE_NEWLINE).ravel()
 
 
-def _open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
-    """The name of a source in messages, and an open binary file."""
-    if isinstance(source, bytes):
-        return "image bytes", io.BytesIO(source)
-    if not isinstance(source, str | os.PathLike):
-        raise UserError(
-            f"an image must be a path, bytes or a PIL image, got {type(source).__name__}"
-        )
-    text = os.fspath(source)
-    scheme = text.split(":", 1)[0].lower() if isinstance(text, str) and ":" in text else ""
-    if scheme == "data":
-        return "data: URL", io.BytesIO(_decode_data_url(text))
-    if scheme in ("http", "https"):
-        raise UserError(f"{text}: pictures are not fetched; download it and give its path")
-    path = user_path(text, "the picture")
-    try:
-        return str(path), path.open("rb")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot open the picture ({error.strerror}); expected the path of an image"
-            " file"
-        ) from error
-
-
-def _decode_data_url(url: str) -> bytes:
-    """Decodes `data:image/...;base64,...`."""
-    header, comma, payload = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise UserError(
-            f"data: URL {url[:40]!r}: only data:image/...;base64,... is read; encode it so"
-        )
-    try:
-        return base64.b64decode(urllib.parse.unquote(payload), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"data: URL {url[:40]!r}: not valid base64 ({error})") from error
-
-
-@contextlib.contextmanager
-def _reading(source: ImageSource) -> Iterator[tuple[str, IO[bytes] | PIL.Image.Image]]:
-    """Opens a source, and converts Pillow's exceptions to UserError; also gives its name."""
+def _decode(source: ImageSource, work: Callable[[str, Any], T]) -> T:
+    """Calls `work` with the name of a source and its open file (or the image that it is)."""
     if isinstance(source, PIL.Image.Image):
-        name, file = "PIL image", contextlib.nullcontext(source)
-    else:
-        name, file = _open_source(source)
-    try:
-        with file as opened:
-            yield name, opened
-    except UserError:
-        raise
-    except PIL.UnidentifiedImageError as error:
-        raise UserError(
-            f"{name}: not a picture in a supported format (JPEG, PNG, WebP, GIF, ...); check the"
-            " content of the file, its name does not matter"
-        ) from error
-    except _DECODING_ERRORS as error:
-        raise UserError(f"{name}: damaged or truncated picture ({error}); get it again") from error
+        return work("PIL image", source)
+    name, file = open_source(source)
+    with file:
+        while True:
+            try:
+                return work(name, file)
+            except UserError:
+                raise
+            except Exception as error:  # decoders raise exceptions of any type for damaged files
+                if (message := _reading_failed(error)) is None:
+                    bare = without_texts(file)
+                    if bare is not None:
+                        file = bare  # which has no more texts
+                        continue
+                    message = _what_is_wrong(error, file)
+                raise UserError(f"{name}: {message}") from error
+
+
+def _reading_failed(error: Exception) -> str | None:
+    """What to say if the file could not be read; None if it cannot be decoded."""
+    failed = isinstance(error, OSError) and error.errno is not None
+    return f"cannot read the picture ({reason(error)})" if failed else None
+
+
+def _what_is_wrong(error: Exception, file: IO[bytes]) -> str:
+    """What to say about a file that cannot be decoded."""
+    file.seek(0)
+    if is_lfs_pointer(file.read(40)):
+        return "the pointer of a file in Git LFS, not the picture; get it with `git lfs pull`"
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return (
+            "not a picture in a supported format (JPEG, PNG, WebP, GIF, ...); check the content of"
+            " the file, its name does not matter"
+        )
+    return f"damaged or truncated picture ({reason(error)}); get it again"
 
 
 def _read_header(name: str, file: IO[bytes]) -> PIL.Image.Image:
@@ -332,7 +311,7 @@ def _orientation(image: PIL.Image.Image) -> int:
         warnings.simplefilter("ignore")
         try:
             return image.getexif().get(_EXIF_ORIENTATION, 1)
-        except _DECODING_ERRORS:
+        except Exception:  # whatever the decoder raises, the pixels are whole
             return 1
 
 

@@ -20,7 +20,7 @@ from vl2jax.processing import image as images_lib
 from vl2jax.processing import prompt as prompt_lib
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.collate import Sample, collate
-from vl2jax.processing.image import ImageSource
+from vl2jax.processing.image_source import ImageSource
 from vl2jax.processing.prompt import Message, Piece
 from vl2jax.processing.tokenizer import Tokenizer
 

@@ -13,11 +13,13 @@ functions have it.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
 from vl2jax.config.processor import check_format
 
 USER, ASSISTANT, SYSTEM = "user", "assistant", "system"
 SEPARATOR = "\n\n"
+# Keys of a message that say whether it is supervised: ms-swift's, OpenAI's and axolotl's.
+LOSS_KEYS = ("loss", "loss_scale", "weight", "train")
 
 # Role names and their kinds; the `deepseek` format also accepts the chat tokens.
 _ROLES = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM, "deepseekapi-sys": SYSTEM}
@@ -31,11 +33,13 @@ class Message(NamedTuple):
       kind: `USER`, `ASSISTANT` or `SYSTEM`.
       text: text without leading and trailing white space; each image is a placeholder.
       role: the caller's name of the role.
+      supervised: whether its tokens are targets of the loss; None: the format decides.
     """
 
     kind: str
     text: str
     role: str
+    supervised: bool | None = None
 
 
 class Piece(NamedTuple):
@@ -63,7 +67,8 @@ def read_conversation(
     The original's: `{"role": "<|User|>", "content": "<image>\\n...", "images": [path, ...]}`.
     OpenAI's: `content` is a list of parts `{"type": "text", "text": ...}`, `{"type": "image_url",
     "image_url": {"url": ...}}` and `{"type": "image", "image": ...}`.  An image part becomes a
-    placeholder; parts are joined by a newline unless there is white space between them.
+    placeholder; parts are joined by a newline unless there is white space between them.  One of
+    `LOSS_KEYS` in a message, true, false, 1 or 0, says whether it is supervised.
 
     Args:
       conversation: the messages.
@@ -106,18 +111,22 @@ def conversation_pieces(
     Args:
       messages: the messages.
       sft_format: chat format.
-      mask_prompt: whether to exclude questions and the system message from the targets.
+      mask_prompt: whether to exclude questions and the system message from the targets.  A message
+        that says itself whether it is supervised comes first.
       image_token: the placeholder of images.
     """
     pieces = [Piece("bos", True)]
     for message in messages:
+        supervised = message.supervised
+        if supervised is None:
+            supervised = message.kind == ASSISTANT or not mask_prompt
         if message.kind == USER:
             question = _question(message.text, sft_format)
-            pieces += _split_images(question, not mask_prompt, image_token)
+            pieces += _split_images(question, supervised, image_token)
         elif message.kind == SYSTEM:
-            pieces.append(Piece("text", not mask_prompt, message.text))
+            pieces.append(Piece("text", supervised, message.text))
         else:
-            pieces += [Piece("answer", True, message.text), Piece("eos", True)]
+            pieces += [Piece("answer", supervised, message.text), Piece("eos", supervised)]
     return pieces
 
 
@@ -219,12 +228,14 @@ def _read_message(
 ) -> tuple[Message, list[Any]]:
     where = f"message {index + 1}"
     if not isinstance(entry, Mapping) or "role" not in entry:
-        raise UserError(f"{where}: expected an object with 'role' and 'content', got {entry!r:.80}")
+        raise UserError(
+            f"{where}: expected an object with 'role' and 'content', got {shown(entry)}"
+        )
     roles = _ROLES | (_CHAT_ROLES if sft_format == "deepseek" else {})
     role = entry["role"]
     if not isinstance(role, str) or role not in roles:
         raise UserError(
-            f"{where}: unknown role {role!r}; format {sft_format!r} has {', '.join(roles)}"
+            f"{where}: unknown role {shown(role, 40)}; format {sft_format!r} has {', '.join(roles)}"
         )
     kind = roles[role]
     if kind == SYSTEM and index > 0:
@@ -234,7 +245,21 @@ def _read_message(
         raise UserError(
             f"{where}: {image_token} in the text of role {role!r}; images belong in user messages"
         )
-    return Message(kind, text.strip(), role), images
+    return Message(kind, text.strip(), role, _supervised(where, entry)), images
+
+
+def _supervised(where: str, entry: Mapping[str, Any]) -> bool | None:
+    """Whether a message says that it is supervised; None if it says nothing."""
+    found = {key: entry[key] for key in LOSS_KEYS if entry.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(
+                f"{where}: {key!r} must be true, false, 1 or 0, got {shown(value, 40)}; a turn is"
+                " supervised or not, without weights between"
+            )
+    if len({bool(value) for value in found.values()}) > 1:
+        raise UserError(f"{where}: {' and '.join(found)} contradict each other; give one of them")
+    return bool(next(iter(found.values()))) if found else None
 
 
 def _read_content(
@@ -243,14 +268,14 @@ def _read_content(
     """Text with placeholders, and the sources of the images that the message names."""
     content, images = entry.get("content"), entry.get("images", [])
     if not isinstance(images, list | tuple):
-        raise UserError(f"{where}: 'images' must be a list of images, got {images!r:.80}")
+        raise UserError(f"{where}: 'images' must be a list of images, got {shown(images)}")
     if content is None and kind == ASSISTANT:
         content = ""  # the answer that the model is to generate
     if isinstance(content, str):
         return content, list(images)
     if not isinstance(content, list | tuple):
         raise UserError(
-            f"{where}: 'content' must be a text or a list of parts, got {content!r:.80}"
+            f"{where}: 'content' must be a text or a list of parts, got {shown(content)}"
         )
     if images:
         raise UserError(f"{where}: images come either as parts of 'content' or under 'images'")
@@ -265,7 +290,7 @@ def _read_content(
         else:
             raise UserError(
                 f"{where}: a part of 'content' must be of type text, image or image_url with what"
-                f" that type needs, got {part!r:.80}"
+                f" that type needs, got {shown(part)}"
             )
         glued = not text or not addition or text[-1].isspace() or addition[0].isspace()
         text += addition if glued else "\n" + addition
@@ -280,5 +305,5 @@ def _part_source(where: str, part: Mapping[str, Any], kind: str) -> Any:
     if isinstance(source, Mapping):
         source = source.get("url")
     if source is None:
-        raise UserError(f"{where}: part of type image_url without a url: {part!r:.80}")
+        raise UserError(f"{where}: part of type image_url without a url: {shown(part)}")
     return source

@@ -20,7 +20,6 @@ The exit code is 1 after an error, and after a batch with a bad row.
 """
 
 import argparse
-import dataclasses
 import gc
 import io
 import sys
@@ -37,7 +36,6 @@ from vl2jax.cli.sample_flags import parse_flags
 from vl2jax.cli.shards import Shard, check_same_flags, choose_shard, read_distributed_options
 from vl2jax.cli.verbose import print_compilations_and_choices
 from vl2jax.common.compilation_cache import set_compilation_cache
-from vl2jax.common.errors import UserError
 from vl2jax.inference.request import Request, from_prompt, read_request
 from vl2jax.inference.session import Session
 from vl2jax.parallel.processes import (
@@ -110,19 +108,10 @@ def answer_one(session: Session, output: Output, args: argparse.Namespace) -> No
 
 
 def read_one(args: argparse.Namespace) -> Request:
-    """Reads the request of --prompt or --messages.
-
-    Raises:
-      UserError: images are given both by --image and in the file.
-    """
+    """Reads the request of --prompt or --messages."""
     if not args.messages:
         return from_prompt(args.prompt, args.image, system=args.system)
-    request = read_request(args.messages)
-    if not args.image:
-        return request
-    if request.images is not None:
-        raise UserError(f"--image and {args.messages} both have images; give them only once")
-    return dataclasses.replace(request, images=args.image)
+    return read_request(args.messages, args.image)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,153 @@
+"""Opens image sources: paths, `file://` URLs, `data:` URLs, base64 and bytes."""
+
+import base64
+import binascii
+import io
+import os
+import re
+import struct
+import urllib.parse
+from typing import IO
+
+import PIL.Image
+
+from vl2jax.common.errors import UserError, clip, reason, shown
+from vl2jax.common.paths import user_path
+
+ImageSource = str | os.PathLike | bytes | PIL.Image.Image
+URL_SCHEMES = ("data:", "file:", "http:", "https:")  # prefixes of sources that are not paths
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_LFS_POINTER = b"version https://git-lfs"
+# Backslashes of texts that were escaped twice, with the letter of a line end or tab after them.
+_ESCAPES = re.compile(r"\\[nrt]?")
+_URLSAFE = str.maketrans("-_", "+/")
+
+
+def open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
+    """Opens the file or the bytes of an image.
+
+    Args:
+      source: a path, a `file://` or base64 `data:` URL, or the bytes of a file.
+
+    Returns:
+      The name of the source in messages, and an open binary file.
+
+    Raises:
+      UserError: the source is none of these, or cannot be opened.
+    """
+    if isinstance(source, bytes):
+        return "image bytes", io.BytesIO(source)
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(
+            f"an image must be a path, bytes or a PIL image, got {type(source).__name__}"
+        )
+    text = os.fspath(source)
+    scheme = text.split(":", 1)[0].lower() if isinstance(text, str) and ":" in text else ""
+    if scheme == "data":
+        return "data: URL", io.BytesIO(_decode_data_url(text))
+    check_local(text)
+    path = user_path(text, "the picture")
+    try:
+        return clip(str(path)), path.open("rb")
+    except OSError as error:
+        raise UserError(
+            f"{clip(str(path))}: cannot open the picture ({reason(error)});"
+            f" {advice_for_path(str(text), 'expected the path of an image file')}"
+        ) from error
+
+
+def check_local(text: str) -> None:
+    """Raises UserError if an image is an `http` or `https` URL."""
+    if text[:6].lower().startswith(("http:", "https:")):
+        raise UserError(f"{clip(text)}: pictures are not fetched; download it and give its path")
+
+
+def advice_for_path(text: str, otherwise: str) -> str:
+    """Returns what to do about a path that cannot be opened.
+
+    Args:
+      text: the path.
+      otherwise: the advice, unless the path is really base64.
+    """
+    starts = ("/9j/", "iVBOR", "R0lGOD", "UklGR")  # JPEG, PNG, GIF, WebP
+    encoded = re.fullmatch(r"[A-Za-z0-9+/=_\s-]{100,}", text[:1000]) is not None
+    if encoded or text.lstrip().startswith(starts):
+        return "it looks like base64: write {'bytes': '...'} or data:image/jpeg;base64,..."
+    return otherwise
+
+
+def decode_base64(text: str) -> bytes:
+    """Decodes base64 in any of its forms.
+
+    White space and line ends are skipped, also if they were escaped twice; `-` and `_` are those of
+    the urlsafe alphabet; the padding may be missing.  A `data:` URL is decoded, too, and so is
+    the text that `str` makes of Python bytes, `b'...'`.
+
+    Args:
+      text: the encoded bytes.
+
+    Raises:
+      UserError: the text has other characters, or it is cut off.
+    """
+    text = text.strip()
+    if text[:5].lower() == "data:":
+        return _decode_data_url(text)
+    if text[:2] in ("b'", 'b"') and text[-1:] == text[1]:
+        text = text[2:-1]
+    if "\\" in text:
+        text = _ESCAPES.sub("", text)
+    text = "".join(text.split()).translate(_URLSAFE).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(
+            f"not valid base64 ({reason(error)}), {shown(text, 60)}; encode it again"
+        ) from error
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Returns whether a file is the pointer of a file in Git LFS, given its first bytes."""
+    return start.startswith(_LFS_POINTER)
+
+
+def without_texts(file: IO[bytes]) -> IO[bytes] | None:
+    """Copies a PNG file without its texts and colour profile, which have no pixels.
+
+    Pillow refuses whole files whose texts are large.
+
+    Args:
+      file: an image file of any format.
+
+    Returns:
+      The copy; None if the file is no PNG or has no such chunk.
+    """
+    file.seek(0)
+    if file.read(len(_PNG)) != _PNG:
+        return None
+    copy, dropped = io.BytesIO(), False
+    copy.write(_PNG)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        content = file.read(length + 4)  # with the checksum
+        if kind in _PNG_TEXTS:
+            dropped = True
+        else:
+            copy.write(head + content)
+    copy.seek(0)
+    return copy if dropped else None
+
+
+def _decode_data_url(url: str) -> bytes:
+    """Decodes `data:image/...;base64,...`; the header may have more parameters."""
+    header, comma, payload = url.partition(",")
+    words = [word.strip().lower() for word in header[:1000].partition(":")[2].split(";")]
+    if not comma or "base64" not in words:
+        raise UserError(
+            f"data: URL {shown(url, 60)}: only data:image/...;base64,... is read; encode it so"
+        )
+    try:
+        return decode_base64(urllib.parse.unquote(payload) if "%" in payload else payload)
+    except UserError as error:
+        raise UserError(f"data: URL: {error}") from error
