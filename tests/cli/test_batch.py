@@ -102,8 +102,8 @@ def test_rows_of_training_data_are_asked_without_their_answers(session, whole, t
                 "message 1: unknown role 'robot'",
                 "image 1: ",
                 "message 2: role 'user' where 'assistant' is due",
-                "expected exactly one of 'messages'",
-                "expected a list of messages or an object",
+                "or a document under 'text'; got the keys ['id']",
+                "or a document under 'text'; got str",
             ),
             strict=True,
         ):

@@ -195,8 +195,8 @@ def test_batch_keeps_the_order_and_reports_bad_rows(ask, picture, tmp_path):
     messages = {a["row"]: a["error"]["message"] for a in answers if "error" in a}
     assert messages[4].startswith("not valid JSON")
     assert messages[5].startswith("message 1: unknown role 'robot'")
-    assert messages[7].startswith("2 <image> placeholders but 1 images")
-    assert messages[8].startswith("expected exactly one of 'messages'")
+    assert messages[7].startswith("2 <image> in the text but 1 images")
+    assert "got ['messages', 'prompt'] together" in messages[8]
     assert messages[9].startswith("a text is not valid Unicode")
 
 
@@ -413,9 +413,9 @@ def test_wrong_messages(refused, picture, tmp_path):
 
     assert "not valid JSON" in read("[")
     assert "not valid JSON" in read("[" * 100_000)
-    assert "expected a list of messages or an object" in read("3")
+    assert "expected 'messages' or 'conversations'" in read("3")
     assert "message 1: unknown role 'robot'" in read('[{"role": "robot", "content": "hi"}]')
-    assert "'images' must be a list of paths" in read('{"prompt": "a", "images": [1]}')
+    assert "image 1: expected a path" in read('{"prompt": "a", "images": [1]}')
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"prompt": "a", "images": [str(picture)]}))
     assert "give them only once" in refused("--messages", own, "--image", picture)

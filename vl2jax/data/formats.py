@@ -74,7 +74,7 @@ def read_question(
 
     Args:
       value: the row, as parsed from JSON or Parquet.
-      where: name of the row in messages.
+      where: name of the row in messages; "": none.
       folders: folders of relative image paths; the first that has an image is used.
       images: more images, for a row that has none.
       keep_answer: whether to keep the answer at the end, so that the model continues it.
@@ -100,9 +100,10 @@ def _named(where: str, work, *args: Any) -> Any:
     try:
         return work(*args)
     except UserError as error:
-        raise UserError(f"{where}: {clip(str(error), MOST)}") from error
+        message, cause = clip(str(error), MOST), error
     except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply; {_EXPECTED}") from error
+        message, cause = f"nested too deeply; {_EXPECTED}", error
+    raise UserError(f"{where}: {message}" if where else message) from cause
 
 
 def _read(

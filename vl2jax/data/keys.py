@@ -75,14 +75,14 @@ def one_key(value: Mapping[str, Any], keys: Sequence[str], expected: str) -> str
 
     Args:
       value: the mapping.
-      keys: the keys; empty values count only if no other key is there.
+      keys: the keys; empty texts count only if no other key is there.
       expected: what to say if there is not exactly one.
 
     Raises:
       UserError: there are none or several of them.
     """
     present = [key for key in keys if key in value]
-    found = [key for key in present if value[key] not in ("", [])] or present[:1]
+    found = [key for key in present if value[key] != ""] or present[:1]
     if len(found) != 1:
         got = f"{named(found)} together" if found else f"the keys {named(value)}"
         raise UserError(f"{expected}; got {got}")

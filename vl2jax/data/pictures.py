@@ -8,12 +8,12 @@ from typing import Any
 
 import PIL.Image
 
-from vl2jax.common.errors import UserError, clip, named, reason, shown
+from vl2jax.common.errors import UserError, clip, named, shown
 from vl2jax.common.paths import has_scheme, user_path
 from vl2jax.processing.image_source import (
     URL_SCHEMES,
     ImageSource,
-    advice_for_path,
+    cannot_open,
     check_local,
     decode_base64,
 )
@@ -102,7 +102,4 @@ def _existing(value: str | os.PathLike, folders: Sequence[pathlib.Path]) -> str:
         return str(path)
     assert failed is not None  # there is at least one folder
     advice = "relative paths begin at the data file's folder or at images_root: correct one of them"
-    raise UserError(
-        f"{clip(str(folders[0] / value))}: cannot open the picture ({reason(failed)});"
-        f" {advice_for_path(os.fspath(value), advice)}"
-    ) from failed
+    raise UserError(cannot_open(str(folders[0] / value), failed, advice)) from failed

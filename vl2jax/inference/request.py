@@ -63,10 +63,12 @@ def read_request(path: Path, images: Sequence[str] = ()) -> Request:
       UserError: the file is not JSON, or has no conversation, or it has images, too.
       OSError: the file cannot be read.
     """
-    value = _parse_json(path.read_bytes(), str(path))
     # Paths of images in the file are relative to it, those of flags to the current directory.
     options: Any = {"folders": [path.parent, Path()], "images": images, "keep_answer": True}
-    return from_row(read_question(value, where=str(path), **options))
+    try:
+        return from_row(read_question(_parse_json(path.read_bytes()), where="", **options))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def parse_question(text: bytes, folder: Path) -> Request:
@@ -79,12 +81,11 @@ def parse_question(text: bytes, folder: Path) -> Request:
     Raises:
       UserError: the text is not JSON, or has no conversation or no question.
     """
-    value = _parse_json(text, "row")
-    return from_row(read_question(value, where="row", folders=[folder, Path()]))
+    return from_row(read_question(_parse_json(text), where="", folders=[folder, Path()]))
 
 
-def _parse_json(text: bytes, where: str) -> Any:
+def _parse_json(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({reason(error)})") from error
+        raise UserError(f"not valid JSON ({reason(error)})") from error

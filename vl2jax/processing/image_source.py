@@ -53,8 +53,7 @@ def open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
         return clip(str(path)), path.open("rb")
     except OSError as error:
         raise UserError(
-            f"{clip(str(path))}: cannot open the picture ({reason(error)});"
-            f" {advice_for_path(str(text), 'expected the path of an image file')}"
+            cannot_open(str(path), error, "expected the path of an image file")
         ) from error
 
 
@@ -64,18 +63,19 @@ def check_local(text: str) -> None:
         raise UserError(f"{clip(text)}: pictures are not fetched; download it and give its path")
 
 
-def advice_for_path(text: str, otherwise: str) -> str:
-    """Returns what to do about a path that cannot be opened.
+def cannot_open(path: str, error: Exception, advice: str) -> str:
+    """Returns the message about an image that cannot be opened.
 
     Args:
-      text: the path.
-      otherwise: the advice, unless the path is really base64.
+      path: its path.
+      error: what the system says.
+      advice: what to do, unless the path is really base64.
     """
-    starts = ("/9j/", "iVBOR", "R0lGOD", "UklGR")  # JPEG, PNG, GIF, WebP
-    encoded = re.fullmatch(r"[A-Za-z0-9+/=_\s-]{100,}", text[:1000]) is not None
-    if encoded or text.lstrip().startswith(starts):
-        return "it looks like base64: write {'bytes': '...'} or data:image/jpeg;base64,..."
-    return otherwise
+    encoded = re.search(r"(?:[A-Za-z0-9+/=_-]\s?){100,}", path[:2000]) is not None
+    most = 200
+    if encoded or any(start in path[:1000] for start in ("/9j/4", "iVBORw0", "R0lGOD", "UklGR")):
+        advice, most = "it looks like base64: write {'bytes': '...'}", 60
+    return f"{clip(path, most)}: cannot open the picture ({reason(error)}); {advice}"
 
 
 def decode_base64(text: str) -> bytes:
