@@ -8,13 +8,13 @@ import PIL.Image
 import pytest
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.json_file import read_object
 from vl2jax.config import VL2Config
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.preview import preview
 from vl2jax.data.row import Row
 from vl2jax.processing.processor import Processor
-from vl2jax.processing.tokenizer import read_json
 
 SHAPE = BatchShape(pools=1, rows=2, length=120, tiles=12, segments=4)
 
@@ -22,7 +22,7 @@ SHAPE = BatchShape(pools=1, rows=2, length=120, tiles=12, segments=4)
 @pytest.fixture(scope="module")
 def processor(data_dir):
     path = data_dir / "mini-small"
-    return Processor.from_dir(path, VL2Config.from_hf(read_json(path / "config.json")))
+    return Processor.from_dir(path, VL2Config.from_hf(read_object(path / "config.json")))
 
 
 def chat(question, answer, where, images=()):
