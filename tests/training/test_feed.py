@@ -54,7 +54,7 @@ def take(feed: Feed, count: int, state=None):
     if state is not None:
         iterator.set_state(state)
     found = [next(iterator) for _ in range(count)]
-    state = iterator.get_state()
+    state = iterator.get_state(found[-1])
     iterator.close()
     return (
         [jax.device_get(device_batch.batch) for device_batch in found],
@@ -193,3 +193,60 @@ def test_held_out_data_without_a_valid_row(processor, tmp_path):
     with pytest.raises(UserError, match="the data has no valid row, 1 are malformed"):
         every(heldout_feed(config, processor))
     assert every(heldout_feed(config, processor, shards=2)) == []
+
+
+class Fails:
+    """A pipeline whose iterator gives four batches and then an error."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
+    def __iter__(self):
+        return FailsIterator(iter(self.pipeline))
+
+
+class FailsIterator:
+    def __init__(self, iterator):
+        self.iterator, self.left = iterator, 4
+        self.get_state, self.close = iterator.get_state, iterator.close
+
+    def __next__(self):
+        self.left -= 1
+        if self.left < 0:
+            raise UserError("data.json:5: malformed")
+        return next(self.iterator)
+
+
+@pytest.mark.parametrize(("processes", "asking"), [(1, [0, 0, 0, 0]), (2, [0, 0, 1, 1])])
+def test_a_process_that_cannot_read_on_says_so_two_batches_before(
+    processor, monkeypatch, processes, asking
+):
+    """So all processes know it before they start a step for which there is no batch."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    gathered = lambda x: np.stack([x] * processes)  # noqa: E731
+    monkeypatch.setattr("vl2jax.training.feed.multihost_utils.process_allgather", gathered)
+    source = feed(processor, pools=8, shards=1, data=8)
+    source.pipelines = {number: Fails(one) for number, one in source.pipelines.items()}
+    batches, found, states = iter(source), [], []
+    for _ in range(4):
+        found.append(next(batches))
+        states.append(dict(found[-1].after))
+    assert [bool(one.totals["stop"] > 0) for one in found] == [bool(x) for x in asking]
+    with pytest.raises(UserError, match="malformed"):
+        next(batches)
+    batches.close()
+    # The state is that after the batch, not after what was read ahead.
+    whole = iter(feed(processor, pools=8, shards=1, data=8))
+    assert [next(whole).after for _ in range(4)] == states
+    whole.close()
+
+
+def test_processes_that_cannot_begin(processor, monkeypatch):
+    """If one process cannot read its first batches, none of them starts a step."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gathered = lambda x: np.stack([x, ~x])  # noqa: E731
+    monkeypatch.setattr("vl2jax.training.feed.multihost_utils.process_allgather", gathered)
+    batches = iter(feed(processor, pools=8, shards=1, data=8))
+    with pytest.raises(UserError, match="process 1 cannot read its data"):
+        next(batches)
+    batches.close()

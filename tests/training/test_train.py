@@ -7,65 +7,18 @@ import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from train_case import curve, final_state, started, train
 
 from vl2jax.checkpoints.model_dir import complete_steps, flatten, load_params
-from vl2jax.checkpoints.param_store import ParamStore, read_array
+from vl2jax.data.reading import mixed_order
 from vl2jax.synthetic import question
 from vl2jax.training.metrics_file import read_metrics
 
 KILLS = int(os.environ.get("VL2JAX_KILLS", "2"))
-
-
-def command(workdir, *arguments: str, config: str = "tests/smallest.py") -> list[str]:
-    cache = f"--compilation_cache={ROOT / '.cache' / 'train'}"
-    named = [f"--config={config}", f"--workdir={workdir}", cache]
-    return [sys.executable, "train.py", *named, *arguments]
-
-
-def environment() -> dict[str, str]:
-    """One device, not the eight of conftest.py; programs are compiled as by `quick_compilation`."""
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **quick}
-
-
-def train(workdir, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(workdir, *arguments, **kwargs),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def started(workdir, *arguments: str) -> subprocess.Popen:
-    nowhere = subprocess.DEVNULL
-    return subprocess.Popen(
-        command(workdir, *arguments), cwd=ROOT, env=environment(), stdout=nowhere, stderr=nowhere
-    )
-
-
-def curve(workdir) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every step."""
-    rows = read_metrics(workdir / "metrics.jsonl")
-    return [(r["step"], r["train/loss"], r["train/grad_norm"]) for r in rows if "train/loss" in r]
-
-
-def final_state(workdir, step: int) -> dict[str, np.ndarray]:
-    directory = workdir / "checkpoints" / str(step)
-    found = {}
-    for item in ("params", "opt_state"):
-        store = ParamStore(directory / item)
-        found |= {f"{item}/{path}": read_array(store.open(path)) for path in store.paths}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +38,8 @@ def test_what_a_run_leaves(run):
     ]
     assert "1 cpu" in first[0] and "data 1, fsdp 1, expert 1, tensor 1" in first[1]
     assert "6 steps, 2,880 tokens" in first[5]
-    rows = read_metrics(workdir / "metrics.jsonl")
+    every = read_metrics(workdir / "metrics.jsonl")
+    rows = [row for row in every if "train/loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "token_acc", "grad_norm", "lr", "aux_loss"):
         assert all(np.isfinite(row[f"train/{name}"]) for row in rows)
@@ -93,13 +47,14 @@ def test_what_a_run_leaves(run):
         assert len(rows[0][f"moe/{name}"]) == 1  # one MoE layer
     for name in ("step_time", "tokens_per_sec", "images_per_sec", "tflops_per_device", "data_wait"):
         assert rows[-1][f"perf/{name}"] >= 0
-    assert [row["step"] for row in rows if "heldout/loss" in row] == [3, 6]
+    assert [row["step"] for row in every if "heldout/loss" in row] == [3, 6]
     assert rows[0]["train/loss"] == pytest.approx(np.log(1536), rel=0.1)
     assert complete_steps(workdir) == [4, 6]  # keep = 2
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
     assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.rglob("*.xplane.pb"))
     assert "held-out loss" in done.stderr and "6 of 6 steps" in done.stderr
+    assert [f"saved step {step}" in done.stderr for step in (2, 3, 4, 6)] == [1, 0, 1, 1]
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -140,19 +95,23 @@ def _wait(workdir, process, life: int, dice: random.Random) -> None:
     raise StopIteration
 
 
-@pytest.mark.parametrize("evaluation", [("every", 0), ("batches", 100)])
-def test_sigterm_saves_and_ends(tmp_path, evaluation):
-    """Also during an evaluation; with 100 batches, the signal mostly arrives in one."""
+@pytest.mark.parametrize(
+    ("name", "evaluation"), [("SIGTERM", ("every", 0)), ("SIGHUP", ("batches", 10_000))]
+)
+def test_a_signal_saves_and_ends(tmp_path, name, evaluation):
+    """Also in an evaluation, which has not the time to end; a SIGHUP that comes twice is one."""
     long = ("--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval.every=2")
     process = started(tmp_path, *long, "--config.eval.{}={}".format(*evaluation))
     metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):
+        process.send_signal(getattr(signal, name))
     assert process.wait(timeout=60) == 0
     steps = [step for step, *_ in curve(tmp_path)]
     assert complete_steps(tmp_path) == steps[-1:] and steps == list(range(1, steps[-1] + 1))
+    assert not any("heldout/loss" in row for row in read_metrics(metrics))
 
 
 def test_broken_numbers(run, tmp_path):
@@ -171,6 +130,27 @@ def test_broken_numbers(run, tmp_path):
     assert str(arrays["names"][0]) in message and "synthetic train row" in message
     assert arrays["tokens"].shape == (1, 2, 240)
     assert complete_steps(tmp_path) == [4, 6]
+
+
+def test_a_malformed_row_ends_the_run_with_what_it_has(tmp_path):
+    """The newest step is saved, and the error names the way on, which is then taken."""
+    rows: list[dict] = [{"text": f"Document {number}. " * 6} for number in range(200)]
+    order = mixed_order([range(200)], [1.0], seed=0, shuffle=True, repeat=True)
+    rows[order[80][1]] = {"messages": [{"role": "robot", "content": "a"}]}
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = (f"--config.data.train={tmp_path / 'data.jsonl'}", "--config.data.heldout=")
+    flags += ("--config.checkpoint.every=100", "--config.steps=12")
+    done = train(tmp_path / "run", *flags)
+    assert done.returncode == 1
+    *lines, error = done.stderr.splitlines()
+    (step,) = complete_steps(tmp_path / "run")
+    assert 0 < step < 12 and f"saved step {step}" in lines
+    assert error.startswith(f"error: {tmp_path}/data.jsonl:{order[80][1] + 1}: message 1: unknown")
+    assert error.endswith("set --config.data.on_error=skip to train without it")
+    assert [number for number, *_ in curve(tmp_path / "run")] == list(range(1, step + 1))
+    done = train(tmp_path / "run", *flags, "--config.data.on_error=skip")
+    assert done.returncode == 0 and f"resumed  from step {step}" in done.stdout
+    assert complete_steps(tmp_path / "run") == [step, 12]
 
 
 def test_preview(tmp_path):

@@ -1,6 +1,7 @@
 """Progress of a long job: a progress bar on a terminal, periodic plain lines elsewhere."""
 
 import collections
+import contextlib
 import os
 import sys
 import time
@@ -178,5 +179,7 @@ class Progress:
             return 0
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        """Writes to the stream; the job goes on if its terminal or its reader has gone."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()

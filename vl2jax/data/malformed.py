@@ -8,6 +8,7 @@ from vl2jax.common.errors import UserError, clip
 from vl2jax.data.reading import BadRow, ReadRow
 
 REPAIR = "repair it, or leave it out of config.data"
+SKIP = "--config.data.on_error=skip"
 # The share of skipped rows of a source is judged as if at least so many rows had been read, so that
 # a few bad rows at the beginning do not end a run.
 LEAST_ROWS = 100
@@ -96,7 +97,7 @@ class Malformed:
           UserError: `on_skip` is None, or too many rows of the source are malformed.
         """
         if on_skip is None:
-            raise UserError(item.error)
+            raise UserError(f"{item.error}; repair the row, or set {SKIP} to train without it")
         if hash(item.error) not in self._reported:
             self._reported.add(hash(item.error))
             on_skip(item.error)

@@ -260,6 +260,25 @@ def sync_processes(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def wait_together(name: str, seconds: float) -> bool:
+    """Waits for all processes to call it with the same name.
+
+    Args:
+      name: name of the meeting; each call needs a new one.
+      seconds: time to wait.
+
+    Returns:
+      Whether all have called it in time.
+    """
+    if jax.process_count() == 1:
+        return True
+    try:
+        _store().wait_at_barrier(f"{_MESSAGES}/{name}", round(seconds * 1000))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def must_wait_for_steps(platform: str) -> bool:
     """Returns whether each step must be finished before the next is dispatched.
 

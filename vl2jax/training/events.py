@@ -2,15 +2,21 @@
 
 import dataclasses
 import functools
+import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from vl2jax.training.feed import DeviceBatch
+
+T = TypeVar("T")
 
 
 class Skipped:
@@ -66,41 +72,125 @@ def keep_batch(directory: Path, step: int, device_batch: DeviceBatch) -> Path:
 
 
 class StopSignal:
-    """Handles SIGTERM (preemption) and Ctrl-C: the training loop saves and stops after the step.
+    """Handles SIGTERM (preemption), SIGHUP (the terminal has gone) and Ctrl-C.
+
+    The training loop saves and stops after the step.  A Ctrl-C after the first signal ends the
+    process at once.  Further SIGTERM and SIGHUP are ignored, because shells and schedulers send
+    them twice.  A SIGHUP that was ignored before, as by nohup, stays ignored.
 
     Attributes:
-      requested: name of the signal received; "" before.
+      requested: name of the first signal received; "" before.
     """
 
     def __init__(self):
         self.requested = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._waiting = False
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
+        for number in numbers:
             signal.signal(number, self._ask)
+        # Python runs handlers in the main thread alone, which may compile for minutes.  The C
+        # handler also writes the number of each signal to this socket at once.
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(frozenset(numbers),), daemon=True).start()
+
+    def wait(self, call: Callable[[], T]) -> T | None:
+        """Calls a function that may wait for long.
+
+        Args:
+          call: the function.
+
+        Returns:
+          Its result; None if a signal came before, or interrupted it.
+        """
+        try:
+            self._waiting = True
+            result = None if self.requested else call()
+            self._waiting = False
+        except _Interrupted:
+            return None
+        finally:
+            self._waiting = False
+        return result
 
     def _ask(self, number: int, _) -> None:
+        if self.requested:
+            return
         self.requested = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._waiting:
+            raise _Interrupted
+
+    def _watch(self, numbers: frozenset[int]) -> None:
+        """Ends the process when Ctrl-C follows another signal; runs in a thread."""
+        asked = False
+        while received := self._read.recv(64):
+            for number in received:
+                if asked and number == signal.SIGINT:
+                    os._exit(128 + number)
+                asked |= number in numbers
+
+
+class _Interrupted(BaseException):
+    """Ends a wait; passes through `except Exception`."""
 
 
 class Profile:
     """Writes a profiler trace of some steps, see `RunConfig.profile`."""
 
-    def __init__(self, steps: tuple[int, int] | None, path: Path):
+    def __init__(
+        self,
+        steps: tuple[int, int] | None,
+        path: Path,
+        *,
+        after: int,
+        last: int,
+        note: Callable[[str], None],
+    ):
         """
         Args:
           steps: first step, and last step + 1; None: no trace.
           path: directory of the trace.
+          after: step that the run starts after.  Of a window that a restart cuts, the rest is
+            traced.
+          last: last step of the run.
+          note: prints a line, for a window of which no step is left, and for errors.
         """
-        self._first, self._end = steps or (0, 0)
-        self._path = path
+        self._path, self._note, self._tracing = path, note, False
+        first, end = steps or (0, 0)
+        self._first, self._end = max(first, after + 1), min(end, last + 1)
+        if self._first >= self._end:
+            self._first = 0
+            if steps:
+                run = f"this run has the steps {after + 1} to {last}"
+                note(f"no trace: profile is {first}:{end}, and {run}")
 
     def before(self, step: int) -> None:
         """Starts the trace if this is the first step; call it before each step."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._path))
+            self._tracing = self._attempt(lambda: jax.profiler.start_trace(str(self._path)))
 
     def after(self, step: int) -> None:
         """Writes the trace if this was the last step; call it after each step."""
         if step + 1 == self._end:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace of the steps so far, if there is one that is not written."""
+        if self._tracing:
+            self._tracing = False
             jax.effects_barrier()
-            jax.profiler.stop_trace()
+            self._attempt(jax.profiler.stop_trace)
+
+    def _attempt(self, call: Callable[[], None]) -> bool:
+        """Whether a call of the profiler went well; a failure is told and does not end the run."""
+        try:
+            call()
+        except (OSError, RuntimeError) as error:
+            self._note(f"no trace in {self._path}, training continues: {str(error)[:200]}")
+            return False
+        return True

@@ -11,6 +11,7 @@ its parts.
 Axis legend: P microbatches, G pools, B rows of a pool.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -35,6 +36,8 @@ from vl2jax.training.run_config import BatchConfig
 
 # Counts of each pool.  The devices sum them over all processes.
 COUNTED = (*COUNTS, "stop")
+# Batches that each of several processes reads ahead, see `FeedIterator`.
+_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +52,13 @@ class DeviceBatch:
         arrays are on the device; the host does not wait for them.  `rows_read`, `rows_skipped`,
         `rows_too_long` and `rows_truncated` count from the beginning of the run, also after a
         restart.
+      after: states, after this batch, of the data shards that this process reads.
     """
 
     batch: Batch
     packed: Mapping[int, PackedBatch]
     totals: Mapping[str, jax.Array]
+    after: Mapping[int, Any]
 
 
 class Feed:
@@ -96,10 +101,16 @@ class Feed:
 
 
 class FeedIterator(Iterator[DeviceBatch]):
-    """Iterator of a `Feed`; its state contains the states of all data shards, on every process.
+    """Iterator of a `Feed`.
+
+    Several processes stop together, also when one of them cannot read on.  So each reads two
+    batches ahead.  When it fails, it asks all processes to stop, with the last two batches that it
+    has.  They learn of it when the step of the first one is done, and stop after that of the
+    second.  The first batches are compared before any is given.
 
     Attributes:
       stopping: set it to True to ask all processes, with the next batch, to stop.
+      failure: the error for which this process has no further batches; None: there is none.
     """
 
     def __init__(self, feed: Feed):
@@ -110,13 +121,24 @@ class FeedIterator(Iterator[DeviceBatch]):
             functools.partial(_total, batch_shards(feed.mesh)),
             out_shardings=NamedSharding(feed.mesh, PartitionSpec()),
         )
-        self.stopping = False
+        # Batches of this process that were read, each with the states of the shards after it.
+        self._ahead: collections.deque[tuple[dict[int, PackedBatch], dict[int, Any]]]
+        self._ahead = collections.deque()
+        self._started = self._ended = self.stopping = False
+        self.failure: Exception | None = None
 
     def __next__(self) -> DeviceBatch:
-        packed = {number: next(iterator) for number, iterator in self._iterators.items()}
+        self._read()
+        if not self._started:
+            self._started = True
+            _assert_all_can_read(self.failure)
+        if not self._ahead:
+            raise self.failure or StopIteration
+        packed, after = self._ahead.popleft()
         each = self._feed.pools // self._feed.shards  # pools per data shard
         local: dict[int, Batch] = {}
         counts: dict[int, np.ndarray] = {}
+        asking = self.stopping or self.failure is not None
         for number, one in packed.items():
             split = jax.tree.map(lambda x: x.reshape(len(x) // each, each, *x.shape[1:]), one.batch)
             counted = one.pool_counts.reshape(-1, each, one.pool_counts.shape[-1])
@@ -124,7 +146,7 @@ class FeedIterator(Iterator[DeviceBatch]):
                 pool = number * each + i
                 if pool in self._feed.mine:
                     local[pool] = jax.tree.map(lambda x, i=i: x[:, i], split)
-                    stop = np.full((len(counted), 1), self.stopping)
+                    stop = np.full((len(counted), 1), asking)
                     counts[pool] = np.concatenate([counted[:, i], stop], axis=1)[:, None]
         batch = jax.tree.map(
             lambda *pools: self._place(dict(zip(local, pools, strict=True))), *local.values()
@@ -132,7 +154,21 @@ class FeedIterator(Iterator[DeviceBatch]):
         totals = self._total(self._place(counts))
         if self._feed.ends and not float(totals["tokens"]):
             raise StopIteration
-        return DeviceBatch(batch, packed, totals)
+        return DeviceBatch(batch, packed, totals, after)
+
+    def _read(self) -> None:
+        """Reads the next batch, and with several processes further ones; keeps an error."""
+        wanted = 1 if jax.process_count() == 1 else 1 + _AHEAD
+        while len(self._ahead) < wanted and not self._ended:
+            try:
+                packed = {number: next(iterator) for number, iterator in self._iterators.items()}
+            except StopIteration:
+                self._ended = True
+            except Exception as error:  # raised when the batches before it are given
+                self.failure, self._ended = error, True
+            else:
+                after = {number: it.get_state() for number, it in self._iterators.items()}
+                self._ahead.append((packed, after))
 
     def _place(self, pools: dict[int, np.ndarray]) -> jax.Array:
         """Makes an array on the mesh from the pools of this process, [P, B, ...] each."""
@@ -148,15 +184,15 @@ class FeedIterator(Iterator[DeviceBatch]):
 
         return jax.make_array_from_callback(shape, self._sharding, shard)
 
-    def get_state(self) -> dict[str, Any]:
-        """Returns the state for `set_state`, as JSON; all processes must call it together."""
-        own = {number: it.get_state() for number, it in self._iterators.items()}
+    def get_state(self, device_batch: DeviceBatch) -> dict[str, Any]:
+        """Returns the state after a batch, as JSON; all processes must call it together."""
+        own = dict(device_batch.after)
         if jax.process_count() > 1 and self._feed.shards > 1:
             own = _of_all_processes(own)
         return {"pools": self._feed.pools, "shards": [own[number] for number in sorted(own)]}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after the batch after which `get_state` was called."""
+        """Continues after the batch of a state; call it before the first batch is taken."""
         for number, iterator in self._iterators.items():
             iterator.set_state(state["shards"][number])
 
@@ -241,6 +277,19 @@ def _total(parts: int, counts: jax.Array) -> dict[str, jax.Array]:
     mean = jnp.maximum(tiles.mean(axis=1).sum(), 1e-9)
     sums = dict(zip(COUNTED, counts.sum(axis=(0, 1)), strict=True))
     return sums | {"tile_imbalance": jnp.maximum(tiles.max(axis=1).sum() / mean - 1, 0)}
+
+
+def _assert_all_can_read(failure: Exception | None) -> None:
+    """Raises the error of this process; UserError if another one failed.  All must call it."""
+    failed = [failure is not None]
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failed)).reshape(-1).tolist()
+    if failure is not None:
+        raise failure
+    if any(failed):
+        raise UserError(
+            f"process {failed.index(True)} cannot read its data; its own output has the reason"
+        )
 
 
 def _of_all_processes(own: Mapping[int, Any]) -> dict[int, Any]:

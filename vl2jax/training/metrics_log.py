@@ -175,8 +175,9 @@ class NoLog(contextlib.AbstractContextManager):
         """Does nothing."""
 
     def note(self, text: str) -> None:
-        """Prints a line."""
-        print(text, file=sys.stderr)
+        """Prints a line, unless the terminal has gone."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _plain(value: Value) -> Any:

@@ -46,6 +46,7 @@ class Workdir:
     Attributes:
       path: the directory.
       on_error: called with a one-line message when a save fails; may be replaced.
+      on_saved: called with the step when a checkpoint is on disk; None: nothing is called.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Workdir:
             )
         self.path = local_path(path, "workdir").resolve()
         self.on_error = on_error or _warn
+        self.on_saved: Callable[[int], None] | None = None
         self._pending: int | None = None  # the step that is being saved
         self._checkpoints = self.path / CHECKPOINTS
         self._checkpoints.mkdir(parents=True, exist_ok=True)
@@ -153,6 +155,9 @@ class Workdir:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             self._failed(step, error)
+            return
+        if self.on_saved is not None:
+            self.on_saved(step)
 
     def close(self) -> None:
         """Waits for the last save and releases the lock of the directory."""
