@@ -1,20 +1,30 @@
 """Plans a conversion: checks the source and reports all problems before anything is written."""
 
 import collections
+import contextlib
 import functools
-import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from convert import mapping
 from convert.pieces import Piece
+from convert.quantised import describe_quantised
 from convert.source import NUMPY_DTYPES, SHORT_NAMES, ConversionError, Source, scan, some
 from vl2jax.checkpoints import model_dir as checkpoint
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
+from vl2jax.common.json_file import HEAD, not_downloaded, read_object
 from vl2jax.common.progress import human_bytes
-from vl2jax.config import ConfigError, VL2Config
+from vl2jax.config import VL2Config
+from vl2jax.config.processor import CONFIG_FILE, ProcessorConfig
+from vl2jax.processing.processor import file_problems
+
+_MOST_SHAPES = 8  # tensors of a wrong shape that are listed
+# Files that `file_problems` has read.
+_READ_BY_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class Plan:
@@ -26,14 +36,18 @@ class Plan:
       entries: all original tensors of the model, and their destinations.
       leaves: all parameters by path.
       requested: requested dtype of the parameters; None: as in the source.
+      notes: what the user should know, one line each.
     """
 
-    def __init__(self, config: VL2Config, source: Source, dtype: str | None):
+    def __init__(
+        self, config: VL2Config, source: Source, dtype: str | None, notes: Sequence[str] = ()
+    ):
         self.config = config
         self.source = source
         self.entries = mapping.expand(config)
         self.leaves = mapping.leaves(self.entries)
         self.requested = dtype
+        self.notes = tuple(notes)
 
     @functools.cached_property
     def dtypes(self) -> dict[str, np.dtype]:
@@ -93,40 +107,60 @@ def make_plan(hf_dir: Path, dtype: str | None) -> Plan:
             f"{hf_dir} is already a vl2jax checkpoint; expected a Hugging Face checkpoint"
         )
     problems: list[str] = []
-    config = _read_config(hf_dir, problems)
-    for name in checkpoint.REQUIRED_FILES:
-        if not (hf_dir / name).is_file():
-            problems.append(f"{name} is missing")
+    config, ignored = _read_config(hf_dir, problems)
+    found = file_problems(hf_dir, config)
+    for text in found:  # the report says the directory once
+        problems.append(text.removeprefix(f"{hf_dir}{os.sep}").removeprefix(f"{hf_dir}: "))
+    problems += _placeholders(hf_dir)
     source, found = scan(hf_dir)
     problems += found
     if config is None:
         raise ConversionError(str(hf_dir), problems)
-    plan = Plan(config, source, dtype)
+    plan = Plan(config, source, dtype, ignored)
     problems += _compare(plan.entries, source)
     if problems:
         raise ConversionError(str(hf_dir), problems)
     return plan
 
 
-def _read_config(hf_dir: Path, problems: list[str]) -> VL2Config | None:
+def _read_config(hf_dir: Path, problems: list[str]) -> tuple[VL2Config | None, list[str]]:
+    """Reads `config.json`, and names the fields of it and the processor's that are ignored."""
     try:
-        content = json.loads((hf_dir / "config.json").read_bytes())
-        if not isinstance(content, dict):
-            raise ConfigError("config: not a JSON object")
-        return VL2Config.from_hf(content)
-    except FileNotFoundError:
-        problems.append("config.json is missing")
-    except ConfigError as error:
-        problems.append(str(error))
-    except ValueError as error:
-        problems.append(f"config.json is not JSON ({error})")
-    return None
+        content = read_object(hf_dir / "config.json")
+        config = VL2Config.from_hf(content)
+    except UserError as error:
+        problems.append(str(error).removeprefix(f"{hf_dir}{os.sep}"))
+        return None, []
+    ignored = {"config.json": VL2Config.ignored_fields(content)}
+    with contextlib.suppress(UserError):  # `file_problems` reports it
+        settings = read_object(hf_dir / CONFIG_FILE)
+        ignored[CONFIG_FILE] = ProcessorConfig.ignored_fields(settings)
+    return config, [
+        f"{name}: ignored, because they do not change the model: {some(fields, 20)}"
+        for name, fields in ignored.items()
+        if fields
+    ]
+
+
+def _placeholders(hf_dir: Path) -> list[str]:
+    """Returns one message for each small file that would be copied but is not the file itself."""
+    problems = []
+    for name in checkpoint.OPTIONAL_FILES:
+        if (hf_dir / name).is_file():
+            with (hf_dir / name).open("rb") as file:
+                instead = not_downloaded(file.read(HEAD))
+            if instead is not None and name not in _READ_BY_TOKENIZER:
+                problems.append(f"{name}: {instead}")
+    return problems
 
 
 def _compare(entries: list[mapping.Entry], source: Source) -> list[str]:
     """Compares the tensors of a checkpoint with those of the model; returns the problems."""
-    problems = []
     expected = {entry.hf: entry for entry in entries}
+    quantised = describe_quantised(source.tensors, expected)
+    if quantised is not None:
+        return [quantised]
+    problems = []
     if source.unreadable is not None:
         needed = {entry.hf for entry in entries if entry.path is not mapping.DROP}
         missing = needed - source.tensors.keys() - source.unreadable
@@ -136,13 +170,19 @@ def _compare(entries: list[mapping.Entry], source: Source) -> list[str]:
     surplus = [name for name in source.tensors if name not in expected]
     if surplus:
         problems.append(f"tensors the model does not have ({len(surplus)}): {some(surplus)}")
+    shapes, dtypes = [], collections.defaultdict(list)
     for name, entry in expected.items():
         info, wanted = source.tensors.get(name), entry.axes.hf_shape
         if info is not None and info.shape != wanted:
-            problems.append(f"{name}: shape {list(info.shape)}, the model has {list(wanted)}")
+            shapes.append(f"{name}: shape {shown(list(info.shape))}, the model has {list(wanted)}")
         if info is not None and info.dtype not in NUMPY_DTYPES:
-            known = ", ".join(NUMPY_DTYPES)
-            problems.append(f"{name}: dtype {info.dtype}, expected one of {known}")
+            dtypes[info.dtype].append(name)
+    problems += shapes[:_MOST_SHAPES]
+    if len(shapes) > _MOST_SHAPES:
+        problems.append(f"{len(shapes) - _MOST_SHAPES} more tensors have another shape")
+    for dtype, names in dtypes.items():
+        known = ", ".join(NUMPY_DTYPES)
+        problems.append(f"dtype {dtype} ({len(names)}): {some(names)}; expected one of {known}")
     return problems
 
 

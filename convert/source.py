@@ -6,17 +6,18 @@ file would kill the process without a message (SIGBUS).
 """
 
 import dataclasses
-import json
 import math
 import os
 import struct
 from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from vl2jax.common.errors import UserError, listed
+from vl2jax.common.errors import UserError, clip, listed, shown
+from vl2jax.common.json_file import HEAD, not_downloaded, parse_object, read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -29,13 +30,17 @@ NUMPY_DTYPES = {
 }
 LONG_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHORT_NAMES = {long: short for short, long in LONG_NAMES.items()}
-_ITEM_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2}
-_ITEM_SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
-_MAX_HEADER = 100_000_000  # limit of the format, in bytes
+# Bits of an element, of all dtypes that safetensors has.
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64}
+_BITS |= {"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_MAX_HEADER = 2**25  # bytes; a header of 250,000 tensors has about as many
+_MAX_INDEX = 2**25
+_MAX_AXES, _MAX_SIDE = 16, 2**48  # of a shape
 
 
 class ConversionError(UserError):
-    """All problems of a checkpoint.
+    """All problems of a checkpoint: on one line, or a list of them.
 
     Attributes:
       problems: one message for each problem.
@@ -48,8 +53,8 @@ class ConversionError(UserError):
           what: the checkpoint.
           problems: one message for each problem.
         """
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        super().__init__(f"{what}: {count}\n{listed(problems, len(problems))}")
+        many = f"{len(problems)} problems\n{listed(problems)}"
+        super().__init__(f"{what}: " + (many if len(problems) > 1 else clip(problems[0], 2000)))
         self.problems = problems
 
 
@@ -73,7 +78,11 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_SIZES[self.dtype]
+        return _nbytes(self.dtype, self.shape)
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _BITS[dtype] // 8
 
 
 class Source:
@@ -142,7 +151,11 @@ def scan(directory: Path) -> tuple[Source, list[str]]:
         index = _read_index(directory / INDEX_FILE, problems)
         return _scan_shards(directory, index, problems), problems
     file = _single_file(directory, problems)
-    held = _read_header(directory / file, problems) if file else None
+    held = None
+    if file is not None and (instead := _not_downloaded(directory / file)) is not None:
+        problems.append(f"{file}: {instead}")
+    elif file is not None:
+        held = _read_header(directory / file, problems)
     return Source(held or {}, None if held is None else frozenset()), problems
 
 
@@ -150,47 +163,73 @@ def _scan_shards(directory: Path, index: dict[str, str], problems: list[str]) ->
     """Reads the headers of all shards, and compares them with the index."""
     tensors: dict[str, TensorInfo] = {}
     unreadable: set[str] = set()
-    for file in sorted(set(index.values())):
-        listed = {name for name, shard in index.items() if shard == file}
+    names_in: dict[str, set[str]] = {}
+    for name, file in index.items():
+        names_in.setdefault(file, set()).add(name)
+    placeholders: dict[str, list[str]] = {}
+    for file, indexed in sorted(names_in.items()):
         held = None
         if not (directory / file).is_file():
-            problems.append(f"{INDEX_FILE} names {file} for {len(listed)} tensors; no such file")
+            problems.append(f"{INDEX_FILE} names {file} for {len(indexed)} tensors; no such file")
+        elif (instead := _not_downloaded(directory / file)) is not None:
+            placeholders.setdefault(instead, []).append(file)
         else:
             held = _read_header(directory / file, problems)
         if held is None:
-            unreadable |= listed
+            unreadable |= indexed
             continue
-        absent = sorted(listed - held.keys())
-        unlisted = sorted(held.keys() - listed)
+        absent = sorted(indexed - held.keys())
+        unlisted = sorted(held.keys() - indexed)
         if absent:
             problems.append(f"{file} does not hold, as the index says: {some(absent)}")
             unreadable |= set(absent)
         if unlisted:
             problems.append(f"{file} holds, against the index: {some(unlisted)}")
-        tensors |= {name: held[name] for name in listed & held.keys()}
+        tensors |= {name: held[name] for name in indexed & held.keys()}
+    for instead, files in placeholders.items():
+        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        problems.append(f"{files[0]}{more}: {instead}")
     return Source(tensors, unreadable if index else None)
+
+
+def _not_downloaded(path: Path) -> str | None:
+    with path.open("rb") as file:
+        return not_downloaded(file.read(HEAD))
 
 
 def some(names: list[str], limit: int = 10) -> str:
     """Formats a list of names; shows at most `limit` of them."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(clip(name, 120) for name in names[:limit]) + more
 
 
 def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
     """Reads the index {tensor: shard}; {} if there is a problem."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problems.append(f"{path.name}: not an index with a weight_map ({_reason(error)})")
+        weight_map = read_object(path, _MAX_INDEX).get("weight_map")
+    except UserError as error:
+        problems.append(str(error).removeprefix(f"{path.parent}{os.sep}"))
         return {}
-    bad = [k for k, v in items if not isinstance(v, str) or Path(v).name != v or not v]
-    if bad or not items:
-        what = f"weight_map[{bad[0]!r}] is not a file name" if bad else "the weight_map is empty"
-        problems.append(f"{path.name}: {what}")
+    if not isinstance(weight_map, dict) or not weight_map:
+        problems.append(f"{path.name}: its weight_map must name tensors, got {shown(weight_map)}")
         return {}
-    return dict(items)
+    for name, file in weight_map.items():
+        if not _is_file_name(file):
+            what = f"weight_map[{shown(name)}] is {shown(file)}, expected the name of a file"
+            problems.append(f"{path.name}: {what}")
+            return {}
+    return weight_map
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether a value can be the name of a file beside the index."""
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and Path(value).name == value
+        and "\0" not in value
+        and len(value.encode()) <= 255
+    )
 
 
 def _single_file(directory: Path, problems: list[str]) -> str | None:
@@ -198,12 +237,19 @@ def _single_file(directory: Path, problems: list[str]) -> str | None:
     files = sorted(path.name for path in directory.glob("*.safetensors"))
     if SINGLE_FILE in files:
         return SINGLE_FILE
+    if "adapter_model.safetensors" in files:
+        problems.append(
+            "adapter_model.safetensors is a PEFT adapter, not a model; merge it into the model that"
+            " it was trained on (merge_and_unload), save that, and convert it"
+        )
+        return None
     if len(files) == 1:
         return files[0]
     if files:
         problems.append(f"{len(files)} safetensors files, but no {INDEX_FILE} that names them")
-    elif any(directory.glob("pytorch_model*.bin")):
-        problems.append("pytorch_model*.bin is not supported; get the safetensors files instead")
+    elif any(directory.glob("pytorch_model*.bin")) or any(directory.glob("*.gguf")):
+        what = "pytorch_model*.bin and GGUF are not supported; get the safetensors files instead"
+        problems.append(what)
     else:
         problems.append(f"neither {SINGLE_FILE} nor {INDEX_FILE}: no weights here")
     return None
@@ -213,34 +259,34 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | Non
     """Reads the header of a safetensors file; None if the whole file is unusable."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             problems.append(
                 f"{path.name}: not a whole safetensors file (a header of {length} bytes in a file"
-                f" of {size})"
+                f" of {size}); download it again"
             )
             return None
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        if not isinstance(header, dict):
-            raise TypeError("not a mapping")
+        header = parse_object(raw)
         header.pop("__metadata__", None)
-        spans = {name: _span(entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path.name}: bad safetensors header ({_reason(error)})")
+        spans = {name: _span(name, entry) for name, entry in header.items()}
+    except ValueError as error:
+        problems.append(f"{path.name}: bad safetensors header ({error})")
         return None
-    data = 8 + length
-    end = data + max((stop for *_, stop in spans.values()), default=0)
-    if end > size:
+    data, end = 8 + length, 0
+    for _, _, begin, stop in sorted(spans.values(), key=lambda span: span[2:]):
+        if begin != end:
+            problems.append(f"{path.name}: its tensors overlap or leave gaps; download it again")
+            return None
+        end = stop
+    if data + end != size:
+        what = "truncated" if data + end > size else "longer than it should be"
         problems.append(
-            f"{path.name}: truncated: its header tells of {end} bytes, the file has {size};"
+            f"{path.name}: {what}: its header tells of {data + end} bytes, the file has {size};"
             " download it again"
         )
-        return None
-    if end < size or sum(stop - begin for *_, begin, stop in spans.values()) != end - data:
-        problems.append(f"{path.name}: its tensors overlap or leave gaps; download it again")
         return None
     return {
         name: TensorInfo(name, path, dtype, shape, data + begin)
@@ -248,19 +294,27 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | Non
     }
 
 
-def _span(entry: Mapping) -> tuple[str, tuple[int, ...], int, int]:
+def _span(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Parses an entry of a header: dtype, shape, and begin and end of its data in bytes."""
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, stop = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)):
-        raise ValueError(f"shape {entry['shape']}, data_offsets {entry['data_offsets']}")
-    if dtype not in _ITEM_SIZES:
-        raise ValueError(f"dtype {dtype!r}")
-    if stop - begin != math.prod(shape) * _ITEM_SIZES[dtype]:
-        raise ValueError(f"{stop - begin} bytes for {dtype}{list(shape)}")
-    return dtype, shape, begin, stop
+
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"{clip(name, 120)}: dtype {shown(dtype)}, expected F32, F16 or BF16")
+    axes, span = _numbers(shape, _MAX_AXES), _numbers(offsets, 2)
+    if axes is None or span is None or len(span) != 2:
+        what = f"shape {shown(shape)}, data_offsets {shown(offsets)}"
+        raise ValueError(f"{clip(name, 120)}: {what}, expected lists of whole numbers")
+    begin, stop = span
+    if stop - begin != _nbytes(dtype, axes):
+        raise ValueError(f"{clip(name, 120)}: {stop - begin} bytes for {dtype}{list(axes)}")
+    return dtype, axes, begin, stop
 
 
-def _reason(error: Exception) -> str:
-    """Describes a parsing error in one short line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _numbers(value: Any, most: int) -> tuple[int, ...] | None:
+    """Reads a list of at most `most` sizes or offsets; None if it is something else."""
+    if not isinstance(value, list) or len(value) > most:
+        return None
+    if not all(type(number) is int and 0 <= number <= _MAX_SIDE for number in value):
+        return None
+    return tuple(value)

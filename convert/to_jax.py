@@ -5,16 +5,17 @@
 Tensors are read and written piece by piece, so the memory needed does not grow with the model.
 """
 
-import argparse
 import collections
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from convert import mapping
+from convert.finite import NonFinite
 from convert.pieces import Piece, chunk_shape, pieces
 from convert.plan import Plan, describe, make_plan
 from convert.source import LONG_NAMES, ConversionError
@@ -23,19 +24,24 @@ from convert.stopping import Stop, run_stoppable
 from convert.writer import StreamedArray, save_streamed
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, read_array
+from vl2jax.cli.command import Parser
+from vl2jax.common.errors import UserError
 from vl2jax.common.paths import path_flag
 from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for metadata and small files
 
 
-def streamed(plan: Plan, progress: Progress, stop: Stop) -> dict[str, StreamedArray]:
+def streamed(
+    plan: Plan, progress: Progress, stop: Stop, not_finite: NonFinite
+) -> dict[str, StreamedArray]:
     """Returns the parameters as arrays whose values are converted while they are written.
 
     Args:
       plan: the conversion.
       progress: updated with the source bytes of each piece.
       stop: checked before each piece.
+      not_finite: counts the values that are not finite.
 
     Returns:
       The arrays by parameter path.
@@ -46,7 +52,9 @@ def streamed(plan: Plan, progress: Progress, stop: Stop) -> dict[str, StreamedAr
 
         def slices() -> Iterator[tuple[tuple, np.ndarray]]:
             for piece in stop.each(pieces(leaf, dtype.itemsize)):
-                yield piece.index, piece.unsqueeze(plan.read(piece))
+                values = plan.read(piece)
+                not_finite.add(piece.entry.hf, values, math.prod(piece.entry.axes.shape))
+                yield piece.index, piece.unsqueeze(values)
                 progress.update(plan.source_bytes(piece))
 
         chunk = chunk_shape(leaf, dtype.itemsize)
@@ -109,8 +117,11 @@ def convert(
     dtype: str | None = None,
     check: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
 ) -> None:
     """Converts the checkpoint `hf_dir`, and writes it to the new directory `out`.
+
+    What the user should know, such as weights that are not finite, is printed to standard error.
 
     Args:
       hf_dir: directory of the original checkpoint.
@@ -118,6 +129,7 @@ def convert(
       dtype: "bfloat16" or "float32"; None: the dtype of the source (float16 is stored as float32).
       check: whether to compare the result with the source before it is renamed to `out`.
       overwrite: whether to replace an older vl2jax checkpoint at `out`.
+      strict: whether weights that are not finite are an error.
 
     Raises:
       UserError: the source has problems, or `out` cannot be used.
@@ -129,8 +141,10 @@ def convert(
 
     def work(stop: Stop) -> None:
         plan = make_plan(hf_dir, dtype)
+        for note in plan.notes:
+            _say(note)
         with plan.source, staged_directory(out, plan.nbytes + _MARGIN, is_ours) as partial:
-            _fill(plan, hf_dir, partial, check, stop)
+            _fill(plan, hf_dir, partial, check, strict, stop)
 
     try:
         run_stoppable(work, out)
@@ -140,16 +154,25 @@ def convert(
         raise
 
 
-def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, stop: Stop) -> None:
+def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, strict: bool, stop: Stop) -> None:
     """Writes all files into an empty directory, `model.json` last."""
     for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
         if (hf_dir / name).is_file():
             shutil.copyfile(hf_dir / name, partial / name)
     with Progress("converting", plan.source_nbytes) as progress:
-        save_streamed(partial / checkpoint.PARAMS, streamed(plan, progress, stop))
+        not_finite = NonFinite()
+        save_streamed(partial / checkpoint.PARAMS, streamed(plan, progress, stop, not_finite))
+    if (report := not_finite.report()) is not None:
+        if strict:
+            raise UserError(f"{hf_dir}: {report}; without --strict they are converted as they are")
+        _say(f"warning: {report}")
     if check:
         verify(plan, partial / checkpoint.PARAMS, stop)
     checkpoint.write_model_json(_record(plan, partial))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _record(plan: Plan, directory: Path) -> checkpoint.ModelDir:
@@ -176,11 +199,7 @@ def _record(plan: Plan, directory: Path) -> checkpoint.ModelDir:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.to_jax",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m convert.to_jax", __doc__)
     parser.add_argument(
         "hf_dir", type=path_flag(), help="original checkpoint (Hugging Face layout)"
     )
@@ -203,12 +222,25 @@ def _main() -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older vl2jax checkpoint"
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse weights that are not finite; default: convert and count them",
+    )
     args = parser.parse_args()
     if args.dry_run:
-        print(describe(make_plan(args.hf_dir, args.dtype)))
+        plan = make_plan(args.hf_dir, args.dtype)
+        for note in plan.notes:
+            _say(note)
+        print(describe(plan))
         return
     convert(
-        args.hf_dir, args.out_dir, dtype=args.dtype, check=args.verify, overwrite=args.overwrite
+        args.hf_dir,
+        args.out_dir,
+        dtype=args.dtype,
+        check=args.verify,
+        overwrite=args.overwrite,
+        strict=args.strict,
     )
     print(f"wrote {args.out_dir}")
 

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import tokenizers
 from safetensors import safe_open
+from tokenizers import decoders, models
 
 from convert.random_source import write_weights
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
+from vl2jax.processing.tokenizer import CHAT_TOKENS, GROUNDING_TOKENS
+from vl2jax.synthetic.tokens import BOS, EOS, IMAGE, PAD, write_processor_files
 
 MICRO = VL2Config(
     vision=VisionConfig(image_size=28, patch_size=14, width=8, layers=2, heads=2, mlp_ratio=2),
@@ -37,11 +41,13 @@ MICRO = VL2Config(
 
 
 def write_source(directory: Path, **options) -> Path:
-    """Writes a random checkpoint of the micro model, with placeholders for its small files."""
+    """Writes a random checkpoint of the micro model, with a tokenizer of few tokens."""
     directory.mkdir()
     write_weights(directory, MICRO, **options)
-    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
-    (directory / "processor_config.json").write_text("{}")
+    tokenizer = tokenizers.Tokenizer(models.BPE({"a": 3, "b": 4}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS, PAD, IMAGE, *GROUNDING_TOKENS, *CHAT_TOKENS])
+    write_processor_files(directory, MICRO, tokenizer)
     return directory
 
 

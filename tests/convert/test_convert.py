@@ -168,7 +168,8 @@ def test_there_and_back_changes_no_bit(tmp_path, dtype, stored, shard_size):
     assert len(notes) == 1
     assert notes[0].startswith("not written: 13 tensors (vision.attn_pool.latent,")
     assert "never used" in notes[0]
-    assert (tmp_path / "back/tokenizer.json").read_text() == '{"version": "1.0"}'
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     # to_jax accepts the output of to_hf, although the dropped tensors are missing.
     to_jax.convert(tmp_path / "back", tmp_path / "again")
     assert read_model_dir(tmp_path / "again").dropped == []
@@ -222,7 +223,7 @@ def test_large_tensors_are_moved_some_rows_at_a_time(source, tmp_path, monkeypat
 
 def check_round_trip(mini: Path, small_files: Path, tmp_path: Path) -> None:
     hf = Path(shutil.copytree(mini, tmp_path / "hf", ignore=shutil.ignore_patterns("golden")))
-    for name in ("tokenizer.json", "processor_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
         shutil.copyfile(small_files / name, hf / name)
     to_jax.convert(hf, tmp_path / "ckpt", check=True)
     to_hf.convert(tmp_path / "ckpt", tmp_path / "back")
@@ -239,7 +240,10 @@ def test_round_trip_of_a_mini(data_dir, tmp_path):
 
 @pytest.mark.parametrize("mini", ["tiny", "small", "base", "extra", "small-bf16"])
 def test_round_trip_of_all_minis(mini, reference, tmp_path):
-    check_round_trip(reference / f"mini-{mini}", reference / "mini-small", tmp_path)
+    directory = reference / f"mini-{mini}"
+    # The bfloat16 one has weights only.
+    small_files = directory if (directory / "tokenizer.json").exists() else reference / "mini-small"
+    check_round_trip(directory, small_files, tmp_path)
 
 
 # Sharded files.
@@ -279,12 +283,12 @@ def test_all_problems_of_the_tensors_in_one_report(broken):
     (broken / "tokenizer.json").unlink()
     assert problems_of(broken).splitlines() == [
         f"{broken}: 5 problems",
-        "  - tokenizer.json is missing",
+        "  - tokenizer.json: not found",
         "  - missing tensors (2): image_newline,"
         " language.model.layers.1.mlp.experts.0.up_proj.weight",
         "  - tensors the model does not have (1): stranger.weight",
         "  - view_seperator: shape [13], the model has [12]",
-        "  - vision.norm.bias: dtype I64, expected one of F32, F16, BF16",
+        "  - dtype I64 (1): vision.norm.bias; expected one of F32, F16, BF16",
     ]
 
 
@@ -306,7 +310,7 @@ def test_all_problems_of_the_files_in_one_report(tmp_path):
     report = problems_of(source)
     assert f"index.json names {shards[0].name} for " in report
     assert f"{shards[1].name}: truncated: its header tells of " in report
-    assert f"{shards[2].name}: bad safetensors header (JSONDecodeError" in report
+    assert f"{shards[2].name}: bad safetensors header (Expecting value" in report
     assert f"{shards[3].name} does not hold, as the index says: ghost" in report
     assert f"{shards[3].name} holds, against the index: {held[0]}" in report
     # Tensors in unreadable files are not also reported as missing.
@@ -319,10 +323,10 @@ def test_all_problems_of_the_files_in_one_report(tmp_path):
     [
         (b"", "not a whole safetensors file (a header of 0 bytes in a file of 0)"),
         (struct.pack("<Q", 10**12) + b"{}", "not a whole safetensors file (a header of 1000000000"),
-        (struct.pack("<Q", 2) + b"[]", "bad safetensors header (TypeError: not a mapping)"),
+        (struct.pack("<Q", 2) + b"[]", "bad safetensors header (expected an object {...}, got [])"),
         (
             struct.pack("<Q", 60) + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}      ',
-            "bad safetensors header (ValueError: 4 bytes for F32[2])",
+            "bad safetensors header (a: 4 bytes for F32[2])",
         ),
         (
             struct.pack("<Q", 60)
@@ -335,24 +339,24 @@ def test_all_problems_of_the_files_in_one_report(tmp_path):
 def test_bad_safetensors_files(broken, content, message):
     (broken / "model.safetensors").write_bytes(content)
     report = problems_of(broken)
-    assert f"model.safetensors: {message}" in report
-    assert "1 problem\n" in report
+    assert report.startswith(f"{broken}: model.safetensors: {message}")
+    assert "\n" not in report
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "not an index with a weight_map (JSONDecodeError"),
-        ("{}", "not an index with a weight_map (KeyError"),
-        ('{"weight_map": {}}', "the weight_map is empty"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "weight_map['a'] is not a file name"),
+        ("{", "model.safetensors.index.json: not valid JSON (Expecting property name"),
+        ("{}", "its weight_map must name tensors, got None"),
+        ('{"weight_map": {}}', "its weight_map must name tensors, got {}"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "weight_map['a'] is '../x.safetensors', exp"),
     ],
 )
 def test_bad_index(broken, index, message):
     (broken / "model.safetensors.index.json").write_text(index)
     report = problems_of(broken)
     assert message in report
-    assert "1 problem\n" in report
+    assert "\n" not in report
 
 
 def test_config_problems_do_not_hide_others(broken):
@@ -362,9 +366,9 @@ def test_config_problems_do_not_hide_others(broken):
     (broken / "processor_config.json").unlink()
     report = problems_of(broken)
     assert "tile_tag" in report
-    assert "processor_config.json is missing" in report
+    assert "processor_config.json: not found" in report
     (broken / "config.json").unlink()
-    assert "config.json is missing" in problems_of(broken)
+    assert "config.json: not found" in problems_of(broken)
 
 
 def test_verify_finds_a_flipped_bit(source, tmp_path):

@@ -381,11 +381,11 @@ def test_calls_that_make_no_sense(processor, picture):
         ({"image_std": [0.5, 0.5]}, "image_std .* is not supported"),
         ({"normalize": False}, "normalize = False is not supported"),
         ({"sft_format": "deepseekv2"}, "'deepseekv2' is not supported"),
-        ({"mask_prompt": "yes"}, "mask_prompt is 'yes', expected"),
+        ({"mask_prompt": "yes"}, "mask_prompt must be bool, got 'yes'"),
         ({"patch_size": 16}, "patch_size is 16, but the model has 14"),
         ({"downsample_ratio": 4}, "downsample_ratio is 4, but the model has 2"),
         ({"candidate_resolutions": [[384, 384]]}, r"candidate_resolutions\[0\] is \(384, 384\)"),
-        ({"candidate_resolutions": []}, r"candidate_resolutions\[0\] is None"),
+        ({"candidate_resolutions": []}, r"must be a list of .*1 to 1000 pairs"),
         ({"candidate_resolutions": [[56, 56], [56, 100]]}, r"\(56, 100\) is not a multiple"),
         ({"candidate_resolutions": [56]}, r"must be a list of \[width, height\] pairs"),
     ],
@@ -416,7 +416,7 @@ def test_missing_and_malformed_files(mini_dir, mini_config, name):
     with pytest.raises(UserError, match=f"{name}: not valid JSON"):
         Processor.from_dir(mini_dir, mini_config)
     path.write_text("[]")
-    with pytest.raises(UserError, match=f"{name}: expected a JSON object"):
+    with pytest.raises(UserError, match=f"{name}: not valid JSON .expected an object"):
         Processor.from_dir(mini_dir, mini_config)
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: not found"):
@@ -438,7 +438,7 @@ def test_a_tokenizer_without_bos(mini_dir):
     with pytest.raises(UserError, match="names a bos_token"):
         Tokenizer.from_dir(mini_dir)
     edit(mini_dir / "tokenizer_config.json", bos_token=7)
-    with pytest.raises(UserError, match="bos_token must be a string"):
+    with pytest.raises(UserError, match="bos_token must be a string of"):
         Tokenizer.from_dir(mini_dir)
 
 

@@ -75,6 +75,17 @@ def is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
+def joined(problems: Sequence[str], most: int = 8) -> str:
+    """Formats problems on one line.
+
+    Args:
+      problems: the problems.
+      most: maximum number of problems to show; the others are counted.
+    """
+    more = [f"and {len(problems) - most} more"] * (len(problems) > most)
+    return "; ".join([*(clip(problem, 400) for problem in problems[:most]), *more])
+
+
 def listed(problems: Sequence[str], most: int = 20) -> str:
     """Formats problems as a list, one per line.
 
@@ -82,5 +93,5 @@ def listed(problems: Sequence[str], most: int = 20) -> str:
       problems: the problems.
       most: maximum number of problems to show; a last line counts the others.
     """
-    shown = [f"  - {problem}" for problem in problems[:most]]
-    return "\n".join(shown + [f"  - and {len(problems) - most} more"] * (len(problems) > most))
+    lines = [f"  - {clip(problem, 400)}" for problem in problems[:most]]
+    return "\n".join(lines + [f"  - and {len(problems) - most} more"] * (len(problems) > most))

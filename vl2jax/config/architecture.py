@@ -9,8 +9,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from vl2jax.config.checks import inconsistent, unsupported
-from vl2jax.config.schema import ConfigError, read, write
+from vl2jax.common.errors import joined, shown
+from vl2jax.config.checks import all_problems, out_of_range, too_large
+from vl2jax.config.inert import RELEASED
+from vl2jax.config.renamed import with_old_names
+from vl2jax.config.schema import ConfigError, ignored_fields, read, read_pairs, write
 
 T = TypeVar("T")
 
@@ -141,7 +144,7 @@ class DecoderConfig:
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 100000
-    eos_token_id: int | None = 100001
+    eos_token_id: int | tuple[int, ...] | None = 100001
     pretraining_tp: int = 1
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
@@ -200,9 +203,9 @@ class VL2Config:
     transformers_version: str | None = None
 
     def __post_init__(self):
-        problems = [*unsupported(self), *inconsistent(self)]
-        if problems:
-            raise ConfigError("config: " + "; ".join(problems))
+        for check in (out_of_range, all_problems, too_large):  # each needs what the one before says
+            if problems := check(self):
+                raise ConfigError("config: " + joined(problems))
 
     @property
     def tile_grid(self) -> int:
@@ -227,15 +230,13 @@ class VL2Config:
         if not isinstance(top.get("language_config"), Mapping):
             raise ConfigError(
                 "config: 'language_config' is absent; expected the config.json of a DeepSeek-VL2"
-                f" checkpoint, got fields {sorted(top)[:8]}"
+                f" checkpoint, got fields {shown(sorted(top))}"
             )
         vision = read(VisionConfig, top.pop("vision_config", {}), "vision_config", "vision")
         adaptor = read(
             AdaptorConfig, top.pop("projector_config", {}), "projector_config", "mlp_projector"
         )
-        language = dict(top.pop("language_config"))
-        if language.get("num_key_value_heads", 0) is None:
-            language["num_key_value_heads"] = language.get("num_attention_heads", 32)
+        language = with_old_names(top.pop("language_config"))
         if language.get("rope_scaling") is not None:
             language["rope_scaling"] = read(
                 RopeScaling, language["rope_scaling"], "language_config.rope_scaling", None
@@ -244,15 +245,25 @@ class VL2Config:
         if "tile_tag" not in top:
             raise ConfigError("config: 'tile_tag' is absent; set it to '2D'")
         if "candidate_resolutions" in top:
-            try:
-                pairs = tuple((int(w), int(h)) for w, h in top["candidate_resolutions"])
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    "config: candidate_resolutions must be a list of [width, height] pairs"
-                ) from error
-            top["candidate_resolutions"] = pairs
+            top["candidate_resolutions"] = read_pairs(top["candidate_resolutions"])
         top |= {"vision": vision, "adaptor": adaptor, "decoder": decoder}
         return read(cls, top, "", "deepseek_vl_v2")
+
+    @classmethod
+    def ignored_fields(cls, config: Mapping[str, Any]) -> list[str]:
+        """Fields of a valid `config.json` that are ignored and that released files do not have."""
+        sections = {
+            "": (cls, config),
+            "vision_config": (VisionConfig, config.get("vision_config", {})),
+            "projector_config": (AdaptorConfig, config.get("projector_config", {})),
+            "language_config": (DecoderConfig, with_old_names(config["language_config"])),
+        }
+        released = {*RELEASED, *sections}
+        return [
+            name
+            for where, (part, values) in sections.items()
+            for name in ignored_fields(part, values, where, released)
+        ]
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the Hugging Face schema with every field; `from_hf` is the inverse."""

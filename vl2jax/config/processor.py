@@ -1,18 +1,17 @@
 """`processor_config.json`: settings of the processor, which runs on the host."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
+from vl2jax.config.inert import PROCESSOR_RELEASED, is_inert_in_processor
+from vl2jax.config.schema import ConfigError, ignored_fields, read, read_pairs
 
 CONFIG_FILE = "processor_config.json"
 
 FORMATS = ("deepseek", "plain", "alignment")  # chat formats, see `processing.prompt`
-
-# Fields of the original that have no effect here; `ignore_id` because targets are given by a mask.
-_UNREAD = frozenset(["processor_class", "auto_map", "add_special_token", "ignore_id"])
+_MOST_CHARACTERS = 200  # of a token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,15 @@ class ProcessorConfig:
             ("normalize", self.normalize, True),
         ):
             if value != supported:
-                raise UserError(
-                    f"{CONFIG_FILE}: {name} = {value!r} is not supported (only {supported!r})"
+                raise ConfigError(
+                    f"{CONFIG_FILE}: {name} = {shown(value)} is not supported (only {supported!r})"
+                )
+        for name in ("image_token", "pad_token"):
+            token = getattr(self, name)
+            if not token.strip() or len(token) > _MOST_CHARACTERS:
+                raise ConfigError(
+                    f"{CONFIG_FILE}: {name} must be a text of 1 to {_MOST_CHARACTERS} characters,"
+                    f" got {shown(token)}"
                 )
         check_format(self.sft_format)
 
@@ -55,35 +61,22 @@ class ProcessorConfig:
           values: the JSON object.
 
         Raises:
-          UserError: a field is unknown, missing, of the wrong type, or has an unsupported value.
+          ConfigError: a field is unknown, missing, of the wrong type, or has an unsupported value.
         """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        kept = {name: value for name, value in values.items() if name not in _UNREAD}
-        for name in kept:
-            if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"{CONFIG_FILE}: unknown field {name!r}{hint}")
-        for name, field in fields.items():
-            if name not in kept and field.default is dataclasses.MISSING:
-                raise UserError(f"{CONFIG_FILE}: {name!r} is absent; take it from the checkpoint")
-            expected = field.type if isinstance(field.type, type) else (list, tuple)
-            if name in kept and not isinstance(kept[name], expected):
-                raise UserError(f"{CONFIG_FILE}: {name} is {kept[name]!r}, expected {field.type}")
-        try:
-            kept["candidate_resolutions"] = tuple(
-                (int(width), int(height)) for width, height in kept["candidate_resolutions"]
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{CONFIG_FILE}: candidate_resolutions must be a list of [width, height] pairs"
-            ) from error
-        return cls(**kept)
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if "candidate_resolutions" in values:
+            kept["candidate_resolutions"] = read_pairs(values["candidate_resolutions"], CONFIG_FILE)
+        return read(cls, kept, "", None, inert=is_inert_in_processor, file=CONFIG_FILE)
+
+    @classmethod
+    def ignored_fields(cls, values: Mapping[str, Any]) -> list[str]:
+        """Fields of a valid file that are ignored and that the released files do not have."""
+        return ignored_fields(cls, values, "", PROCESSOR_RELEASED)
 
 
 def check_format(sft_format: str) -> None:
     """Raises UserError if the chat format is not supported."""
     if sft_format not in FORMATS:
         raise UserError(
-            f"sft_format {sft_format!r} is not supported; expected one of {', '.join(FORMATS)}"
+            f"sft_format {shown(sft_format)} is not supported; expected one of {', '.join(FORMATS)}"
         )

@@ -6,13 +6,14 @@ Axis legend: T tokens.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
 
 from vl2jax.common.errors import UserError
+from vl2jax.common.json_file import read_object
 from vl2jax.config import VL2Config
 from vl2jax.config.processor import CONFIG_FILE, ProcessorConfig
 from vl2jax.processing import image as images_lib
@@ -21,7 +22,9 @@ from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.collate import Sample, collate
 from vl2jax.processing.image_source import ImageSource
 from vl2jax.processing.prompt import Message, Piece
-from vl2jax.processing.tokenizer import Tokenizer, read_json
+from vl2jax.processing.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 # If a conversation has more images than this, none of them is tiled (DeepSeek-VL2, section 2).
 MAX_TILED_IMAGES = 2
@@ -61,11 +64,8 @@ class Processor:
             architecture.
         """
         path = pathlib.Path(path)
-        settings = ProcessorConfig.from_dict(read_json(path / CONFIG_FILE))
-        tokenizer = Tokenizer.from_dir(
-            path, image_token=settings.image_token, pad_token=settings.pad_token
-        )
-        return cls(tokenizer=tokenizer, settings=settings, config=config)
+        settings = read_settings(path)
+        return cls(tokenizer=_read_tokenizer(path, settings), settings=settings, config=config)
 
     def __call__(
         self,
@@ -324,6 +324,42 @@ class Processor:
             f"the prompt has {total} tokens, more than max_position_embeddings {limit}:"
             f" {', '.join(parts)}{fix}; shorten it or give fewer images"
         )
+
+
+def read_settings(path: pathlib.Path) -> ProcessorConfig:
+    """Reads `processor_config.json` of a model directory; raises UserError if it is not valid."""
+    return ProcessorConfig.from_dict(read_object(path / CONFIG_FILE))
+
+
+def file_problems(path: pathlib.Path, config: VL2Config | None) -> list[str]:
+    """Returns all reasons for which `Processor.from_dir` would refuse a directory.
+
+    Args:
+      path: the directory.
+      config: the architecture; None: the files are checked alone.
+    """
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    settings = attempt(lambda: read_settings(path))
+    tokenizer = attempt(lambda: _read_tokenizer(path, settings))
+    if config is not None and settings is not None:
+        attempt(lambda: _check_sizes(settings, config))
+    if config is not None and tokenizer is not None:
+        attempt(lambda: _check_vocabulary(tokenizer, config))
+    return problems
+
+
+def _read_tokenizer(path: pathlib.Path, settings: ProcessorConfig | None) -> Tokenizer:
+    names = ("image_token", "pad_token")
+    named = {} if settings is None else {name: getattr(settings, name) for name in names}
+    return Tokenizer.from_dir(path, **named)
 
 
 def _choose_images(

@@ -1,20 +1,24 @@
 """The tokenizer of a model directory, with the special tokens that the processor needs."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, reason, shown
+from vl2jax.common.json_file import object_in, read_bytes, read_object
 
 GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 CHAT_TOKENS = ("<|User|>", "<|Assistant|>")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+_LIMIT = 2**26  # bytes of tokenizer.json; that of the released models has 8 MB
+_PROBE = "What is in the image? 图 12"  # a text that every tokenizer must encode and decode
+_MOST_CHARACTERS = 1000  # of a special token
 
 # Replacements of `clean_up_tokenization_spaces`, in order; the released tokenizers do not set it.
 _CLEAN_UP = (
@@ -70,7 +74,7 @@ class Tokenizer:
           UserError: a file is missing or malformed, or names no bos or eos token.
         """
         path = pathlib.Path(path)
-        config = read_json(path / "tokenizer_config.json", required=False)
+        config = read_object(path / "tokenizer_config.json", required=False)
         special = _special_tokens(path, config)
         for name in ("bos_token", "eos_token"):
             if not special.get(name):
@@ -79,12 +83,13 @@ class Tokenizer:
                     f" {name}; take both files from the checkpoint"
                 )
         backend = _read_backend(path / "tokenizer.json")
-        _add_listed(backend, path, config)
         extra = special.pop("additional_special_tokens", [])
-        _add(backend, [*filter(None, special.values()), *extra])
         pad_token = special.get("pad_token") or pad_token
-        for tokens in ([pad_token], [image_token], GROUNDING_TOKENS, CHAT_TOKENS):
-            _add(backend, tokens)
+        with _as_user_error(path / "tokenizer.json"):
+            _add_listed(backend, path, config)
+            _add(backend, filter(None, [*special.values(), *extra]))
+            for tokens in ([pad_token], [image_token], GROUNDING_TOKENS, CHAT_TOKENS):
+                _add(backend, tokens)
         bos_token, eos_token = special["bos_token"], special["eos_token"]
         return cls(
             backend=backend,
@@ -115,10 +120,7 @@ class Tokenizer:
         Raises:
           UserError: there is no such token.
         """
-        found = self.backend.token_to_id(token)
-        if found is None:
-            raise UserError(f"the tokenizer has no token {token!r}")
-        return found
+        return _id_of(self.backend, token)
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text without adding bos or eos.
@@ -185,49 +187,43 @@ class StreamDecoder:
         return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
 
 
-def read_json(path: pathlib.Path, *, required: bool = True) -> dict[str, Any]:
-    """Reads a JSON object.
+def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """Reads `tokenizer.json`, and tries it on a text."""
+    content = read_bytes(path, _LIMIT)
+    decoder = object_in(path, content).get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        raise UserError(f"{path}: decoder must be ByteLevel, got {shown(decoder)}")
+    with _as_user_error(path):
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        # These are settings of the last program that used the file, not of the model.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.decode(backend.encode(_PROBE, add_special_tokens=False).ids)
+    return backend
 
-    Args:
-      path: the file.
-      required: whether a missing file is an error; otherwise it is read as {}.
 
-    Raises:
-      UserError: the file is missing, cannot be read, or is not a JSON object.
+@contextlib.contextmanager
+def _as_user_error(path: pathlib.Path) -> Iterator[None]:
+    """Raises UserError in the place of errors of the library `tokenizers`.
+
+    It raises plain `Exception`s, and `PanicException`s, which are no `Exception`s and not public.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        if not required:
-            return {}
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
         raise UserError(
-            f"{path}: not found; a model directory holds {', '.join(FILES)} beside its weights"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); take it from the checkpoint") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read_backend(path: pathlib.Path) -> tokenizers.Tokenizer:
-    value = read_json(path)
-    decoder = value.get("decoder")
-    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-        raise UserError(f"{path}: decoder must be ByteLevel, got {decoder!r:.80}")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no specific exception
-        raise UserError(
-            f"{path}: not a tokenizer ({error}); take it from the checkpoint"
+            f"{path}: not a tokenizer that works ({reason(error)}); take it from the checkpoint"
         ) from error
 
 
 def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
     found = backend.token_to_id(token)
-    assert found is not None, token  # it was added
+    if found is None:
+        raise UserError(f"the tokenizer has no token {shown(token)}")
     return found
 
 
@@ -239,7 +235,7 @@ def _special_tokens(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any
     """
     sources = [config]
     if "added_tokens_decoder" not in config:
-        sources.append(read_json(path / "special_tokens_map.json", required=False))
+        sources.append(read_object(path / "special_tokens_map.json", required=False))
     merged = {"unk_token": "<unk>"}  # default of the tokenizer class; null in the released files
     for source in sources:
         merged |= source
@@ -247,7 +243,7 @@ def _special_tokens(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any
     special = {name: _token_text(path, name, merged.get(name)) for name in names}
     extra = merged.get("additional_special_tokens") or []
     if not isinstance(extra, list):
-        raise UserError(f"{path}: additional_special_tokens must be a list, got {extra!r:.80}")
+        raise UserError(f"{path}: additional_special_tokens must be a list, got {shown(extra)}")
     texts = [_token_text(path, "additional_special_tokens", token) for token in extra]
     return special | {"additional_special_tokens": texts}
 
@@ -256,9 +252,12 @@ def _token_text(path: pathlib.Path, name: str, token: Any) -> str | None:
     """Text of a token that is given as a string, as an object with `content`, or as null."""
     if isinstance(token, dict):
         token = token.get("content")
-    if token is None or isinstance(token, str):
+    if token is None or (isinstance(token, str) and len(token) <= _MOST_CHARACTERS):
         return token
-    raise UserError(f"{path}: {name} must be a string or have a 'content', got {token!r:.80}")
+    raise UserError(
+        f"{path}: {name} must be a string of at most {_MOST_CHARACTERS} characters, or have such a"
+        f" 'content', got {shown(token)}"
+    )
 
 
 def _add_listed(backend: tokenizers.Tokenizer, path: pathlib.Path, config: dict[str, Any]) -> None:
@@ -285,7 +284,7 @@ def _add_listed(backend: tokenizers.Tokenizer, path: pathlib.Path, config: dict[
             (backend.add_special_tokens if token.special else backend.add_tokens)([token])
 
 
-def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+def _add(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
     """Adds special tokens; an existing token keeps its id."""
     backend.add_special_tokens(
         [tokenizers.AddedToken(token, normalized=False, special=True) for token in tokens]
