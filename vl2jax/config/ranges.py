@@ -12,22 +12,28 @@ class Range(NamedTuple):
     Attributes:
       low, high: the bounds.
       above: whether `low` itself is excluded.
+      below: whether `high` itself is excluded.
     """
 
     low: float
     high: float
     above: bool = False
+    below: bool = False
 
     def __contains__(self, value: Any) -> bool:
         """Whether `value` is a number in the range; NaN is in none."""
         is_inside = isinstance(value, int | float) and self.low <= value <= self.high
-        return is_inside and not (self.above and value == self.low)
+        return is_inside and not (
+            (self.above and value == self.low) or (self.below and value == self.high)
+        )
 
     def __str__(self) -> str:
         low, high, is_open = _figure(self.low), _figure(self.high), self.high >= _MOST
-        if self.above:
-            return f"above {low}" + ("" if is_open else f" and at most {high}")
-        return f"at least {low}" if is_open else f"{low} to {high}"
+        if not (self.above or self.below or is_open):
+            return f"{low} to {high}"
+        start = f"above {low}" if self.above else f"at least {low}"
+        end = f" and {'below' if self.below else 'at most'} {high}"
+        return start if is_open else start + end
 
 
 _MOST = 2**31 - 1  # larger upper bounds are not said

@@ -64,13 +64,6 @@ class OptimConfig:
     frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name, value, choices in (
-            ("algorithm", self.algorithm, ALGORITHMS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("moments_dtype", self.moments_dtype, ("float32", "bfloat16")),
-        ):
-            if value not in choices:
-                raise UserError(f"optim.{name} must be one of {', '.join(choices)}, got {value!r}")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             if self.moments_dtype == "bfloat16" and 0.995 < value < 1:
@@ -78,9 +71,6 @@ class OptimConfig:
                     f"optim.{name} is {value}, but moments in bfloat16 decay only up to 0.995; set"
                     " optim.moments_dtype to float32"
                 )
-        for name in ("lr", "eps", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
 
 
 def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:

@@ -5,14 +5,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vl2jax import ops
 from vl2jax.common.errors import UserError
 from vl2jax.common.paths import user_path
 from vl2jax.config import VL2Config
 from vl2jax.config.schema import read
 from vl2jax.data.source_list import read_sources
-from vl2jax.ops.experts import IMPLEMENTATIONS
 from vl2jax.training.optim import OptimConfig
+from vl2jax.training.run_limits import check_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class BatchConfig:
       rows: number of rows; a row is one sequence, or several if packed.
       length: tokens per row.
       tiles: number of tile slots, divided evenly among the pools (see `feed.py`); the rows of a
-        pool share its slots.
+        pool share its slots.  0: a run on text alone, which does not train the parts for images.
       segments: maximum number of samples packed into a row; 1: no packing.
       microbatches: number of microbatches for gradient accumulation; divides `rows` and `tiles`.
     """
@@ -33,17 +32,6 @@ class BatchConfig:
     tiles: int
     segments: int = 1
     microbatches: int = 1
-
-    def __post_init__(self):
-        for name in ("rows", "length", "segments", "microbatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rows", "tiles"):
-            if getattr(self, name) % self.microbatches:
-                raise UserError(
-                    f"batch.microbatches {self.microbatches} must divide batch.{name}"
-                    f" {getattr(self, name)}"
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,14 +70,6 @@ class DataConfig:
     shards: int = 0
     preview: int = 0
 
-    def __post_init__(self):
-        _one_of("data.supervise", self.supervise, ("answers", "text"))
-        _one_of("data.on_error", self.on_error, ("raise", "skip"))
-        if not 0 <= self.max_skipped <= 1:
-            raise UserError(f"data.max_skipped must be a share from 0 to 1, got {self.max_skipped}")
-        if self.shards < 0:
-            raise UserError(f"data.shards must be 0 or more, got {self.shards}")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
@@ -125,12 +105,6 @@ class ComputeConfig:
     moe_implementation: str = "blocked"
     ops: str = ""
     loss_chunk: int = 256
-
-    def __post_init__(self):
-        for name in ("dtype", "param_dtype"):
-            _one_of(f"compute.{name}", getattr(self, name), ("float32", "bfloat16"))
-        _one_of("compute.moe_implementation", self.moe_implementation, IMPLEMENTATIONS)
-        ops.parse(self.ops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +179,10 @@ class RunConfig:
     profile: str = ""
     dry_run: bool = False
 
+    def __post_init__(self):
+        check_run(self)
+        _ = self.profiled_steps  # raises UserError
+
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
         """First step and last step + 1 of the profiler trace; None: no trace.
@@ -233,8 +211,8 @@ def read_run_config(values: Mapping[str, Any]) -> RunConfig:
     read_values = dict(values)
     for name, cls in types.items():
         if dataclasses.is_dataclass(cls) and isinstance(values.get(name), Mapping):
-            read_values[name] = read(cls, _with_tuples(values[name]), name, None)
-    return _with_paths(read(RunConfig, read_values, "", None))
+            read_values[name] = read(cls, _with_tuples(values[name]), name, None, inert=_nothing)
+    return _with_paths(read(RunConfig, read_values, "", None, inert=_nothing))
 
 
 def _with_paths(config: RunConfig) -> RunConfig:
@@ -270,10 +248,10 @@ def with_balance(architecture: VL2Config, balance: BalanceConfig) -> VL2Config:
     return dataclasses.replace(architecture, decoder=decoder)
 
 
+def _nothing(_name: str, _value: Any) -> bool:
+    """No field of a run is ignored."""
+    return False
+
+
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
