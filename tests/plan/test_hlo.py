@@ -1,5 +1,7 @@
 """Costs of compiled programs, against programs whose costs are known."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vl2jax.parallel.mesh import AXES
 from vl2jax.parallel.sharding import make_mesh
-from vl2jax.plan import hlo
+from vl2jax.plan import cross_check, hlo
+from vl2jax.plan.cross_check import check_products, check_total
 from vl2jax.plan.hlo_text import group_of
 
 LAYERS, ROWS, WIDTH = 7, 16, 32
@@ -77,6 +80,138 @@ def test_loops_that_depend_on_data_are_named():
     assert [name.endswith("while") for name in once.open_loops] == [True]
     known = hlo.analyse(text, open_trips=lambda origin: 5)
     assert known.flops == 5 * once.flops and not known.open_loops
+
+
+def _steps(x, going, bound, step):
+    """A product per iteration, while `going(i, bound)`."""
+
+    def body(carry):
+        i, x = carry
+        return step(i), jnp.tanh(x @ x)
+
+    return lambda start: jax.lax.while_loop(lambda c: going(c[0], bound), body, (start, x))[1]
+
+
+@pytest.mark.parametrize(
+    ("start", "going", "bound", "step", "trips"),
+    [
+        (0, jnp.less, 10, lambda i: i + 1, 10),
+        (3, jnp.less, 10, lambda i: i + 1, 7),
+        (0, jnp.less_equal, 7, lambda i: i + 3, 3),
+        (7, jnp.greater, 0, lambda i: i - 2, 4),
+        (7, jnp.greater_equal, 0, lambda i: i - 7, 2),
+        (0, jnp.not_equal, 6, lambda i: i + 2, 3),
+        (1, jnp.less, 100, lambda i: i * 2, 7),
+        (9, jnp.less, 3, lambda i: i + 1, 0),
+        (0.0, jnp.less, 3.5, lambda i: i + 1, 4),
+        (jnp.uint8(250), jnp.not_equal, jnp.uint8(2), lambda i: i + jnp.uint8(1), 8),
+    ],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_trip_counts_follow_from_start_condition_and_step(start, going, bound, step, trips, told):
+    """Also if XLA does not tell them, as on TPU."""
+    run = jax.jit(lambda x: _steps(x, going, bound, step)(start))
+    compiled = run.lower(jnp.zeros((8, 8))).compile()
+    text = compiled.as_text()
+    found = hlo.analyse(text if told else text.replace("known_trip_count", "unknown"))
+    assert found.flops == trips * 2 * 8**3 and not found.open_loops
+
+
+@pytest.mark.parametrize(
+    ("start", "going", "bound", "step"),
+    [
+        (None, jnp.less, 10, lambda i: i + 1),  # a traced start
+        (0, jnp.less, None, lambda i: i + 1),  # a traced bound
+        (0.0, lambda i, bound: i < bound, None, lambda i: i + 1.5),  # a traced float bound
+        (1, jnp.greater, 0, lambda i: i * 1),  # no end
+    ],
+)
+def test_loops_without_a_known_count_are_named(start, going, bound, step):
+    def run(x, n):
+        first, last = n if start is None else start, n if bound is None else bound
+        return _steps(x, going, last, step)(first)
+
+    compiled = jax.jit(run).lower(jnp.zeros((8, 8)), jnp.int32(3)).compile()
+    found = hlo.analyse(compiled.as_text())
+    assert found.flops == 2 * 8**3
+    assert found.open_loops == ("jit(run)/while",)
+
+
+def test_bounds_may_pass_through_an_outer_loop():
+    """Counts that the outer loop carries unchanged are known inside; those that grow are not."""
+
+    def run(x, count, grows):
+        def body(_, carry):
+            x, count = carry
+            x = jax.lax.fori_loop(0, count, lambda _, x: jnp.tanh(x @ x), x)
+            return x, count + grows
+
+        return jax.lax.fori_loop(0, 3, body, (x, count))[0]
+
+    def found(count, grows):
+        run_it = jax.jit(lambda x: run(x, count, grows))
+        return hlo.analyse(run_it.lower(jnp.zeros((8, 8))).compile().as_text())
+
+    assert found(5, 0).flops == 15 * 2 * 8**3 and not found(5, 0).open_loops
+    assert found(5, 1).flops == 3 * 2 * 8**3 and len(found(5, 1).open_loops) == 1
+
+
+def test_branches():
+    """The branch that is taken, if the program says it; else the heaviest, and the name."""
+    x = jnp.zeros((8, 8))
+
+    def choose(*branches):
+        return jax.jit(lambda x, n: jax.lax.switch(n, branches, x)).lower(x, jnp.int32(1)).compile()
+
+    def heavy(x):
+        return jnp.tanh(x @ x @ x)
+
+    def light(x):
+        return x
+
+    for branches in ((heavy, light, jnp.flipud), (light, heavy, jnp.flipud), (light, heavy)):
+        compiled = choose(*branches)
+        found = hlo.analyse(compiled.as_text())
+        assert found.flops == 2 * 2 * 8**3
+        assert compiled.cost_analysis()["flops"] - found.flops <= 2  # XLA counts the choice, too
+        assert len(found.open_loops) == 1 and found.open_loops[0].endswith("cond")
+    text = choose(light, heavy).as_text()
+    (call,) = re.findall(r"conditional\((%[\w.\-]+),", text)
+    for index, flops in ((0, 0), (1, 2 * 2 * 8**3), (7, 2 * 2 * 8**3)):  # 7: the last branch
+        known = re.sub(rf"{re.escape(call)} = (s32\[\]).*", rf"{call} = \1 constant({index})", text)
+        found = hlo.analyse(known)
+        assert found.flops == flops and not found.open_loops
+    alike = hlo.analyse(choose(lambda x: x @ x, lambda x: x @ x).as_text())
+    assert alike.flops == 2 * 8**3 and not alike.open_loops
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: jnp.einsum("abc,acd->abd", a, b),
+        lambda a, b: jnp.einsum("abc,dce->abde", a, b),
+        lambda a, b: jax.lax.conv_general_dilated(a, b, (2,), [(6, 5)], rhs_dilation=(2,)),
+        lambda a, b: jax.lax.conv_general_dilated(a, b, (1,), [(2, 1)], lhs_dilation=(2,)),
+    ],
+)
+def test_products_equal_the_count_of_xla(product):
+    """One by one, and a program that is nothing else in all."""
+    compiled = jax.jit(product).lower(jnp.zeros((6, 6, 6)), jnp.zeros((6, 6, 6))).compile()
+    text = compiled.as_text()
+    assert check_products(text) == 1
+    assert hlo.analyse(text).flops == compiled.cost_analysis()["flops"]
+    check_total(text, compiled.cost_analysis()["flops"])
+
+
+def test_a_count_that_differs_from_xla_is_an_error(monkeypatch):
+    compiled = jax.jit(_scan).lower(jnp.zeros((2, 8, 8)), jnp.zeros((8, 8))).compile()
+    text, flops = compiled.as_text(), compiled.cost_analysis()["flops"]
+    check_total(text, flops)  # with loops counted once
+    with pytest.raises(ValueError, match="finds 1024 FLOPs of products, but XLA only 512 FLOPs"):
+        check_total(text, 512)
+    monkeypatch.setattr(cross_check, "product_flops", lambda *_: 1.0)
+    with pytest.raises(ValueError, match=r"the counter says 1 FLOPs for \(8, 8\), XLA 1024"):
+        check_products(text)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_small_run_compiles_for_tpu_with_its_kernels():
     """Train, prefill and decode compile for TPU; all their loops and kernels are counted."""
     small = (
         *("--config=tests/smallest.py", "--config.compute.moe_implementation=auto"),
+        "--config.compute.dtype=bfloat16",
         *("--config.batch.rows=8", "--config.mesh.expert=2", "--config.mesh.data=2"),
         *("--topology=v5e:2x2", "--effort=-1", "--json", "--what=train,prefill,decode"),
         *("--rows=2", "--prompt=128", "--slots=256"),

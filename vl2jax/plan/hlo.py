@@ -13,7 +13,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vl2jax.plan.hlo_text import Array, Computation, Instruction, group_of, parameters_of, parse
+from vl2jax.plan.hlo_text import (
+    Array,
+    Computation,
+    Instruction,
+    group_of,
+    parameters_of,
+    parse,
+    root_of,
+)
+from vl2jax.plan.scalars import UNKNOWN, Frame
 
 _FREE = {  # instructions without memory traffic
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"),
@@ -57,7 +66,9 @@ class Cost:
       flops: FLOPs of matrix products (two per multiply-add), including those of kernels.
       traffic: bytes read from and written to HBM.
       collectives: all collectives.
-      open_loops: origins of the loops whose trip count is unknown.
+      open_loops: origins of the loops whose trip count is unknown, which are counted once, and of
+        the conditionals whose choice is unknown and whose branches differ, which are counted with
+        the largest number of each cost.
       unknown_kernels: names of the custom calls whose cost is unknown.
     """
 
@@ -77,6 +88,7 @@ def analyse(
     *,
     open_trips: Callable[[str], int | None] = lambda _: None,
     kernel_cost: KernelCost = lambda *_: None,
+    loops_once: bool = False,
 ) -> Cost:
     """Counts the costs of a compiled program.
 
@@ -84,11 +96,15 @@ def analyse(
       text: the program, `compiled.as_text()`.
       open_trips: returns the trip count of a loop that the program does not contain, given the
         origin of the loop; None: unknown.  Such a loop is counted once and reported in
-        `open_loops`.
+        `open_loops`.  The trip count of other loops follows from start, condition and step.
       kernel_cost: returns the cost of a kernel.
+      loops_once: counts every loop once, and no kernels, as XLA's `cost_analysis` does.
     """
-    counter = _Counter(parse(text), open_trips, kernel_cost)
-    counter.visit(counter.entry, 1.0, inside_fusion=False)
+    computations, entry = parse(text)
+    if loops_once:
+        kernel_cost = lambda *_: (0.0, 0.0)  # noqa: E731
+    counter = _Counter(computations, open_trips, kernel_cost, loops_once)
+    counter.visit(entry, 1.0, Frame(computations, entry), inside_fusion=False)
     return Cost(
         counter.flops,
         counter.traffic,
@@ -101,19 +117,19 @@ def analyse(
 class _Counter:
     """Visits the entry computation and all computations that it calls, with their counts."""
 
-    def __init__(self, parsed, open_trips, kernel_cost):
-        self.computations, self.entry = parsed
+    def __init__(self, computations, open_trips, kernel_cost, loops_once):
+        self.computations, self.loops_once = computations, loops_once
         self.open_trips, self.kernel_cost = open_trips, kernel_cost
         self.flops = self.traffic = 0.0
         self.collectives: dict[tuple[str, str], Collective] = {}
         self.open_loops: list[str] = []
         self.unknown: list[str] = []
 
-    def visit(self, name: str, count: float, inside_fusion: bool) -> None:
-        """Adds the costs of a computation that runs `count` times."""
+    def visit(self, name: str, count: float, frame: Frame, inside_fusion: bool) -> None:
+        """Adds the costs of a computation that runs `count` times; `frame` has known scalars."""
         computation = self.computations[name]
         for instruction in computation.values():
-            self.flops += count * self._flops(computation, instruction)
+            self.flops += count * product_flops(computation, instruction)
             fresh = self._collective(name, computation, instruction, count)
             if not inside_fusion:
                 self.traffic += count * self._traffic(computation, instruction, fresh)
@@ -121,61 +137,75 @@ class _Counter:
                 flops, traffic = self._kernel(computation, instruction)
                 self.flops += count * flops
                 self.traffic += count * traffic
-            self._visit_called(instruction, count, inside_fusion)
+            self._visit_called(instruction, count, frame, inside_fusion)
 
-    def _visit_called(self, instruction: Instruction, count: float, inside_fusion: bool) -> None:
+    def _visit_called(self, instruction: Instruction, count, frame: Frame, inside_fusion) -> None:
         called = [name for name in instruction.called if name in self.computations]
         if instruction.opcode == "while":
-            condition, body = self._while_parts(instruction)
-            trips = self._trips(instruction, condition)
-            self.visit(body, count * trips, False)
+            body = instruction.attribute("body")
+            trips = self._trips(instruction, frame)
+            self.visit(body, count * trips, frame.body(instruction), False)
         elif instruction.opcode == "fusion":
             for name in called:
-                self.visit(name, count, True)
-        elif instruction.opcode in ("call", "conditional", "async-start"):
-            for name in called:  # of a conditional, only the last branch is counted
-                if instruction.opcode != "conditional" or name == called[-1]:
-                    self.visit(name, count, inside_fusion)
+                self.visit(name, count, Frame(self.computations, name), True)
+        elif instruction.opcode == "conditional":
+            self._visit_branches(instruction, called, count, frame)
+        elif instruction.opcode in ("call", "async-start"):
+            for name in called:
+                inner = frame.call(name, instruction.operands)
+                self.visit(name, count, inner, inside_fusion)
 
-    @staticmethod
-    def _while_parts(instruction: Instruction) -> tuple[str, str]:
-        condition = _search(r"condition=%?([\w.\-]+)", instruction.rest)
-        return condition[1], _search(r"body=%?([\w.\-]+)", instruction.rest)[1]
+    def _visit_branches(self, instruction: Instruction, called: list[str], count, frame) -> None:
+        """Adds the branch that is taken; if that is not known, the largest of each cost."""
+        frames = [
+            frame.call(name, (operand,))
+            for name, operand in zip(called, instruction.operands[1:], strict=True)
+        ]
+        choice = frame.value(instruction.operands[0])
+        if choice is not UNKNOWN:
+            is_index = instruction.operands and "branch_computations" in instruction.rest
+            chosen = int(choice) if is_index else int(not choice)
+            chosen = chosen if 0 <= chosen < len(called) else len(called) - 1
+            self.visit(called[chosen], count, frames[chosen], False)
+            return
+        branches = []
+        for name, inner in zip(called, frames, strict=True):
+            options = self.open_trips, self.kernel_cost, self.loops_once
+            branch = _Counter(self.computations, *options)
+            branch.visit(name, count, inner, False)
+            branches.append(branch)
+        if len({branch.totals for branch in branches}) > 1:
+            self.open_loops.append(instruction.op_name)
+        self.flops += max(branch.flops for branch in branches)
+        self.traffic += max(branch.traffic for branch in branches)
+        self.collectives |= max(branches, key=lambda branch: branch.sent).collectives
+        for branch in branches:
+            self.open_loops += branch.open_loops
+            self.unknown += branch.unknown
 
-    def _trips(self, instruction: Instruction, condition: str) -> int:
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends."""
+        return sum(one.sent * one.count for one in self.collectives.values())
+
+    @property
+    def totals(self) -> tuple[float, float, float]:
+        """FLOPs, traffic and bytes that a device sends."""
+        return self.flops, self.traffic, self.sent
+
+    def _trips(self, instruction: Instruction, frame: Frame) -> int:
+        if self.loops_once:
+            return 1
         known = _TRIPS.search(instruction.rest)
-        if known:
-            return int(known[1])
-        instructions = self.computations[condition]
-        root = next(i for i in instructions.values() if i.is_root)
-        if root.opcode == "fusion":  # the comparison is inside a fusion
-            bounds = [instructions[n] for n in root.operands if n in instructions]
-            inner = self.computations[root.called[0]].values()
-            compares = any(i.opcode == "compare" and "direction=LT" in i.rest for i in inner)
-        else:
-            bounds = [instructions[n] for n in root.operands if n in instructions]
-            compares = root.opcode == "compare" and "direction=LT" in root.rest
-        constants = [i for i in bounds if i.opcode == "constant"]
-        if compares and constants:
-            return int(constants[0].arguments)
-        trips = self.open_trips(instruction.op_name)
+        trips = int(known[1]) if known else frame.trips(instruction)
+        if trips is None:
+            trips = self.open_trips(instruction.op_name)
         if trips is None:
             self.open_loops.append(instruction.op_name)
         return 1 if trips is None else trips
 
     def _operands(self, computation: Computation, instruction: Instruction):
         return [computation[name] for name in instruction.operands if name in computation]
-
-    def _flops(self, computation, instruction: Instruction) -> float:
-        if instruction.opcode == "dot":
-            left = self._operands(computation, instruction)[0].arrays[0]
-            found = _search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-            contracted = [left.shape[int(d)] for d in found[1].split(",") if d]
-            return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
-        if instruction.opcode == "convolution":
-            left, right = (i.arrays[0] for i in self._operands(computation, instruction)[:2])
-            return _convolution_flops(left, right, instruction)
-        return 0.0
 
     def _kernel(self, computation, instruction: Instruction) -> tuple[float, float]:
         """FLOPs and bytes of a Pallas kernel."""
@@ -234,7 +264,7 @@ class _Counter:
                 for place, operand in enumerate(operands)
                 if place in parameters and all(a.in_memory for a in operand.arrays)
             )
-            root = next(i for i in inner.values() if i.is_root)
+            root = root_of(inner)
             parts = self._operands(inner, root) if root.opcode == "tuple" else [root]
             arrays = instruction.arrays
             written = sum(
@@ -289,10 +319,22 @@ class _Counter:
             return self._written(inner, inner[result.operands[0]])
         if result.opcode == "fusion":
             nested = self.computations[result.called[0]]
-            root = next(i for i in nested.values() if i.is_root)
+            root = root_of(nested)
             if root.opcode != "tuple":
                 return self._written(nested, root)
         return result.nbytes
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of a matrix product or a convolution; 0 for other instructions."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0.0
+    left, right = (computation[name].arrays[0] for name in instruction.operands[:2])
+    if instruction.opcode == "convolution":
+        return _convolution_flops(left, right, instruction)
+    found = _search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+    contracted = [left.shape[int(d)] for d in found[1].split(",") if d]
+    return 2.0 * instruction.arrays[0].size * math.prod(contracted)
 
 
 def _search(pattern: str, text: str) -> re.Match[str]:

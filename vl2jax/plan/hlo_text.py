@@ -15,7 +15,8 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLS = re.compile(
-    r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|branch_computations=\{([^}]*)\}"
 )
 
 
@@ -34,11 +35,16 @@ class Array:
     in_memory: bool
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> float:
         """Size in bytes."""
         bits = re.search(r"\d+", self.dtype)
         size = _ITEMSIZE.get(self.dtype) or (int(bits[0]) / 8 if bits else 0)
-        return math.prod(self.shape) * size
+        return self.size * size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,24 @@ class Instruction:
         """Its kind in `COLLECTIVES`; None for other instructions and for `-done` halves."""
         name = self.opcode.removesuffix("-start")
         return name if name in COLLECTIVES else None
+
+    @property
+    def index(self) -> int:
+        """The attribute `index` of a `get-tuple-element`."""
+        return int(self.attribute("index"))
+
+    def attribute(self, name: str) -> str:
+        """Value of an attribute, a word.
+
+        Raises:
+          ValueError: the instruction does not have it.
+        """
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        if found is None:
+            raise ValueError(
+                f"{self.opcode} {self.name} has no {name}; this version of XLA is not supported"
+            )
+        return found[1]
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -156,6 +180,11 @@ def parameters_of(computation: Computation) -> dict[int, Instruction]:
     """The parameters of a computation, by number."""
     found = (i for i in computation.values() if i.opcode == "parameter")
     return {int(i.arguments): i for i in found}
+
+
+def root_of(computation: Computation) -> Instruction:
+    """The instruction whose result is that of the computation."""
+    return next(i for i in computation.values() if i.is_root)
 
 
 def group_of(rest: str) -> tuple[int, ...]:

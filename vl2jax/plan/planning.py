@@ -25,9 +25,10 @@ from vl2jax.config import VL2Config
 from vl2jax.inference.steps import MAX_BURST
 from vl2jax.model.quantization import KINDS
 from vl2jax.ops.experts.tpu_chunked import CHUNKS, SCOPE
-from vl2jax.ops.experts.xla import ACTIVE, BLOCKS
+from vl2jax.ops.experts.xla import ACTIVE, BLOCKS, block_rows
 from vl2jax.parallel.mesh import batch_shards
 from vl2jax.parallel.sharding import make_mesh
+from vl2jax.plan.cross_check import check_products, check_total
 from vl2jax.plan.hlo import Cost, analyse
 from vl2jax.plan.kernel_costs import kernel_cost
 from vl2jax.plan.programs import (
@@ -67,6 +68,7 @@ def plan(
 
     Raises:
       UserError: the program does not fit in memory, or the mesh does not fit the slice.
+      ValueError: the counts of the program contradict XLA's.
     """
     chip, devices = find_chip(topology), tpu_devices(topology)
     mesh = make_mesh(dataclasses.asdict(config.mesh), devices)
@@ -76,15 +78,18 @@ def plan(
     else:
         build = {"prefill": build_prefill, "decode": build_decode}[what]
         built = build(config, architecture, mesh, request)
+    check_products(built.text)
+    check_total(built.text, built.xla_flops)
     tokens, flops = work(config, architecture, what, request)
     # A train step computes one microbatch at a time, and a burst one token per row at a time.
     parts = {"train": config.batch.microbatches, "decode": MAX_BURST}.get(what, 1)
     decoder = architecture.decoder
     chosen, routed = decoder.num_experts_per_tok or 0, decoder.n_routed_experts or 0
-    experts = -(-min(request.rows * chosen, routed) // mesh.shape["expert"])
+    rows = config.batch.rows // parts if what == "train" else request.rows
+    trips = expert_trips(mesh, rows, tokens // parts, chosen, routed)
     cost = analyse(
         built.text,
-        open_trips=lambda origin: _open_trips(config, what, origin, experts, batch_shards(mesh)),
+        open_trips=lambda origin: _open_trips(config, origin, trips, batch_shards(mesh)),
         kernel_cost=kernel_cost(
             tokens / parts * chosen / batch_shards(mesh),
             routed // mesh.shape["expert"],
@@ -126,18 +131,41 @@ def work(config: RunConfig, architecture: VL2Config, what: str, request: Generat
     return tokens, tokens * (per_token / 3 - (head if what == "prefill" else 0))
 
 
-def _open_trips(config: RunConfig, what: str, origin: str, experts: int, shards: int) -> int | None:
+def expert_trips(mesh: Mesh, rows: int, tokens: int, chosen: int, routed: int) -> tuple[int, int]:
+    """Trip counts of the loops of `ops/experts/xla.py` on a device, with a balanced load.
+
+    Args:
+      mesh: the mesh.
+      rows: rows of the batch.
+      tokens: tokens of the batch.
+      chosen: experts per token.
+      routed: number of experts.
+
+    Returns:
+      Number of experts that have tokens, and of blocks of rows of each; the tokens choose as many
+      different experts as they can.
+    """
+    if not routed:
+        return 0, 0
+    shards, width = batch_shards(mesh), mesh.shape["expert"]
+    exchanged = rows % shards == 0 or (tokens % shards == 0 and tokens >= shards * shards)
+    held = tokens * width // shards if exchanged else tokens  # tokens that a device goes through
+    active = -(-min(tokens * chosen, routed) // width)
+    of_expert = -(-held * chosen // (width * active))
+    return active, -(-of_expert // block_rows(held * chosen, routed // width))
+
+
+def _open_trips(config: RunConfig, origin: str, experts: tuple[int, int], shards: int):
     """The assumed trip count of a loop whose trip count depends on the data; None: not known.
 
     A decode burst is complete.  The loss has supervised tokens in all blocks of a device's rows
-    (the batch has `shards` parts).  The load of the experts is balanced; if experts are computed
-    one by one (few rows with int8 weights), all rows choose different experts.
+    (the batch has `shards` parts).  The load of the experts is balanced, see `expert_trips`.
     """
     if SCOPE in origin:
         return CHUNKS
     if ACTIVE in origin:
-        return 1 if BLOCKS in origin else experts
-    if what == "decode":
+        return experts[1] if BLOCKS in origin else experts[0]
+    if origin == "jit(burst)/while":
         return MAX_BURST
     if "jvp()" in origin:
         batch, chunk = config.batch, config.compute.loss_chunk

@@ -57,6 +57,7 @@ class CompiledProgram:
       temporaries: peak bytes per device besides the arguments.
       peak: peak bytes per device.
       seconds: compilation time.
+      xla_flops: FLOPs that XLA counts, with each loop counted once.
     """
 
     text: str
@@ -64,6 +65,7 @@ class CompiledProgram:
     temporaries: int
     peak: int
     seconds: float
+    xla_flops: float
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
@@ -225,7 +227,10 @@ def _compile(mesh: Mesh, step, arguments: tuple, kept: dict[str, Any]) -> Compil
     temporaries = max(memory.peak_memory_in_bytes - given, 0)
     # Parameters that the program does not use are also in memory, such as the vision tower.
     peak = temporaries + max(given, sum(nbytes.values()))
-    return CompiledProgram(compiled.as_text(), nbytes, temporaries, peak, seconds)
+    counted: Any = compiled.cost_analysis()
+    return CompiledProgram(
+        compiled.as_text(), nbytes, temporaries, peak, seconds, counted.get("flops", 0.0)
+    )
 
 
 def _device_bytes(tree) -> int:

@@ -38,7 +38,7 @@ def blocked(
     None: chosen by the mean number of tokens per expert.
     """
     n_experts = n_experts or w.gate.shape[0]
-    block = block or _block_rows(experts_TK.size, n_experts)
+    block = block or block_rows(experts_TK.size, n_experts)
 
     def run(x_PD: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return _grouped_ffn(x_PD, w, group_sizes, jnp.asarray(first), block)
@@ -46,7 +46,7 @@ def blocked(
     return sorted_by_expert(run, x_TD, weights_TK, experts_TK, n_experts)
 
 
-def _block_rows(pairs: int, n_experts: int) -> int:
+def block_rows(pairs: int, n_experts: int) -> int:
     """Rows of a block: a power of two near half the mean number of tokens per expert.
 
     On average half of an expert's last block is padding, so smaller blocks waste less.  With few
@@ -203,13 +203,15 @@ def _grouped_ffn_backward(block, residuals, g_PD):
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), weights)
         blocks = groups.blocks(expert, block)
-        dx_PD, ((gate_up,), down) = jax.lax.fori_loop(0, blocks, one_block, (dx_PD, zeros))
+        with jax.named_scope(BLOCKS):
+            dx_PD, ((gate_up,), down) = jax.lax.fori_loop(0, blocks, one_block, (dx_PD, zeros))
         parts = ExpertWeights(gate_up[:, :ffn], gate_up[:, ffn:], down)
         dw = jax.tree.map(lambda d, e: d.at[first + expert].set(e.astype(d.dtype)), dw, parts)
         return dx_PD, dw
 
     initial = (jnp.zeros_like(x_PD), jax.tree.map(jnp.zeros_like, w))
-    dx_PD, dw = jax.lax.fori_loop(0, groups.n_active, one_expert, initial)
+    with jax.named_scope(ACTIVE):
+        dx_PD, dw = jax.lax.fori_loop(0, groups.n_active, one_expert, initial)
     return dx_PD[:pairs], dw, None, None
 
 
