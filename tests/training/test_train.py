@@ -8,15 +8,23 @@ import random
 import shutil
 import signal
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
+import smallest
 from train_case import curve, final_state, started, train
 
 from vl2jax.checkpoints.model_dir import complete_steps, flatten, load_params
+from vl2jax.common.errors import UserError
 from vl2jax.data.reading import mixed_order
+from vl2jax.parallel.sharding import make_mesh
+from vl2jax.programs import train as train_program
 from vl2jax.synthetic import question
 from vl2jax.training.metrics_file import read_metrics
+from vl2jax.training.run_config import read_run_config
+from vl2jax.training.workdir import Workdir
 
 KILLS = int(os.environ.get("VL2JAX_KILLS", "2"))
 
@@ -51,6 +59,9 @@ def test_what_a_run_leaves(run):
     assert rows[0]["train/loss"] == pytest.approx(np.log(1536), rel=0.1)
     assert complete_steps(workdir) == [4, 6]  # keep = 2
     assert json.loads((workdir / "config.json").read_text())["steps"] == 6
+    (start,) = (workdir / "configs").iterdir()
+    assert start.name.startswith("00000000-")
+    assert start.read_bytes() == (workdir / "config.json").read_bytes()
     assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert list(workdir.glob("events.out.tfevents.*")) and list(workdir.rglob("*.xplane.pb"))
     assert "held-out loss" in done.stderr and "6 of 6 steps" in done.stderr
@@ -157,7 +168,106 @@ def test_preview(tmp_path):
     done = train(tmp_path, "--config.data.preview=3")
     assert done.returncode == 0, done.stderr
     assert "sample 3" in done.stdout and "⟦" in done.stdout and "<image: " in done.stdout
-    assert (tmp_path / "preview.png").exists() and not complete_steps(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
+
+
+def content(directory) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def attempt(monkeypatch):
+    """`attempt(path, change)`: starts training in this process with a changed configuration."""
+    monkeypatch.setattr(train_program, "set_compilation_cache", lambda directory: None)
+    monkeypatch.setattr(train_program, "FLAGS", types.SimpleNamespace(compilation_cache=None))
+    mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}, jax.devices()[:1])
+
+    def start(path, change=lambda config: None):
+        config = smallest.get_config()
+        change(config)
+        with jax.set_mesh(mesh):
+            return train_program.run_on_mesh(read_run_config(config.to_dict()), path, mesh)
+
+    return start
+
+
+def _other_rows(config):
+    config.data.shards = 3
+
+
+def _other_seed(config):
+    config.seed, config.optim.lr = 5, 0.5
+
+
+def _other_moments(config):
+    config.optim.moments_dtype = "bfloat16"
+
+
+def _other_model(config):
+    config.model.language_config.num_experts_per_tok = 1
+
+
+def _preview(config):
+    config.data.preview = 1
+
+
+def _dry_run(config):
+    config.dry_run = True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_rows, "data.shards is 3, but the checkpoint was saved with 1"),
+        (_other_seed, "the data differs from the checkpoint's: seed was 0, now 5"),
+        (_other_moments, "does not match the configuration of this run"),
+        (_other_model, "is of another model"),
+        (_preview, ""),
+        (_dry_run, ""),
+    ],
+)
+def test_a_start_that_is_refused_or_only_shows_writes_nothing(
+    run, tmp_path, attempt, capsys, change, message
+):
+    path = tmp_path / "run"
+    shutil.copytree(run[0], path)
+    before = content(path)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        attempt(path, change)
+    after = content(path)
+    assert bool(after.pop("preview.png", None)) == (change is _preview)
+    assert after == before
+    if change is _other_seed:  # what has changed is told before the refusal
+        said = capsys.readouterr().out.splitlines()
+        assert {"changed  seed: 0 -> 5", "changed  optim.lr: 0.001 -> 0.5"} <= set(said)
+
+
+def test_a_second_run_writes_nothing(run, tmp_path, attempt):
+    path = tmp_path / "run"
+    shutil.copytree(run[0], path)
+    with Workdir(path, keep=2, keep_every=None):
+        before = content(path)
+        with pytest.raises(UserError, match="another run is training in"):
+            attempt(path)
+        assert content(path) == before
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_new_run_that_is_refused_leaves_nothing(tmp_path, attempt):
+    def no_such_data(config):
+        config.data.train = str(tmp_path / "none.jsonl")
+
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        attempt(tmp_path / "run", no_such_data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_something_else_is_not_overwritten(tmp_path, attempt):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a workdir, and its config\.json would be"):
+        attempt(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])

@@ -39,6 +39,7 @@ from vl2jax.parallel.processes import (
 )
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.processing.processor import Processor
+from vl2jax.training.config_history import config_changes
 from vl2jax.training.events import Skipped
 from vl2jax.training.feed import choose_pools
 from vl2jax.training.lineage import init_params
@@ -51,8 +52,10 @@ from vl2jax.training.setup import (
     make_data,
     make_heldout,
     make_recipe,
-    prepare_workdir,
+    model_files,
+    removed_if_empty,
     state_shapes,
+    write_workdir,
 )
 from vl2jax.training.train_step import Recipe, TrainState, init_state, new_state
 from vl2jax.training.workdir import Workdir
@@ -98,19 +101,21 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         return 0
     read_sources(config.data.train, "data.train")  # reports an error before files are written
     set_compilation_cache(FLAGS.compilation_cache)
-    prepare_workdir(path, config, architecture)
-    sync_processes("workdir")
-    processor = Processor.from_dir(path, architecture)
     skipped = Skipped(path / "skipped.txt")
-    if config.data.preview:
-        shown = make_data(config, mesh, processor, skipped, batch_shards(mesh)).pipelines
-        preview(iter(shown[0]), processor, path, config.data.preview)
-        return 0
-    keep = config.checkpoint
     with contextlib.ExitStack() as stack:
+        files = stack.enter_context(model_files(path, config, architecture))
+        processor = Processor.from_dir(files, architecture)
+        if config.data.preview:
+            show_data(config, path, mesh, processor)
+            return 0
+        # Nothing is written into the workdir before it is locked and everything is checked.
+        stack.enter_context(removed_if_empty(path))
+        keep = config.checkpoint
         workdir = stack.enter_context(
             Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
         )
+        if is_process_0():
+            print_changes(config_changes(path, config))
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
         pools, shards = choose_pools(mesh, config.batch, config.data.shards, data_state)
         recipe = dataclasses.replace(recipe, model=recipe.model.clone(tile_pools=pools))
@@ -118,13 +123,39 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
+        heldout = make_heldout(config, mesh, processor, skipped, pools, shards)
+        sync_processes("checked")
+        write_workdir(path, config, architecture, files, int(state.step))
+        sync_processes("workdir")
         log: MetricsLog | NoLog = NoLog()
         if is_process_0():
             log = MetricsLog(path, total_steps=config.steps, start_step=int(state.step))
         stack.enter_context(log)
         workdir.on_error = skipped.note = log.note
-        heldout = make_heldout(config, mesh, processor, skipped, pools, shards)
         return train(config, architecture, recipe, mesh, state, batches, heldout, workdir, log)
+
+
+def show_data(config: RunConfig, path: Path, mesh: jax.sharding.Mesh, processor: Processor) -> None:
+    """Shows packed samples of the training data, see `data.preview`; process 0 does it alone.
+
+    Args:
+      config: configuration of the run.
+      path: the workdir; only preview.png is written into it.
+      mesh: the current mesh.
+      processor: makes samples of rows.
+    """
+    if is_process_0():
+        shown = make_data(config, mesh, processor, Skipped(None), batch_shards(mesh)).pipelines
+        preview(iter(shown[0]), processor, path, config.data.preview)
+
+
+def print_changes(changes: Sequence[str], most: int = 20) -> None:
+    """Prints the fields of the configuration that differ from those of the last start."""
+    for change in changes[:most]:
+        print(f"changed  {change}")
+    if len(changes) > most:
+        print(f"changed  {len(changes) - most} more fields, see config.json")
+    sys.stdout.flush()
 
 
 def first_state(

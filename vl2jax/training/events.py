@@ -26,10 +26,10 @@ class Skipped:
       note: prints a line; may be replaced.
     """
 
-    def __init__(self, path: Path, shown: int = 10):
+    def __init__(self, path: Path | None, shown: int = 10):
         """
         Args:
-          path: file to append to.
+          path: file to append to; None: no file.
           shown: maximum number of rows to print.
         """
         self._path, self._shown, self._count = path, shown, 0
@@ -42,10 +42,12 @@ class Skipped:
           message: names the row and the problem.
         """
         self._count += 1
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(message + "\n")
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(message + "\n")
         if self._count <= self._shown:
-            more = "" if self._count < self._shown else f" (further ones in {self._path} only)"
+            where = f"in {self._path} only" if self._path else "are not shown"
+            more = "" if self._count < self._shown else f" (further ones {where})"
             self.note(f"skipped {message}{more}")
 
 

@@ -23,6 +23,7 @@ _FREE_FIELDS = frozenset(
         *("rm_head", "model_name", "candidate_resolutions"),
     ]
 )
+_COPIED_FILES = (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES)
 _SECTIONS = {"vision": "vision_config", "adaptor": "projector_config", "decoder": "language_config"}
 
 
@@ -44,9 +45,31 @@ def prepare(
       dropped: see `ModelDir`.
 
     Raises:
-      UserError: the workdir is of another model, `path` is a converted model, or files are missing.
+      UserError: see `check_workdir`.
     """
     path, files_from = local_path(path, "workdir"), local_path(files_from, "files_from")
+    check_workdir(path, config, files_from, dtype=dtype)
+    if (path / checkpoint.MODEL_FILE).is_file() or jax.process_index() != 0:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for name in _COPIED_FILES:
+        if (files_from / name).is_file():
+            shutil.copyfile(files_from / name, path / name)
+    checkpoint.write_model_json(
+        ModelDir(path=path, config=config, dtype=dtype, source_dtype=dtype, dropped=dropped)
+    )
+
+
+def check_workdir(path: Path, config: VL2Config, files_from: Path, *, dtype: str) -> None:
+    """Checks that a directory is, or can become, the workdir of a model; writes nothing.
+
+    Args:
+      path, config, files_from, dtype: see `prepare`.
+
+    Raises:
+      UserError: the workdir is of another model, `path` is something else than a workdir, or files
+        are missing.
+    """
     if (path / checkpoint.PARAMS).exists():
         raise UserError(f"{path} is a converted model, not a workdir; choose another workdir")
     if (path / checkpoint.MODEL_FILE).is_file():
@@ -57,15 +80,16 @@ def prepare(
         raise UserError(
             f"{files_from} has no {' and no '.join(absent)}; expected a model directory's files"
         )
-    if jax.process_index() != 0:
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
-        if (files_from / name).is_file():
-            shutil.copyfile(files_from / name, path / name)
-    checkpoint.write_model_json(
-        ModelDir(path=path, config=config, dtype=dtype, source_dtype=dtype, dropped=dropped)
-    )
+    # A start that was killed has left checkpoints/, which is made first.
+    if path.is_dir() and not (path / checkpoint.CHECKPOINTS).is_dir():
+        theirs = [name for name in ("config.json", *_COPIED_FILES) if (path / name).exists()]
+        if theirs:
+            raise UserError(
+                f"{path} is not a workdir, and its {', '.join(theirs)} would be overwritten; choose"
+                " a new directory, or an empty one"
+            )
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"workdir {path} is not a directory; choose another workdir")
 
 
 def _check_same(path: Path, config: VL2Config, dtype: str) -> None:

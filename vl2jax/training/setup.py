@@ -1,16 +1,16 @@
 """Builds everything that the training loop needs from a run configuration."""
 
-import dataclasses
+import contextlib
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grain
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vl2jax.checkpoints.model_dir import MODEL_FILE, flatten, read_model_dir, write_json
+from vl2jax.checkpoints.model_dir import CHECKPOINTS, MODEL_FILE, flatten, read_model_dir
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.data.files import open_source
@@ -30,8 +30,9 @@ from vl2jax.parallel.sharding import (
 from vl2jax.processing.processor import Processor
 from vl2jax.synthetic import Synthetic
 from vl2jax.synthetic.tokens import write_processor_files
+from vl2jax.training.config_history import record_start
 from vl2jax.training.feed import Feed
-from vl2jax.training.lineage import config_differences, prepare
+from vl2jax.training.lineage import check_workdir, config_differences, prepare
 from vl2jax.training.optim import learning_rate, make_optimizer, trained_paths
 from vl2jax.training.run_config import RunConfig, read_architecture, with_balance
 from vl2jax.training.train_step import Recipe, TrainState, eval_step, new_state, train_step
@@ -136,17 +137,62 @@ def jit_eval_step(recipe: Recipe, mesh: jax.sharding.Mesh, shardings: TrainState
     )
 
 
-def prepare_workdir(path: Path, config: RunConfig, architecture: VL2Config) -> None:
-    """Writes model files and configuration into the workdir, see `lineage.prepare`."""
+@contextlib.contextmanager
+def model_files(path: Path, config: RunConfig, architecture: VL2Config) -> Iterator[Path]:
+    """Context manager that gives the directory of the tokenizer and processor files of a run.
+
+    It is the workdir itself once a run has begun, before that `tokenizer` or `init_from`, or
+    without them a temporary directory with those of the synthetic data.  The workdir is not
+    changed.
+
+    Args:
+      path: the workdir.
+      config: configuration of the run.
+      architecture: architecture of the model.
+
+    Raises:
+      UserError: `path` cannot be the workdir of this run, see `lineage.check_workdir`.
+    """
     with tempfile.TemporaryDirectory() as made:
-        files = config.tokenizer or config.init_from
-        if not files and not (path / MODEL_FILE).exists():
-            write_processor_files(Path(made), architecture)
-        dropped = read_model_dir(config.init_from).dropped if config.init_from else ()
-        dtype = config.compute.param_dtype
-        prepare(path, architecture, files or made, dtype=dtype, dropped=dropped)
+        files = Path(config.tokenizer or config.init_from or made)
+        if (path / MODEL_FILE).is_file():
+            files = path
+        elif files == Path(made):
+            write_processor_files(files, architecture)
+        check_workdir(path, architecture, files, dtype=config.compute.param_dtype)
+        yield files
+
+
+@contextlib.contextmanager
+def removed_if_empty(path: Path) -> Iterator[None]:
+    """Context manager that removes a workdir made inside it if nothing was written into it."""
+    existed = path.exists()
+    try:
+        yield
+    finally:
+        if not existed and jax.process_index() == 0:
+            for directory in (path / CHECKPOINTS, path):
+                with contextlib.suppress(OSError):  # it is not empty, or was not made
+                    directory.rmdir()
+
+
+def write_workdir(
+    path: Path, config: RunConfig, architecture: VL2Config, files: Path, step: int
+) -> None:
+    """Writes model files and configuration into the workdir; call it after all checks.
+
+    Args:
+      path: the workdir.
+      config: configuration of the run.
+      architecture: architecture of the model.
+      files: directory of the tokenizer and processor files, see `model_files`.
+      step: the step that the run continues after; 0: it begins.
+    """
+    dropped = read_model_dir(config.init_from).dropped if config.init_from else ()
+    dtype = config.compute.param_dtype
+    prepare(path, architecture, files, dtype=dtype, dropped=dropped)
     if jax.process_index() == 0:
-        write_json(path / "config.json", dataclasses.asdict(config))
+        record_start(path, config, step)
 
 
 def make_data(

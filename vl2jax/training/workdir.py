@@ -1,6 +1,6 @@
 """The training workdir: checkpoints, next to the files of a model directory.
 
-config.json, model.json, tokenizer.json ...     see `setup.prepare_workdir`
+config.json, model.json, tokenizer.json ...     see `setup.write_workdir`
 checkpoints/STEP/params, opt_state, data        one checkpoint, renamed to STEP when complete
 
 `params` is stored as in a model directory, so every program that loads a model directory also loads
