@@ -74,7 +74,7 @@ def test_bfloat16_keeps_its_dtype():
     ("pairs", "n", "rows"), [(6, 64, 2), (48, 64, 2), (100, 64, 4), (192, 64, 4), (12288, 64, 128)]
 )
 def test_block_rows(pairs, n, rows):
-    assert xla._block_rows(pairs, n) == rows
+    assert xla.block_rows(pairs, n) == rows
 
 
 def test_experts_within_a_larger_stack():
