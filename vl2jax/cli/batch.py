@@ -1,26 +1,25 @@
-"""Answers a file of requests: reads JSON lines or a JSON list, writes JSON lines in the same order.
+"""Answers a file of requests: reads any file of training data, writes JSON lines in its order.
 
 An interrupted run resumes where it stopped if it is started again.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vl2jax.cli.batch_files import RequestFile, merge, open_output, resume, shard_path
 from vl2jax.cli.output import json_line, record
-from vl2jax.common.errors import UserError
-from vl2jax.common.file_lock import lock_directory
+from vl2jax.common.errors import UserError, clip
 from vl2jax.common.progress import Progress, human_count
-from vl2jax.data.keys import ROW_KEYS
+from vl2jax.data.files import open_rows
+from vl2jax.data.formats import MOST
+from vl2jax.data.unread import UnreadKeys
 from vl2jax.inference.engine import Engine
-from vl2jax.inference.request import parse_question
+from vl2jax.inference.request import read_question_at
 from vl2jax.inference.sequence import Sequence
 from vl2jax.inference.session import Session
 from vl2jax.processing.collate import Sample
@@ -62,13 +61,29 @@ class BatchRow:
         return json_line(self.names | record(self.sequence.result(), self.sample))
 
 
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What a file of answers has.
+
+    Attributes:
+      total: number of rows.
+      bad: number of rows with an error.
+      failed: places, from 0, of the rows that had an error before this run.
+    """
+
+    total: int
+    bad: int
+    failed: tuple[int, ...]
+
+
 def answer_batch(
     session: Session,
     source: Path,
     target: Path,
     batch_size: int,
     part: tuple[int, int] = (0, 1),
-    skip: int = 0,
+    *,
+    retry_errors: bool = False,
 ) -> int:
     """Answers the rows of a file.
 
@@ -77,165 +92,66 @@ def answer_batch(
 
     Args:
       session: session with the checkpoint.
-      source: file with one request per line, or one JSON list of requests; see
-        `request.parse_question`.
+      source: file of requests in any format of training data, see `data.files.open_rows`.
       target: file to write; with several processes, see `shard_path`.
       batch_size: maximum number of rows answered at the same time.
       part: index of this process and number of processes; each answers every count-th row.
-      skip: number of rows at the start of the file that no process answers.
+      retry_errors: whether to answer rows again that have an error in `target`.
 
     Returns:
       The number of bad rows in the file of this process.
 
     Raises:
-      UserError: the source has no rows, or `target` has answers to other rows or with other
-        settings.
+      UserError: the source cannot be read or has no rows, or `target` has answers to other rows or
+        with other settings.
     """
     target = shard_path(target, part)
-    requests = RequestFile(source, session.settings, part, skip)
+    requests = RequestFile(open_rows(source), session.settings, retry_errors=retry_errors)
+
+    def answer(requests: RequestFile, target: Path) -> Answered:
+        return answer_rows(session, requests, target, batch_size)
+
+    answered = answer_with_retries(answer, requests.part(*part), target)
+    print(f"{target}: {answered.total} rows, {answered.bad} of them with an error", file=sys.stderr)
+    return answered.bad
+
+
+def answer_rows(session: Session, requests: RequestFile, target: Path, batch_size: int) -> Answered:
+    """Answers the rows that `target` does not have yet, in one process."""
     with open_output(target) as out:
-        total, done, bad = resume(requests, out, target)
-        if done:
-            print(f"{target}: {done} of {total} rows are already answered", file=sys.stderr)
-        bad += BatchRun(session, requests).write(out, batch_size, done, total)
-    print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
-    return bad
+        begun = resume(requests, out, target)
+        begun.print(target)
+        bad = BatchRun(session, requests).write(out, batch_size, begun.done, begun.total)
+    return Answered(begun.total, begun.bad + bad, begun.failed)
 
 
-@contextlib.contextmanager
-def open_output(target: Path) -> Iterator[BinaryIO]:
-    """Opens and locks a file of answers, to read it and append to it.
+def answer_with_retries(
+    answer: Callable[[RequestFile, Path], Answered],
+    requests: RequestFile,
+    target: Path,
+    *,
+    merges: bool = True,
+) -> Answered:
+    """Answers all rows; then, if asked to, those again that had an error before.
 
-    Raises:
-      UserError: another process has locked it.
-    """
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(target.open("a+b"))
-        try:
-            lock_directory(target, stack)
-        except BlockingIOError as error:
-            raise UserError(f"{target}: another process is writing it") from error
-        yield out
-
-
-def shard_path(target: Path, part: tuple[int, int]) -> Path:
-    """Path of the file of one process: `answers-00001-of-00004.jsonl`.
+    The new answers are written to a file beside `target` first, so that a retry that is interrupted
+    is continued, and `target` is replaced in one step.
 
     Args:
-      target: path of the joined file; a single process writes it directly.
-      part: index of the process and number of processes.
-    """
-    index, count = part
-    if count == 1:
-        return target
-    return target.with_name(f"{target.stem}-{index:05}-of-{count:05}{target.suffix}")
-
-
-class RequestFile:
-    """The rows of a file that one process answers, with a key for each.
-
-    Attributes:
-      source: the file.
-    """
-
-    def __init__(
-        self, source: Path, settings: Mapping[str, Any], part: tuple[int, int] = (0, 1), skip=0
-    ):
-        """
-        Args:
-          source: the file.
-          settings: all settings that the answers depend on.
-          part, skip: see `answer_batch`.
-        """
-        self.source = source
-        self._settings = json.dumps(settings, sort_keys=True).encode()
-        self._part, self._skip = part, skip
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yields line number (from 1) and line of the rows of this process, without blank lines."""
-        index, count = self._part
-        return itertools.islice(_lines(self.source), self._skip + index, None, count)
-
-    def key(self, line: bytes) -> str:
-        """Hash of a line and the settings, by which its answer is recognised."""
-        return hashlib.blake2b(self._settings + b"\0" + line.strip(), digest_size=8).hexdigest()
-
-    def check(self) -> None:
-        """Raises UserError if the file has no rows at all."""
-        if not any(True for _ in itertools.islice(_lines(self.source), 1)):
-            raise UserError(f"{self.source}: no rows; expected one JSON object per line")
-
-
-def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields line number (from 1) and line of all rows of a file, without blank lines."""
-    with source.open("rb") as lines:
-        entries = lines if (listed := _list(source)) is None else map(_line, listed)
-        yield from ((number, line) for number, line in enumerate(entries, 1) if line.strip())
-
-
-def _line(entry: Any) -> bytes:
-    return json.dumps(entry).encode()
-
-
-def _list(source: Path) -> list[Any] | None:
-    """Reads a file that is one JSON list of rows, as in LLaVA; returns None if it has JSON lines.
-
-    A list of messages is a single row, so it is not such a list.
-    """
-    with source.open("rb") as file:
-        if not file.read(1024).lstrip().startswith(b"["):
-            return None
-    try:
-        value = json.loads(source.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    keys = {key for entry in value if isinstance(entry, dict) for key in entry}
-    return value if keys & {*ROW_KEYS} else None
-
-
-def resume(requests: RequestFile, out: BinaryIO, target: Path) -> tuple[int, int, int]:
-    """Checks the answers of an interrupted run and removes an incomplete last line.
-
-    Args:
+      answer: answers requests into a file.
       requests: the rows.
-      out: file of answers, open for reading and appending.
-      target: its path, for messages.
-
-    Returns:
-      Number of rows, number of answered rows, and number of bad rows among them.
-
-    Raises:
-      UserError: the source has no rows, or `out` has answers to other rows or with other settings.
+      target: file of answers.
+      merges: whether this process writes `target`.
     """
-    requests.check()
-    out.seek(0)
-    bad = done = end = total = 0
-    written = iter(out)
-    for number, line in requests.lines():
-        total += 1
-        answer = next(written, b"")
-        if not answer.endswith(b"\n"):
-            continue
-        if (found := _parsed(answer)).get("key") != requests.key(line):
-            raise UserError(
-                f"{target}: line {total} does not answer row {number} of {requests.source} with"
-                " these flags; remove it, or choose another --out"
-            )
-        done, end, bad = total, end + len(answer), bad + ("error" in found)
-    if next(written, b"").endswith(b"\n"):
-        raise UserError(
-            f"{target} has answers to more rows than {requests.source}; choose another --out"
-        )
-    out.truncate(end)
-    return total, done, bad
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    first = answer(requests, target)
+    if not (requests.retry_errors and first.failed):
+        return first
+    side = target.with_name(f".{target.name}.retry")
+    print(f"{target}: {len(first.failed)} rows with an error are answered again", file=sys.stderr)
+    again = answer(requests.only(first.failed), side)
+    if merges:
+        merge(target, side, first.failed)
+    return Answered(first.total, first.bad - len(first.failed) + again.bad, first.failed)
 
 
 class BatchRun:
@@ -254,11 +170,8 @@ class BatchRun:
           check_equal: called with a digest and a name of each row, to check that all processes have
             read the same; None: no check.
         """
-        self._session, self._requests, self._check_equal = (
-            session,
-            requests,
-            check_equal,
-        )
+        self._session, self._requests, self._check_equal = session, requests, check_equal
+        self._unread = UnreadKeys(print)  # replaced by `write`
         self._rows: deque[BatchRow] = deque()
         self._tokens = 0
 
@@ -281,6 +194,7 @@ class BatchRun:
         engine = self._session.engine(batch_size)
         steps = itertools.chain(engine.run(self._answers(engine, done)), [[]])
         with Progress("answering", total, "rows", done=done) as progress:
+            self._unread = UnreadKeys(progress.note)
             for events in steps:
                 self._tokens += sum(row.done and len(row.answer.tokens) for row, _ in events)
                 ended = 0
@@ -297,19 +211,25 @@ class BatchRun:
 
     def _answers(self, engine: Engine, skip: int) -> Iterator[Sequence]:
         """Reads rows, appends them to the queue, and yields the sequences of good rows."""
-        requests = self._requests
-        for number, line in itertools.islice(requests.lines(), skip, None):
-            names: dict[str, Any] = {"row": number, "key": requests.key(line)}
-            if (identity := _parsed(line).get("id")) is not None:  # bad rows have it, too
-                names["id"] = identity
+        requests, rows = self._requests, self._requests.rows
+        for index in requests.indices[skip:]:
+            names: dict[str, Any] = {"row": rows.number(index), "key": requests.key(index)}
             try:
-                request = parse_question(line, requests.source.parent)
+                names |= _identity(rows.value(index))  # bad rows have it, too
+                request = read_question_at(rows, index)
+                self._unread.add(str(rows.path), request.unread)
                 sample = self._session.prepare(request)
                 row = BatchRow(names, sample, self._session.row(engine, sample))
             except (UserError, OSError) as error:
-                row = BatchRow(names, error=str(error))
+                row = BatchRow(names, error=clip(str(error), MOST))
             if self._check_equal is not None:
-                self._check_equal(row.read, f"row {number}")
+                self._check_equal(row.read, f"row {names['row']}")
             self._rows.append(row)
             if row.sequence is not None:
                 yield row.sequence
+
+
+def _identity(value: Any) -> dict[str, Any]:
+    """The `id` of a row, if it has one."""
+    identity = value.get("id") if isinstance(value, Mapping) else None
+    return {} if identity is None else {"id": identity}

@@ -8,6 +8,7 @@ result, and an interrupted run can be resumed.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,9 +18,11 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from vl2jax.cli.batch import BatchRun, RequestFile, answer_batch, open_output, resume, shard_path
+from vl2jax.cli.batch import Answered, BatchRun, answer_rows, answer_with_retries
+from vl2jax.cli.batch_files import Begun, RequestFile, open_output, resume, shard_path
 from vl2jax.cli.shards import Shard
 from vl2jax.common.errors import UserError
+from vl2jax.data.files import open_rows
 from vl2jax.inference.session import Session
 from vl2jax.parallel.processes import (
     assert_equal_across_processes,
@@ -30,7 +33,13 @@ from vl2jax.parallel.processes import (
 
 
 def answer_batch_by_processes(
-    session: Session, source: Path, target: Path, batch_size: int, shard: Shard
+    session: Session,
+    source: Path,
+    target: Path,
+    batch_size: int,
+    shard: Shard,
+    *,
+    retry_errors: bool = False,
 ) -> int:
     """Answers the rows of a file; all processes of a run must call it.
 
@@ -40,6 +49,7 @@ def answer_batch_by_processes(
       target: file to write, on a file system that all processes share.
       batch_size: maximum number of rows that a process answers at the same time.
       shard: mesh and share of this process.
+      retry_errors: see `answer_batch`.
 
     Returns:
       The number of bad rows in the whole file, on every process.
@@ -48,38 +58,57 @@ def answer_batch_by_processes(
       UserError: see `answer_batch`; also if there are files of another number of processes, or if
         the processes read different rows.
     """
+    if not source.is_file():
+        raise UserError(f"{source} is not a file; several processes cannot read one pipe")
     with source.open("rb") as file:
         assert_equal_across_processes(
             {"digest": hashlib.file_digest(file, "blake2b").hexdigest()[:16]}, str(source)
         )
-    requests = RequestFile(source, session.settings)
+    requests = RequestFile(open_rows(source), session.settings, retry_errors=retry_errors)
+
+    def answer(requests: RequestFile, target: Path) -> Answered:
+        return _answer_by_processes(session, requests, target, batch_size, shard)
+
+    answered = answer_with_retries(answer, requests, target, merges=is_process_0())
+    print(f"{target}: {answered.total} rows, {answered.bad} of them with an error", file=sys.stderr)
+    return answered.bad
+
+
+def _answer_by_processes(
+    session: Session, requests: RequestFile, target: Path, batch_size: int, shard: Shard
+) -> Answered:
+    """Answers the rows that `target` does not have yet, together."""
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open_output(target)) if is_process_0() else None
-        begun = (0, 0, 0)
+        begun = Begun(0, 0, 0, ())
         if out is not None:
             begun = resume(requests, out, target)
             _refuse_other_parts(target, shard.count)
-        total, done, bad = json.loads(
-            broadcast_from_process_0("rows done before", json.dumps(begun))
+        shared = broadcast_from_process_0(
+            "rows done before", json.dumps(dataclasses.astuple(begun))
         )
-        if done:
-            print(f"{target}: {done} of {total} rows are already answered", file=sys.stderr)
+        total, done, bad, failed = json.loads(shared)
+        begun = Begun(total, done, bad, tuple(failed))
+        begun.print(target)
         if shard.together:
             bad += BatchRun(session, requests, assert_equal_across_processes).write(
                 out, batch_size, done, total
             )
         elif done < total:
-            part = (shard.index, shard.count)
-            own = answer_batch(session, source, target, batch_size, part, skip=done)
-            found = gather_to_process_0("bad rows", str(own))
+            own = answer_rows(
+                session,
+                requests.part(shard.index, shard.count, skip=done),
+                shard_path(target, (shard.index, shard.count)),
+                batch_size,
+            )
+            found = gather_to_process_0("bad rows", str(own.bad))
             if out is not None:
                 _append_parts(target, out, shard.count)
             bad += int(broadcast_from_process_0("bad rows in all", str(sum(map(int, found)))))
         if is_process_0():
             for part in _parts(target, shard.count):
                 part.unlink(missing_ok=True)
-    print(f"{target}: {total} rows, {bad} of them with an error", file=sys.stderr)
-    return bad
+    return Answered(total, bad, begun.failed)
 
 
 def _parts(target: Path, count: int) -> list[Path]:

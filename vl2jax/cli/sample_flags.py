@@ -32,6 +32,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--out", type=local, metavar="OUT.jsonl", help="answers of --batch; an old file is resumed")
     add("--process_index", type=whole(0), metavar="I", help="index of this process, for --batch")
     add("--process_count", type=whole(1), metavar="N", help="split --batch into N files of answers")
+    add("--retry_errors", action="store_true", help="answer rows of OUT with an error again")
     add("--batch_size", type=whole(1), default=8, help="rows answered at the same time (8)")
     add("--max_new_tokens", type=whole(1), default=512, help="maximum tokens per answer (512)")
     add("--temperature", type=float, default=0.0, help="0: greedy decoding (0)")
@@ -110,6 +111,7 @@ def _check_modes(args: argparse.Namespace) -> None:
             "--process_count is for independent processes; leave it out with --distributed or"
             " --coordinator",
         ),
+        (args.retry_errors and not is_batch, "--retry_errors is only for --batch"),
         (args.image and is_batch, "--image is not for --batch; name images in the rows"),
         (
             args.system and (is_batch or args.messages),

@@ -41,13 +41,14 @@ _EXPECTED = (
 )
 
 
-def read_row(value: Any, *, where: str, root: pathlib.Path) -> Row:
+def read_row(value: Any, *, where: str, root: pathlib.Path, file: str = "") -> Row:
     """Reads a row of any format; checks that image files exist, but does not decode them.
 
     Args:
       value: the row, as parsed from JSON or Parquet.
       where: name of the row in messages.
       root: folder of relative image paths.
+      file: name of its file, for messages about the whole file.
 
     Returns:
       A document; or a conversation: an optional system message, then alternating turns of the user
@@ -59,7 +60,7 @@ def read_row(value: Any, *, where: str, root: pathlib.Path) -> Row:
     row = _read(value, where, [root])
     if row.messages:
         _named(where, _check_turns, row.messages)
-    return row
+    return dataclasses.replace(row, file=file) if row.unread else row
 
 
 def read_question(

@@ -20,6 +20,7 @@ from vl2jax.data.malformed import REPAIR, Malformed
 from vl2jax.data.packing import BatchShape, Packer, assemble, supervised
 from vl2jax.data.reading import BadRow, Reader, ReadRow, mixed_order
 from vl2jax.data.row import Source
+from vl2jax.data.unread import UnreadKeys
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.processor import Processor
 
@@ -73,6 +74,7 @@ def make_pipeline(
     on_error: str = "raise",
     max_skipped: float = 0.5,
     on_skip: Callable[[str], None] | None = None,
+    unread: UnreadKeys | None = None,
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 2,
@@ -98,6 +100,7 @@ def make_pipeline(
       on_error: "raise" raises a UserError for a malformed row, "skip" skips the row.
       max_skipped: maximum share of skipped rows of a source, 0 to 1, see `malformed.Malformed`.
       on_skip: called once with each message about skipped rows, in a background thread.
+      unread: says keys of rows that are not read, there too; None: says nothing.
       threads: threads that read rows, decode images and tokenize, in each worker process.
       workers: worker processes that do so; 0: only threads of this process.  With workers, sources
         must be picklable, and importing the program's main module must not run the program.
@@ -139,6 +142,7 @@ def make_pipeline(
         padded=batches > 0,
         on_skip=None if on_error == "raise" else on_skip or _ignore,
         max_skipped=max_skipped,
+        unread=unread or UnreadKeys(_ignore),
         identity={
             "seed": seed,
             "shuffle": shuffle,
@@ -162,6 +166,7 @@ class PackedDataset(grain.IterDataset):
       padded: whether empty batches come after the end of the data.
       on_skip: called with messages about malformed rows; None: they are raised.
       max_skipped: maximum share of malformed rows of a source.
+      unread: says keys of rows that are not read.
       identity: settings that determine the data order.
       assemble: makes a `Batch` of placed samples.
     """
@@ -177,6 +182,7 @@ class PackedDataset(grain.IterDataset):
         padded: bool,
         on_skip: Callable[[str], None] | None,
         max_skipped: float,
+        unread: UnreadKeys,
         identity: dict[str, Any],
     ):
         """
@@ -190,12 +196,14 @@ class PackedDataset(grain.IterDataset):
             are read ahead for one batch at most.
           on_skip: called with messages about malformed rows; None: raise them.
           max_skipped: maximum share of malformed rows of a source.
+          unread: says keys of rows that are not read.
           identity: settings that determine the data order, as JSON values; a state with other
             settings is rejected.
         """
         super().__init__(samples)
         self.samples, self.shape, self.padded = samples, shape, padded
-        self.on_skip, self.max_skipped, self.identity = on_skip, max_skipped, identity
+        self.on_skip, self.max_skipped = on_skip, max_skipped
+        self.unread, self.identity = unread, identity
         self._threads, self._workers = threads, workers
         self.assemble = functools.partial(
             assemble,
@@ -331,6 +339,8 @@ class PackedIterator(grain.DatasetIterator):
                 self._errors.add(item, self._dataset.on_skip)
             else:
                 self._errors.valid(item)
+                if item.unread:
+                    self._dataset.unread.add(item.file, item.unread)
                 yield item
 
 

@@ -28,12 +28,15 @@ class ReadRow:
       source: number of its source.
       where: its name in messages.
       sample: its sample.
+      file, unread: see `Row`.
     """
 
     index: int
     source: int
     where: str
     sample: Sample
+    file: str = ""
+    unread: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Reader:
             # Returned, not raised, so that it reaches the packer in order from any thread or
             # process.
             return BadRow(index, source, str(error))
-        return ReadRow(index, source, row.where, sample)
+        return ReadRow(index, source, row.where, sample, row.file, row.unread)
 
     def _sample(self, row: Row) -> Sample:
         sample = read_sample(row, self._processor, mask_prompt=self._mask_prompt)

@@ -19,6 +19,7 @@ class Row:
       where: name of the row in messages, such as "captions.jsonl:17".
       text: a document (pre-training), which is supervised as a whole; None for a conversation.
       unread: keys of the row that were not read.
+      file: name of its file, if there are such keys.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()
@@ -26,6 +27,7 @@ class Row:
     where: str
     text: str | None = None
     unread: tuple[str, ...] = ()
+    file: str = ""
 
 
 class Source(Protocol):

@@ -1,14 +1,14 @@
 """Requests: a conversation and its images, from command-line flags or a file."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vl2jax.common.errors import UserError, reason
+from vl2jax.common.errors import UserError
+from vl2jax.data.file_source import FileSource
+from vl2jax.data.files import open_rows
 from vl2jax.data.formats import read_question
-from vl2jax.data.row import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,13 @@ class Request:
       images: sources of its images; None: the messages name them.
       add_placeholders: whether to add placeholders for all images to the last message if it has
         none.
+      unread: keys of its row that were not read.
     """
 
     conversation: Any
     images: list[Any] | None = None
     add_placeholders: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def from_prompt(prompt: str, images: Sequence[Any] = (), *, system: str | None = None) -> Request:
@@ -45,13 +47,8 @@ def from_prompt(prompt: str, images: Sequence[Any] = (), *, system: str | None =
     return Request(messages, list(images), add_placeholders=True)
 
 
-def from_row(row: Row) -> Request:
-    """Makes a request of a row that `data.formats.read_question` has read."""
-    return Request(list(row.messages), list(row.images))
-
-
 def read_request(path: Path, images: Sequence[str] = ()) -> Request:
-    """Reads a conversation from a file, in any format of training data.
+    """Reads a conversation from a file with a single row, in any format of training data.
 
     An answer at its end is kept, so that the model continues it.
 
@@ -60,32 +57,36 @@ def read_request(path: Path, images: Sequence[str] = ()) -> Request:
       images: paths of images, for a conversation that names none.
 
     Raises:
-      UserError: the file is not JSON, or has no conversation, or it has images, too.
-      OSError: the file cannot be read.
+      UserError: the file has no conversation or several, or it has images, too.
     """
-    # Paths of images in the file are relative to it, those of flags to the current directory.
-    options: Any = {"folders": [path.parent, Path()], "images": images, "keep_answer": True}
+    rows = open_rows(path)
+    if len(rows) != 1:
+        raise UserError(f"{path} has {len(rows)} rows; expected one conversation, or use --batch")
     try:
-        return from_row(read_question(_parse_json(path.read_bytes()), where="", **options))
+        return read_question_at(rows, 0, images=images, keep_answer=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def parse_question(text: bytes, folder: Path) -> Request:
-    """Reads a question from JSON, without the answer at its end.
+def read_question_at(
+    rows: FileSource, index: int, *, images: Sequence[str] = (), keep_answer: bool = False
+) -> Request:
+    """Reads one row of a file as a question.
 
     Args:
-      text: the JSON, a row in any format of training data.
-      folder: folder of relative image paths; the current directory comes second.
+      rows: the file; relative paths of images begin at its folder, then at the current directory.
+      index: number of the row, from 0.
+      images: more images, for a row that has none.
+      keep_answer: whether to keep an answer at the end, so that the model continues it.
 
     Raises:
-      UserError: the text is not JSON, or has no conversation or no question.
+      UserError: the row cannot be read, or has no question; the message does not name it.
     """
-    return from_row(read_question(_parse_json(text), where="", folders=[folder, Path()]))
-
-
-def _parse_json(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({reason(error)})") from error
+    row = read_question(
+        rows.value(index),
+        where="",
+        folders=[rows.root, Path()],
+        images=images,
+        keep_answer=keep_answer,
+    )
+    return Request(list(row.messages), list(row.images), unread=row.unread)

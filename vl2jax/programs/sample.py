@@ -8,13 +8,13 @@
 
 Only answers are written to standard output.
 
---messages is a JSON list of messages in OpenAI's or the original's format, or an object with
-"messages" and "images".  If the last message is the assistant's, the model continues it.
+--messages is a file with one conversation, in any format of training data.  If the last message is
+the assistant's, the model continues it.
 
-Each row of --batch is such an object, an object with "prompt" and "images", or a row of training
-data in the format of LLaVA.  The file has one row per line, or is one JSON list of rows.  If a row
-ends with an answer, the answer is removed and generated again.  An interrupted batch is resumed by
-the same command.
+The rows of --batch have any format of training data, or are objects with "prompt" and "images", in
+any kind of data file (JSON, JSON lines, parquet, ...).  If a row ends with an answer, the answer is
+removed and generated again.  An interrupted batch is resumed by the same command; with
+--retry_errors, rows that had an error are answered again.
 
 The exit code is 1 after an error, and after a batch with a bad row.
 """
@@ -80,11 +80,11 @@ def run_here(args: argparse.Namespace, shard: Shard) -> int:
         session.plan(args.batch_size if args.batch else 1)
         return 0
     if args.batch:
-        files = (args.batch, args.out, args.batch_size)
+        files, retry = (args.batch, args.out, args.batch_size), {"retry_errors": args.retry_errors}
         if jax.process_count() > 1:
-            return 1 if answer_batch_by_processes(session, *files, shard) else 0
+            return 1 if answer_batch_by_processes(session, *files, shard, **retry) else 0
         part = (args.process_index or 0, args.process_count or 1)
-        return 1 if answer_batch(session, *files, part) else 0
+        return 1 if answer_batch(session, *files, part, **retry) else 0
     output = Output(
         as_json=args.json,
         stream=args.stream,

@@ -119,11 +119,12 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         state, data_state = first_state(config, architecture, recipe, shapes, workdir)
         pools, shards = choose_pools(mesh, config.batch, config.data.shards, data_state)
         recipe = dataclasses.replace(recipe, model=recipe.model.clone(tile_pools=pools))
-        batches = iter(make_data(config, mesh, processor, skipped, pools, shards))
+        data = (config, mesh, processor, skipped, pools, shards)
+        batches = iter(make_data(*data, unread=skipped.unread))
         stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
             batches.set_state(data_state)
-        heldout = make_heldout(config, mesh, processor, skipped, pools, shards)
+        heldout = make_heldout(*data, unread=skipped.unread)
         sync_processes("checked")
         write_workdir(path, config, architecture, files, int(state.step))
         sync_processes("workdir")
@@ -145,8 +146,9 @@ def show_data(config: RunConfig, path: Path, mesh: jax.sharding.Mesh, processor:
       processor: makes samples of rows.
     """
     if is_process_0():
-        shown = make_data(config, mesh, processor, Skipped(None), batch_shards(mesh)).pipelines
-        preview(iter(shown[0]), processor, path, config.data.preview)
+        skipped, parts = Skipped(None), batch_shards(mesh)
+        shown = make_data(config, mesh, processor, skipped, parts, unread=skipped.unread)
+        preview(iter(shown.pipelines[0]), processor, path, config.data.preview)
 
 
 def print_changes(changes: Sequence[str], most: int = 20) -> None:

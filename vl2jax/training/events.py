@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from vl2jax.data.unread import UnreadKeys
 from vl2jax.training.feed import DeviceBatch
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ class Skipped:
 
     Attributes:
       note: prints a line; may be replaced.
+      unread: says keys of rows that are not read by `note`.
     """
 
     def __init__(self, path: Path | None, shown: int = 10):
@@ -34,6 +36,7 @@ class Skipped:
         """
         self._path, self._shown, self._count = path, shown, 0
         self.note: Callable[[str], None] = functools.partial(print, file=sys.stderr)
+        self.unread = UnreadKeys(lambda message: self.note(message))
 
     def __call__(self, message: str) -> None:
         """Records one skipped row.

@@ -5,6 +5,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -18,6 +19,7 @@ from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.row import Source
 from vl2jax.data.source_list import SYNTHETIC, read_sources
+from vl2jax.data.unread import UnreadKeys
 from vl2jax.model.vl2 import DTYPES, VL2, abstract_params
 from vl2jax.ops.compiler_options import compiler_options
 from vl2jax.parallel.mesh import batch_shards
@@ -204,6 +206,7 @@ def make_data(
     shards: int = 1,
     *,
     split: str = "train",
+    unread: UnreadKeys | None = None,
 ) -> Feed:
     """Makes the feed of `data.train` (shuffled and repeated) or of `data.heldout` (in order, once).
 
@@ -218,6 +221,7 @@ def make_data(
       pools: number of pools of a microbatch, see `feed.py`.
       shards: number of data shards, see `feed.py`.
       split: "train" or "heldout".
+      unread: says keys of rows that are not read; None: says nothing.
 
     Raises:
       UserError: a source does not exist or is malformed, or a setting is out of range.
@@ -248,6 +252,7 @@ def make_data(
             on_error=data.on_error,
             max_skipped=data.max_skipped,
             on_skip=on_skip,
+            unread=unread,
             threads=data.threads,
             workers=data.workers,
             prefetch=data.prefetch,
@@ -266,12 +271,14 @@ def make_heldout(
     on_skip: Callable[[str], None],
     pools: int,
     shards: int,
+    unread: UnreadKeys | None = None,
 ) -> Feed | None:
     """Makes the feed of the held-out data; None if the run has no evaluation.
 
     Args:
-      config, mesh, processor, on_skip, pools, shards: see `make_data`.
+      config, mesh, processor, on_skip, pools, shards, unread: see `make_data`.
     """
     if not (config.data.heldout and config.eval.every):
         return None
-    return make_data(config, mesh, processor, on_skip, pools, shards, split="heldout")
+    options: Any = {"split": "heldout", "unread": unread}
+    return make_data(config, mesh, processor, on_skip, pools, shards, **options)
