@@ -1,19 +1,23 @@
 """`--batch` resumes after a kill at any time, without missing or duplicate rows."""
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import PIL.Image
 import pytest
 from conftest import ROOT
 
 from convert import to_jax
 from vl2jax.cli.batch import answer_batch, shard_path
 from vl2jax.common.errors import UserError
-from vl2jax.inference.request import parse_question
+from vl2jax.data.files import open_rows
+from vl2jax.inference.request import read_question_at
 from vl2jax.inference.session import Session
 from vl2jax.synthetic.__main__ import main as write_synthetic
 
@@ -114,14 +118,118 @@ def test_synthetic_rows_are_questions(tmp_path):
     """Rows of `vl2jax.synthetic` become prompts of the turns before the last answer."""
     assert write_synthetic(["--out", str(tmp_path), "-n", "5"]) == 0
     rows = json.loads((tmp_path / "data.json").read_text())
-    for row in rows:
-        request = parse_question(json.dumps(row).encode(), tmp_path)
+    for index, row in enumerate(rows):
+        request = read_question_at(open_rows(tmp_path / "data.json"), index)
         said = [turn["value"].strip() for turn in row["conversations"]]
         assert [turn["content"] for turn in request.conversation] == said[:-1]
         assert request.conversation[-1]["role"] == "user"
         paths = [row["image"]] if isinstance(row.get("image"), str) else row.get("image", [])
         assert request.images == [str(tmp_path / path) for path in paths]
     assert any("image" in row for row in rows)
+
+
+def test_the_same_files_as_in_training(session, whole, tmp_path):
+    """A batch reads files of every kind, and gives the same answers to the same rows."""
+    _, want = whole
+    rows = [{"id": n, "prompt": f"what is {n}?"} for n in range(2)]
+    lines = "\n".join(map(json.dumps, rows))
+    listed = json.dumps(rows, indent=1)
+    (tmp_path / "bom.json").write_text(listed, encoding="utf-8-sig")
+    (tmp_path / "utf16.json").write_text(listed, encoding="utf-16")
+    (tmp_path / "data.json").write_text(json.dumps({"version": 1, "data": rows}, indent=1))
+    (tmp_path / "lines.txt").write_text(lines)
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "list.jsonl").write_text(listed)
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 8
+    for name in names:
+        assert answer_batch(session, tmp_path / name, tmp_path / f"out-{name}", 4) == 0
+        found = read(tmp_path / f"out-{name}")
+        assert [row["id"] for row in found] == [0, 1]
+        assert [row["tokens"] for row in found] == [row["tokens"] for row in read(want)[:2]]
+    (tmp_path / "one.json").write_text(json.dumps({"messages": _asked("what is 0?")}, indent=1))
+    assert answer_batch(session, tmp_path / "one.json", tmp_path / "one.out", 4) == 0
+    assert read(tmp_path / "one.out")[0]["tokens"] == read(want)[0]["tokens"]
+    for name, text in (
+        ("cut.json", listed[:-9]),
+        ("cut.jsonl", listed[:-9]),
+        ("a.csv", "a,b\n1,2"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=rf"{name}:\d+: not valid JSON"):
+            answer_batch(session, tmp_path / name, tmp_path / "none.out", 4)
+
+
+def _asked(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_read(session, whole, tmp_path):
+    source, want = whole
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[source.read_bytes()])
+    writer.start()
+    assert answer_batch(session, tmp_path / "pipe", tmp_path / "out.jsonl", 4) == 1
+    writer.join()
+    found = [row.get("tokens") for row in read(tmp_path / "out.jsonl")]
+    assert found == [row.get("tokens") for row in read(want)] and found.count(None) == 1
+
+
+def test_failed_rows_are_retried(session, whole, tmp_path, capsys):
+    """A row is corrected in the file, an image appears, and a third row stays bad."""
+    lines = [json.dumps({"prompt": f"what is {n}?", "id": n}) for n in range(6)]
+    corrected, lines[1] = lines[1], lines[1][:9]
+    lines[3] = json.dumps({"prompt": "<image>", "images": ["a.png"], "id": 3})
+    lines[4] = json.dumps({"messages": [], "id": 4})
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines))
+    assert answer_batch(session, source, target, 4) == 3
+    first = target.read_bytes().splitlines()
+    assert answer_batch(session, source, target, 4) == 3  # not without the flag
+    source.write_text("\n".join([lines[0], corrected, *lines[2:]]))
+    with pytest.raises(UserError, match="line 2 does not answer row 2"):
+        answer_batch(session, source, target, 4)
+    PIL.Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    assert answer_batch(session, source, target, 4, retry_errors=True) == 1
+    assert "3 rows with an error are answered again" in capsys.readouterr().err
+    found = read(target)
+    assert [row["id"] for row in found] == list(range(6)) and "error" in found[4]
+    assert all("error" not in row for row in found if row["id"] != 4)
+    after = target.read_bytes().splitlines()
+    assert [after[n] for n in (0, 2, 5)] == [first[n] for n in (0, 2, 5)]
+    assert found[1]["tokens"] == read(whole[1])[1]["tokens"]
+    assert answer_batch(session, source, target, 4) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "in.jsonl", "out.jsonl"]
+
+
+def test_an_interrupted_retry_is_continued(session, tmp_path):
+    rows = [{"prompt": "<image>a", "images": [f"{n}.png"], "id": n} for n in range(3)]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert answer_batch(session, source, target, 2) == 3
+    before = target.read_bytes()
+    for n in range(3):
+        PIL.Image.new("RGB", (40, 30 + 9 * n)).save(tmp_path / f"{n}.png")
+    assert answer_batch(session, source, target, 2, retry_errors=True) == 0
+    whole, side = target.read_bytes(), tmp_path / ".out.jsonl.retry"
+    target.write_bytes(before)
+    side.write_bytes(whole.splitlines(keepends=True)[0] + b"{torn")
+    assert answer_batch(session, source, target, 2, retry_errors=True) == 0
+    assert target.read_bytes().startswith(whole.splitlines()[0])
+    assert same(read(target)) == same(map(json.loads, whole.splitlines())) and not side.exists()
+
+
+def test_keys_that_are_not_read_are_said_once(session, tmp_path, capsys):
+    rows = [{"prompt": "a", "mood": 3, "id": n} for n in range(3)] + [{"prompt": "a", "tone": 1}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert answer_batch(session, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2) == 0
+    err = capsys.readouterr().err
+    assert err.count("['mood'] of rows are not read") == err.count("['tone'] of rows") == 1
 
 
 def test_other_rows_or_flags_are_not_continued(ckpt, session, whole, tmp_path):

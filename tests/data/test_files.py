@@ -1,8 +1,12 @@
 """Tests of data files of every kind as sources of rows, and of errors in malformed files."""
 
 import base64
+import bz2
 import concurrent.futures
+import gc
+import gzip
 import json
+import lzma
 import pickle
 import sys
 
@@ -252,13 +256,18 @@ def test_records_that_cannot_be_read(folder):
             b'[{"text": "a"},\n {"text" "b"}]',
             r":2: not valid JSON \(Expecting ':' delimiter at col",
         ),
-        (b'{"text": "a"}\n{"text": "b"}\n', r":2: not valid JSON \(Extra data .*\.jsonl"),
+        (b'[\n{"text": "a"}]\n{"text": "b"}', r":3: not valid JSON \(Extra data .*\.jsonl"),
+        (b'[{"text": "a"}, {"text": "b"', r":1: not valid JSON"),
+        (b'[\n {"text": "a"},\n {"text": "b"}', r":3: not valid JSON"),
         (b'[{"text":\n"\xff"}]', r":2: not UTF-8 \(byte 0xff"),
-        (b'{"text": "a"}', r": expected a list of rows, .* got the keys \['text'\]"),
+        (b'{"id": "a"}', r": expected a list of rows, .* got the keys \['id'\]"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", r": the pointer of a file in Git LFS"),
         (b'"a"', r": expected a list of rows, .* got str"),
         (b"[]", r": no rows"),
         (b"[" * 100_000, r": not valid JSON"),
         (b"", r":1: not valid JSON"),
+        (b"\x1f\x8b no", r": damaged compressed file"),
+        ('[{"text": "a"}]'.encode("utf-16")[:-1], r": not utf-16 \(.*save the file as UTF-8"),
     ],
 )
 def test_json_that_cannot_be_opened(folder, content, reason):
@@ -286,3 +295,156 @@ def test_files_that_are_not_there(folder):
     (folder / "a.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"a.jsonl: no rows"):
         open_source(folder / "a.jsonl")
+
+
+LISTED = [row(number) for number in range(4)]
+LINES = "\n".join(map(json.dumps, LISTED))
+CONTAINERS = {
+    "list": json.dumps(LISTED),
+    "pretty list": json.dumps(LISTED, indent=1),
+    "one row a line in a list": "[\n" + ",\n".join(map(json.dumps, LISTED)) + "\n]\n",
+    "lines": LINES,
+    "lines with blank ones": "\n\r\n" + LINES.replace("\n", "\r\n\n  \n") + "\n\n",
+    "data": json.dumps({"data": LISTED}),
+    "data and more": json.dumps({"version": 1, "data": LISTED, "tags": ["a"]}, indent=2),
+    "rows": json.dumps({"rows": LISTED}),
+    "annotations": json.dumps({"info": {"a": 1}, "annotations": LISTED}),
+    "conversations of conversations": json.dumps({"conversations": LISTED}),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson", "a.JSON"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_the_content_decides_how_a_text_is_read(folder, container, name, encoding):
+    (folder / name).write_bytes(CONTAINERS[container].encode(encoding))
+    source = open_source(folder / name)
+    assert answers(source) == ["a0", "a1", "a2", "a3"]
+    assert answers(pickle.loads(pickle.dumps(source))) == ["a0", "a1", "a2", "a3"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_single_row(folder, name, indent):
+    for value in (row(7), row(7)["conversations"]):
+        value = value if isinstance(value, dict) else [{"from": "human", "value": "a"}, value[1]]
+        (folder / name).write_text(json.dumps(value, indent=indent))
+        assert answers(open_source(folder / name)) == ["a7"]
+
+
+def zstd(content):
+    return pytest.importorskip("zstandard").compress(content)
+
+
+COMPRESSED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_compressed_files(folder, kind, name):
+    for text in (LINES.encode(), json.dumps(LISTED).encode("utf-16")):
+        content = COMPRESSED[kind](text)
+        (folder / f"{name}.{kind}").write_bytes(content)
+        source = open_source(folder / f"{name}.{kind}")
+        assert answers(source) == ["a0", "a1", "a2", "a3"]
+        assert str(folder / name) in source[1].where
+    for damaged in (
+        content[:-9],
+        content[: len(content) // 2],
+        content[:20] + b"no" + content[22:],
+    ):
+        (folder / f"{name}.{kind}").write_bytes(damaged)
+        with pytest.raises(UserError, match=rf"{name}.{kind}: damaged compressed file"):
+            open_source(folder / f"{name}.{kind}")
+
+
+def test_several_compressed_parts_and_other_names(folder):
+    half = len(LINES) // 2
+    for kind, compress in COMPRESSED.items():
+        both = compress(LINES[:half].encode()) + compress(LINES[half:].encode())
+        (folder / f"{kind}.jsonl").write_bytes(both)
+        assert answers(open_source(folder / f"{kind}.jsonl")) == ["a0", "a1", "a2", "a3"]
+
+
+def test_copies_of_compressed_files_are_removed(folder, monkeypatch):
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    source = open_source(folder / "a.jsonl.gz")
+    assert len(list((folder / "temporary").iterdir())) == 1 and len(answers(source)) == 4
+    del source
+    assert not list((folder / "temporary").iterdir())
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-9])
+    with pytest.raises(UserError, match="damaged compressed file"):
+        open_source(folder / "a.jsonl.gz")
+    gc.collect()  # the error holds the source
+    assert not list((folder / "temporary").iterdir())
+
+
+def test_zstd_without_its_package(folder, monkeypatch):
+    (folder / "a.jsonl.zst").write_bytes(zstd(LINES.encode()))
+    for module in ("compression.zstd", "zstandard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"a.jsonl.zst: .*pip install 'vl2jax\[zstd\]'"):
+        open_source(folder / "a.jsonl.zst")
+
+
+def test_a_first_line_that_is_malformed(folder):
+    (folder / "a.jsonl").write_text("{broken\n" + LINES)
+    source = open_source(folder / "a.jsonl")
+    assert len(source) == 5 and source[1].messages[-1]["content"] == "a0"
+    with pytest.raises(UserError, match=r"a.jsonl:1: not valid JSON"):
+        source[0]
+
+
+def test_row_groups_of_parquet_are_read_once(folder, monkeypatch):
+    write_parquet(folder / "a.parquet", [row(number) for number in range(12)])
+    parquet = pytest.importorskip("pyarrow.parquet")
+    groups = []
+    read_row_group = parquet.ParquetFile.read_row_group
+
+    def counted(self, group):
+        groups.append(group)
+        return read_row_group(self, group)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    source = open_source(folder / "a.parquet")
+    assert answers(source) == [f"a{number}" for number in range(12)]
+    assert groups == list(range(6))
+    for index in (11, 0, 10, 1, 11):
+        assert source[index].messages[-1]["content"] == f"a{index}"
+    assert groups[6:] == [0]  # the others were among the last four
+    monkeypatch.setattr("vl2jax.data.parquet_file.CACHED_BYTES", 1)
+    assert [source[index].where[-2:] for index in (4, 5, 6, 4)] == [" 5", " 6", " 7", " 5"]
+    assert groups[7:] == [2, 3, 2]  # one group at least is kept
+
+
+def test_parquet_that_pyarrow_cannot_decode(folder):
+    """Bytes of a text that are no UTF-8, and groups with other numbers of rows."""
+    write_parquet(folder / "a.parquet", [{"text": f"no such text {n}"} for n in range(4)])
+    content = (folder / "a.parquet").read_bytes()
+    failed = 0
+    for place in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[place] ^= 0xC3
+        (folder / "b.parquet").write_bytes(changed)
+        try:
+            source = open_source(folder / "b.parquet")
+            for index in range(min(len(source), 9)):
+                source[index]
+        except UserError as error:
+            failed += 1
+            assert "b.parquet" in str(error) and len(str(error)) < 600
+    assert failed > 10
+
+
+def test_a_file_that_disappears_is_a_malformed_row(five, folder):
+    for path in folder.iterdir():
+        path.unlink()
+    if five.path.suffix == ".json":
+        pytest.skip("these rows are in memory")
+    for read in (lambda: five[3], lambda: five.value(3)):
+        with pytest.raises(UserError) as error:
+            for _ in range(2):
+                read()
+    assert five.path.name in str(error.value) or "No such file" in str(error.value)

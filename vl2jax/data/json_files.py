@@ -21,6 +21,7 @@ from vl2jax.processing.image_source import is_lfs_pointer
 # size, in bytes.
 _WHOLE = 1 << 28
 _LOOKED_AT = 100  # lines in which rows are looked for
+_MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
 _NOTHING = object()
 
 
@@ -88,7 +89,9 @@ class JsonFile(FileSource):
             if rows is None or rows != [value]:
                 self._rows = _checked_rows(value, rows)
                 return
-        elif value is _NOTHING and not (lines and self._plain.stat().st_size > _WHOLE):
+        elif value is _NOTHING and not (
+            lines and (not first or self._plain.stat().st_size > _WHOLE)
+        ):
             try:
                 value = _parse_text(self._plain.read_bytes())
             except UserError:
@@ -103,7 +106,7 @@ class JsonFile(FileSource):
         start = 0
         with self._plain.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip() and not (number == 1 and line.strip() == _MARK):
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(line)
@@ -137,7 +140,7 @@ def _lines(path: pathlib.Path) -> Iterator[bytes]:
     """Lines that are not blank, without a byte order mark."""
     with path.open("rb") as file:
         for line in file:
-            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+            if line := line.removeprefix(_MARK).strip():
                 yield line
 
 
