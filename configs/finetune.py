@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
         supervise="answers",
         on_error="raise",
         max_skipped=0.5,
+        skip_batches="",
         threads=4,
         workers=0,
         prefetch=2,

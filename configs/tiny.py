@@ -83,6 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
         supervise="answers",
         on_error="raise",
         max_skipped=0.5,
+        skip_batches="",
         threads=1,
         workers=0,
         prefetch=4,

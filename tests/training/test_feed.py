@@ -36,7 +36,7 @@ def processor(tmp_path_factory):
     return Processor.from_dir(path, tiny.architecture())
 
 
-def feed(processor, pools: int, shards: int, **axes) -> Feed:
+def feed(processor, pools: int, shards: int, passed_over=(), on_skip=None, **axes) -> Feed:
     mesh = make_mesh({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1} | axes)
     shape = BatchShape(2 * pools // shards, 1, 320, 8, 4)  # two microbatches
 
@@ -45,7 +45,7 @@ def feed(processor, pools: int, shards: int, **axes) -> Feed:
         split = dict(process_index=shard, process_count=shards)
         return make_pipeline(sources, processor, shape, mask_prompt=True, seed=0, **split)
 
-    return Feed(mesh, pools, shards, pipeline)
+    return Feed(mesh, pools, shards, pipeline, passed_over=passed_over, on_skip=on_skip)
 
 
 def take(feed: Feed, count: int, state=None):
@@ -193,6 +193,25 @@ def test_held_out_data_without_a_valid_row(processor, tmp_path):
     with pytest.raises(UserError, match="the data has no valid row, 1 are malformed"):
         every(heldout_feed(config, processor))
     assert every(heldout_feed(config, processor, shards=2)) == []
+
+
+def test_batches_that_are_passed_over(processor):
+    """The others are the same bit for bit, also after a resume in the midst of them."""
+    axes, told = dict(pools=8, shards=2, data=8), []
+    want, _, end = take(feed(processor, **axes), 6)
+    spans = (range(2, 4), range(5, 6))
+    first = feed(processor, passed_over=spans, on_skip=told.append, **axes)
+    got, _, after = take(first, 3)
+    for one, number in zip(got, (1, 4, 6), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, want[number - 1])
+    assert after == end and after["batches"] == 6
+    _, _, begun = take(first, 1)
+    assert begun["batches"] == 1
+    rest, *_ = take(first, 2, begun)
+    for one, again in zip(rest, got[1:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert told[0].startswith("batch 2 (synthetic train row ")
+    assert told[0].endswith(", ...), see config.data.skip_batches")
 
 
 class Fails:

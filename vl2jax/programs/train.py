@@ -123,7 +123,8 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         batches = iter(make_data(*data, unread=skipped.unread))
         stack.enter_context(contextlib.closing(batches))
         if data_state is not None:
-            batches.set_state(data_state)
+            # Checkpoints of earlier versions have no number of batches; it was the step.
+            batches.set_state({"batches": int(state.step)} | data_state)
         heldout = make_heldout(*data, unread=skipped.unread)
         sync_processes("checked")
         write_workdir(path, config, architecture, files, int(state.step))

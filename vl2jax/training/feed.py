@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -52,12 +52,14 @@ class DeviceBatch:
         arrays are on the device; the host does not wait for them.  `rows_read`, `rows_skipped`,
         `rows_too_long` and `rows_truncated` count from the beginning of the run, also after a
         restart.
+      number: number of the batch in the order of the data, from 1.
       after: states, after this batch, of the data shards that this process reads.
     """
 
     batch: Batch
     packed: Mapping[int, PackedBatch]
     totals: Mapping[str, jax.Array]
+    number: int
     after: Mapping[int, Any]
 
 
@@ -80,6 +82,8 @@ class Feed:
         shards: int,
         pipeline: Callable[[int], grain.IterDataset],
         ends: bool = False,
+        passed_over: Sequence[range] = (),
+        on_skip: Callable[[str], None] | None = None,
     ):
         """
         Args:
@@ -90,7 +94,10 @@ class Feed:
             G / shards pools per microbatch.  All data shards must give equally many batches.
           ends: whether to end at a batch that is empty on all processes.  Then each batch waits for
             the devices.
+          passed_over: numbers of batches that are read and not given.
+          on_skip: called with a message for each of them.
         """
+        self.passed_over, self.on_skip = passed_over, on_skip
         self.mesh, self.pools, self.shards, self.ends = mesh, pools, shards, ends
         self.mine = _own_pools(mesh, pools)
         wanted = sorted({pool // (pools // shards) for pool in self.mine})
@@ -121,9 +128,10 @@ class FeedIterator(Iterator[DeviceBatch]):
             functools.partial(_total, batch_shards(feed.mesh)),
             out_shardings=NamedSharding(feed.mesh, PartitionSpec()),
         )
-        # Batches of this process that were read, each with the states of the shards after it.
-        self._ahead: collections.deque[tuple[dict[int, PackedBatch], dict[int, Any]]]
+        # Batches of this process that were read: number, batch, states of the shards after it.
+        self._ahead: collections.deque[tuple[int, dict[int, PackedBatch], dict[int, Any]]]
         self._ahead = collections.deque()
+        self._number = 0  # of the last batch that was read
         self._started = self._ended = self.stopping = False
         self.failure: Exception | None = None
 
@@ -134,7 +142,7 @@ class FeedIterator(Iterator[DeviceBatch]):
             _assert_all_can_read(self.failure)
         if not self._ahead:
             raise self.failure or StopIteration
-        packed, after = self._ahead.popleft()
+        number_of_batch, packed, after = self._ahead.popleft()
         each = self._feed.pools // self._feed.shards  # pools per data shard
         local: dict[int, Batch] = {}
         counts: dict[int, np.ndarray] = {}
@@ -154,7 +162,7 @@ class FeedIterator(Iterator[DeviceBatch]):
         totals = self._total(self._place(counts))
         if self._feed.ends and not float(totals["tokens"]):
             raise StopIteration
-        return DeviceBatch(batch, packed, totals, after)
+        return DeviceBatch(batch, packed, totals, number_of_batch, after)
 
     def _read(self) -> None:
         """Reads the next batch, and with several processes further ones; keeps an error."""
@@ -167,8 +175,17 @@ class FeedIterator(Iterator[DeviceBatch]):
             except Exception as error:  # raised when the batches before it are given
                 self.failure, self._ended = error, True
             else:
+                self._number += 1
+                if any(self._number in span for span in self._feed.passed_over):
+                    self._pass_over(packed)
+                    continue
                 after = {number: it.get_state() for number, it in self._iterators.items()}
-                self._ahead.append((packed, after))
+                self._ahead.append((self._number, packed, after))
+
+    def _pass_over(self, packed: Mapping[int, PackedBatch]) -> None:
+        if self._feed.on_skip is not None:
+            rows = ", ".join(one.names[0] for one in packed.values() if one.names)
+            self._feed.on_skip(f"batch {self._number} ({rows}, ...), see config.data.skip_batches")
 
     def _place(self, pools: dict[int, np.ndarray]) -> jax.Array:
         """Makes an array on the mesh from the pools of this process, [P, B, ...] each."""
@@ -189,10 +206,16 @@ class FeedIterator(Iterator[DeviceBatch]):
         own = dict(device_batch.after)
         if jax.process_count() > 1 and self._feed.shards > 1:
             own = _of_all_processes(own)
-        return {"pools": self._feed.pools, "shards": [own[number] for number in sorted(own)]}
+        shards = [own[number] for number in sorted(own)]
+        return {"pools": self._feed.pools, "shards": shards, "batches": device_batch.number}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after the batch of a state; call it before the first batch is taken."""
+        """Continues after the batch of a state; call it before the first batch is taken.
+
+        Args:
+          state: see `get_state`.
+        """
+        self._number = state["batches"]
         for number, iterator in self._iterators.items():
             iterator.set_state(state["shards"][number])
 

@@ -111,7 +111,8 @@ def train(
         log.write(step.number, {**metrics, **speed, **fill_metrics(step.device_batch)})
         for name in MUST_BE_FINITE:
             if not np.isfinite(metrics[name]):
-                raise NotFiniteError(_not_finite(name, float(metrics[name]), step, workdir))
+                value, given = float(metrics[name]), config.data.skip_batches
+                raise NotFiniteError(_not_finite(name, value, step, workdir, given))
         step.asked = totals["stop"] > 0
         return step.asked
 
@@ -252,10 +253,17 @@ def _rescue(
         note(f"step {step.number} is not saved: {problem}; {have}")
 
 
-def _not_finite(name: str, value: float, step: Step, workdir: Workdir) -> str:
-    """Keeps the batch of a step that diverged; returns the error message."""
+def _not_finite(name: str, value: float, step: Step, workdir: Workdir, given: str) -> str:
+    """Keeps the batch of a step that diverged; returns the error message.
+
+    Args:
+      name, value: the metric.
+      step: the step.
+      workdir: the workdir.
+      given: `data.skip_batches` of this run.
+    """
     newest, (packed, *_) = workdir.latest_step(), step.device_batch.packed.values()
-    rows = ", ".join(packed.names[:3])
+    rows, number = ", ".join(packed.names[:3]), step.device_batch.number
     try:
         kept = f"is saved in {keep_batch(workdir.path, step.number, step.device_batch)}"
     except OSError as error:
@@ -263,5 +271,6 @@ def _not_finite(name: str, value: float, step: Step, workdir: Workdir) -> str:
     return (
         f"{name} is {value} at step {step.number}, so the run stops; its batch ({rows}, ...)"
         f" {kept}; newest checkpoint: {'none' if newest is None else f'step {newest}'};"
-        " try a lower optim.lr, or inspect these rows"
+        " try a lower optim.lr, inspect these rows, or go on without them:"
+        f" --config.data.skip_batches={','.join(filter(None, [given, str(number)]))}"
     )

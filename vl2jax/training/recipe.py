@@ -92,6 +92,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
         supervise=SUPERVISE[i],
         on_error="skip",
         max_skipped=0.5,
+        skip_batches="",
         threads=16,
         workers=0,
         prefetch=2,

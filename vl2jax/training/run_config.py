@@ -5,13 +5,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vl2jax.common.errors import UserError
 from vl2jax.common.paths import user_path
 from vl2jax.config import VL2Config
 from vl2jax.config.schema import read
 from vl2jax.data.source_list import read_sources
 from vl2jax.training.optim import OptimConfig
 from vl2jax.training.run_limits import check_run
+from vl2jax.training.spans import parse_batches, parse_window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class DataConfig:
       on_error: "raise" stops at a malformed row, "skip" reports it and continues without it.
       max_skipped: maximum share of skipped rows of a source, 0 to 1; more of them stop the run.  It
         is judged on the rows that a data shard has read so far, at least 100.
+      skip_batches: batches that are read and passed over, such as "7,40-42"; "": none.  They are
+        numbered from 1 in the order of the data, as a run that stops at a batch names it.
       threads: number of threads that read rows and decode images, in each worker process.
       workers: number of worker processes; 0: the threads run in the main process.
       prefetch: number of batches prepared in advance.
@@ -64,11 +66,21 @@ class DataConfig:
     supervise: str = "answers"
     on_error: str = "raise"
     max_skipped: float = 0.5
+    skip_batches: str = ""
     threads: int = 2
     workers: int = 0
     prefetch: int = 2
     shards: int = 0
     preview: int = 0
+
+    @property
+    def skipped_batches(self) -> tuple[range, ...]:
+        """Ranges of the batches that are passed over.
+
+        Raises:
+          UserError: `skip_batches` has another form.
+        """
+        return parse_batches(self.skip_batches)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +193,7 @@ class RunConfig:
 
     def __post_init__(self):
         check_run(self)
-        _ = self.profiled_steps  # raises UserError
+        _ = self.profiled_steps, self.data.skipped_batches  # raises UserError
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
@@ -190,12 +202,7 @@ class RunConfig:
         Raises:
           UserError: `profile` has another form.
         """
-        if not self.profile:
-            return None
-        start, colon, stop = self.profile.partition(":")
-        if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-            raise UserError(f"profile must be START:STOP, like 10:15, got {self.profile!r}")
-        return int(start), int(stop)
+        return parse_window(self.profile)
 
 
 def read_run_config(values: Mapping[str, Any]) -> RunConfig:

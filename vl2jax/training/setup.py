@@ -261,7 +261,16 @@ def make_data(
             batches=0 if training else config.eval.batches,
         )
 
-    return Feed(mesh, pools, shards, pipeline, ends=not training)
+    passed_over = data.skipped_batches if training else ()
+    return Feed(
+        mesh,
+        pools,
+        shards,
+        pipeline,
+        ends=not training,
+        passed_over=passed_over,
+        on_skip=on_skip,
+    )
 
 
 def make_heldout(
