@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from convert.ownership import STAGING
 from convert.stopping import Interrupted
 from vl2jax.cli.command import run_cli
 from vl2jax.common.errors import UserError, is_disk_full
@@ -27,7 +28,7 @@ _THREADS = 2  # each needs memory for a piece of at most `pieces.PIECE_BYTES`, a
 
 @contextlib.contextmanager
 def staged_directory(
-    out: Path, nbytes: int, is_ours: Callable[[Path], bool] | None = None
+    out: Path, nbytes: int, not_ours: Callable[[Path], str | None] | None = None
 ) -> Iterator[Path]:
     """Context manager that gives a directory to fill, and renames it to `out` on success.
 
@@ -37,7 +38,7 @@ def staged_directory(
     Args:
       out: the output directory.
       nbytes: upper bound of the bytes to write; it is an error if less space is free.
-      is_ours: returns whether an existing directory `out` may be replaced; None: never.
+      not_ours: returns why an existing directory `out` may not be replaced; None: it never may.
 
     Yields:
       The directory to write to.
@@ -46,20 +47,22 @@ def staged_directory(
       UserError: `out` exists and may not be replaced, another run is writing it, or there is not
         enough free space.
     """
-    out = Path(os.path.abspath(out))
-    _check_target(out, is_ours)
+    out = Path(out).resolve()  # through links, so that the renames stay within one file system
+    _check_target(out, not_ours)
     partial = out.with_name(out.name + ".partial")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_made_parents(out))
-        if partial.exists():
+        if partial.exists() or partial.is_symlink():
+            _check_leftover(partial)
             _lock(partial, stack)  # fails if another run holds it; otherwise it is left over
             shutil.rmtree(partial)
         _check_space(out.parent, nbytes)
         partial.mkdir()
+        (partial / STAGING).touch()
         _lock(partial, stack)
         try:
             yield partial
-            _publish(partial, out)
+            _publish(partial, out, not_ours)
         except BaseException as error:
             if (left := _remove(partial)) is not None:
                 error.add_note(left)
@@ -188,17 +191,26 @@ def disk_full(error: Exception, out: Path) -> OSError | None:
     return OSError(errno.ENOSPC, f"the disk is full; {what}")
 
 
-def _check_target(out: Path, is_ours: Callable[[Path], bool] | None) -> None:
-    if not out.exists() and not out.is_symlink():
+def _check_leftover(partial: Path) -> None:
+    """Raises UserError unless a conversion left this directory."""
+    ours = partial.is_dir() and not partial.is_symlink()
+    if not ours or (any(partial.iterdir()) and not (partial / STAGING).exists()):
+        raise UserError(f"{partial} is in the way, and no conversion left it; move it elsewhere")
+
+
+def _check_target(out: Path, not_ours: Callable[[Path], str | None] | None) -> None:
+    if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out} exists and is not a directory; choose another output")
     if not any(out.iterdir()):
         return
-    if is_ours is None:
+    if not_ours is None:
         raise UserError(f"{out} exists and is not empty; choose another output or --overwrite it")
-    if not is_ours(out):
-        raise UserError(f"{out} is not something --overwrite may replace; choose another output")
+    if (why := not_ours(out)) is not None:
+        raise UserError(
+            f"{out} is not something --overwrite may replace: it {why}; choose another output"
+        )
 
 
 def _check_space(directory: Path, nbytes: int) -> None:
@@ -218,12 +230,15 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
         raise UserError(f"{directory} is being written by another run; wait for its end") from error
 
 
-def _publish(partial: Path, out: Path) -> None:
+def _publish(partial: Path, out: Path, not_ours: Callable[[Path], str | None] | None) -> None:
     """Renames the finished directory to `out`, and removes an old `out`."""
     replaced = out.with_name(f".{out.name}.replaced")
     if out.exists():
         if replaced.exists():  # left by a run that was killed between its two renames
+            if not_ours is None or not_ours(replaced) is not None:
+                raise UserError(f"{replaced} is in the way, and no conversion left it; move it")
             shutil.rmtree(replaced)
+        _check_target(out, not_ours)  # it may have changed meanwhile
         out.rename(replaced)
     try:
         partial.rename(out)
@@ -231,5 +246,6 @@ def _publish(partial: Path, out: Path) -> None:
         if replaced.exists():
             replaced.rename(out)
         raise
+    (out / STAGING).unlink()
     if replaced.exists():
         shutil.rmtree(replaced)

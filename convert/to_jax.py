@@ -16,6 +16,7 @@ import numpy as np
 
 from convert import mapping
 from convert.finite import NonFinite
+from convert.ownership import not_ours
 from convert.pieces import Piece, chunk_shape, pieces
 from convert.plan import Plan, describe, make_plan
 from convert.source import LONG_NAMES, ConversionError
@@ -23,10 +24,11 @@ from convert.staging import disk_full, map_ahead, run_on_cpu, staged_directory
 from convert.stopping import Stop, run_stoppable
 from convert.writer import StreamedArray, save_streamed
 from vl2jax.checkpoints import model_dir as checkpoint
+from vl2jax.checkpoints.completeness import seal
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, read_array
 from vl2jax.cli.command import Parser
 from vl2jax.common.errors import UserError
-from vl2jax.common.paths import path_flag
+from vl2jax.common.paths import local_path, path_flag
 from vl2jax.common.progress import Progress
 
 _MARGIN = 64 * 2**20  # bytes for metadata and small files
@@ -128,7 +130,7 @@ def convert(
       out: the output directory.
       dtype: "bfloat16" or "float32"; None: the dtype of the source (float16 is stored as float32).
       check: whether to compare the result with the source before it is renamed to `out`.
-      overwrite: whether to replace an older vl2jax checkpoint at `out`.
+      overwrite: whether to replace an older model at `out`, if a conversion wrote all of it.
       strict: whether weights that are not finite are an error.
 
     Raises:
@@ -137,13 +139,14 @@ def convert(
       Interrupted: Ctrl-C or another signal has stopped the conversion.
         After any error nothing is left at `out`; a note says if `OUT.partial` is left.
     """
-    is_ours = (lambda path: (path / checkpoint.MODEL_FILE).is_file()) if overwrite else None
+    hf_dir, out = local_path(hf_dir, "hf_dir"), local_path(out, "out_dir")
 
     def work(stop: Stop) -> None:
         plan = make_plan(hf_dir, dtype)
         for note in plan.notes:
             _say(note)
-        with plan.source, staged_directory(out, plan.nbytes + _MARGIN, is_ours) as partial:
+        staged = staged_directory(out, plan.nbytes + _MARGIN, not_ours if overwrite else None)
+        with plan.source, staged as partial:
             _fill(plan, hf_dir, partial, check, strict, stop)
 
     try:
@@ -155,7 +158,7 @@ def convert(
 
 
 def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, strict: bool, stop: Stop) -> None:
-    """Writes all files into an empty directory, `model.json` last."""
+    """Writes all files into an empty directory, the marker of a complete one last."""
     for name in (*checkpoint.REQUIRED_FILES, *checkpoint.OPTIONAL_FILES):
         if (hf_dir / name).is_file():
             shutil.copyfile(hf_dir / name, partial / name)
@@ -169,6 +172,7 @@ def _fill(plan: Plan, hf_dir: Path, partial: Path, check: bool, strict: bool, st
     if check:
         verify(plan, partial / checkpoint.PARAMS, stop)
     checkpoint.write_model_json(_record(plan, partial))
+    seal(partial)
 
 
 def _say(text: str) -> None:
@@ -219,9 +223,7 @@ def _main() -> None:
         action="store_true",
         help="read the result again and compare each tensor with its source",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an older vl2jax checkpoint"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an older converted model")
     parser.add_argument(
         "--strict",
         action="store_true",

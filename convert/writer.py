@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vl2jax.checkpoints.array_writer import checked_handler, write_spec
 from vl2jax.checkpoints.orbax_io import silence_orbax
 from vl2jax.checkpoints.plain_names import plain_name
 
@@ -60,9 +61,8 @@ def save_streamed(directory: Path, arrays: Mapping[str, StreamedArray]) -> None:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = array
-    registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _handler(ocp)))
     silence_orbax()
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handler = checked_handler(ocp, (StreamedArray, _handler(ocp)))
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(plain_name(directory), args=ocp.args.PyTreeSave(tree))
 
@@ -77,15 +77,7 @@ def _handler(ocp):
             args = args or [None] * len(values)
             for value, info, arg in zip(values, infos, args, strict=True):
                 await info.await_path_creation()
-                spec = ocp.type_handlers.get_json_tspec_write(
-                    info,
-                    use_ocdbt=True,
-                    global_shape=value.shape,
-                    local_shape=value.chunk,
-                    dtype=value.dtype,
-                    process_index=0,
-                    arg=arg,
-                )
+                spec = write_spec(ocp, info, arg, value.shape, value.chunk, value.dtype, process=0)
                 await _write(value, spec, info.ts_context)
             return []
 

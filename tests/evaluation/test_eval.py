@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from convert import random_hf, to_jax
-from vl2jax.checkpoints.model_dir import CHECKPOINTS, PARAMS
+from vl2jax.checkpoints.completeness import CHECKPOINTS, PARAMS, seal
 from vl2jax.evaluation import scoring
 from vl2jax.evaluation.contact_sheet import RIGHT, WRONG
 from vl2jax.evaluation.scoring import Score
@@ -230,6 +230,7 @@ def test_a_training_workdir(evaluate, ckpt, tmp_path):
     for step in (5, 20):
         (workdir / CHECKPOINTS / str(step)).mkdir(parents=True)
         (workdir / CHECKPOINTS / str(step) / PARAMS).symlink_to(ckpt / PARAMS)
+        seal(workdir / CHECKPOINTS / str(step))
     for file in ckpt.glob("*.json"):
         (workdir / file.name).symlink_to(file)
     flags = (*SMALL, "--families", "text", "--questions", 2, "--json")

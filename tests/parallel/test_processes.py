@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from processes import finish, free_port, long_test
 
-from vl2jax.checkpoints.model_dir import complete_steps
+from vl2jax.checkpoints.completeness import complete_steps
 from vl2jax.checkpoints.param_store import ParamStore, read_array
 from vl2jax.common.errors import UserError
 from vl2jax.parallel.processes import DistributedOptions

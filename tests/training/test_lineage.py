@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from convert import to_jax
-from vl2jax.checkpoints.model_dir import read_model_dir, write_json
+from vl2jax.checkpoints.model_dir import read_model_dir
+from vl2jax.common.atomic_file import write_json
 from vl2jax.common.errors import UserError
 from vl2jax.config import architecture as presets
 from vl2jax.model.vl2 import abstract_params

@@ -16,7 +16,8 @@ import pytest
 import smallest
 from train_case import curve, final_state, started, train
 
-from vl2jax.checkpoints.model_dir import complete_steps, flatten, load_params
+from vl2jax.checkpoints.completeness import complete_steps
+from vl2jax.checkpoints.model_dir import flatten, load_params
 from vl2jax.common.errors import UserError
 from vl2jax.data.reading import mixed_order
 from vl2jax.parallel.sharding import make_mesh

@@ -18,13 +18,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vl2jax.checkpoints.completeness import (
+    CHECKPOINTS,
+    MARKER,
+    PARAMS,
+    defect,
+    describe_defects,
+    newest_complete,
+    warn_once,
+)
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, Shape, read_array
+from vl2jax.common.atomic_file import write_json
 from vl2jax.common.paths import local_path
 from vl2jax.config import ConfigError, VL2Config
 
 MODEL_FILE = "model.json"
-PARAMS = "params"
-CHECKPOINTS = "checkpoints"
 FORMAT, FORMAT_VERSION = "vl2jax", 1
 REQUIRED_FILES = ("processor_config.json", "tokenizer.json")
 OPTIONAL_FILES = (
@@ -69,17 +77,6 @@ class ModelDir:
         return self.path if self.step is None else self.path / CHECKPOINTS / str(self.step)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file atomically: after a crash, the file has its old or its new content."""
-    text = json.dumps(content, indent=1) + "\n"
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def write_model_json(model: ModelDir) -> None:
     """Writes `model.json`.
 
@@ -95,21 +92,6 @@ def write_model_json(model: ModelDir) -> None:
         "config": model.config.to_hf(),
     }
     write_json(model.path / MODEL_FILE, content)
-
-
-def complete_steps(workdir: Path) -> list[int]:
-    """The complete checkpoints of a training workdir: their steps, in ascending order.
-
-    A checkpoint is renamed to its step number when it is complete.
-    """
-    directory = workdir / CHECKPOINTS
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(entry.name)
-        for entry in directory.iterdir()
-        if entry.name.isdecimal() and (entry / PARAMS).is_dir()
-    )
 
 
 def read_model_dir(path: str | os.PathLike) -> ModelDir:
@@ -141,7 +123,19 @@ def read_model_dir(path: str | os.PathLike) -> ModelDir:
             else "copy the files from the model that training started from"
         )
         raise CheckpointError(f"{path} is incomplete: {', '.join(absent)} missing; {fix}")
+    _check_complete(model)
     return model
+
+
+def _check_complete(model: ModelDir) -> None:
+    """Raises CheckpointError if the parameters are not complete."""
+    if model.step is None and not (model.path / MARKER).exists():
+        return  # converted before there was a marker; `ParamStore` finds what is missing
+    covered = (PARAMS, MODEL_FILE) if model.step is None else (PARAMS,)
+    found = defect(model.address, covered)
+    if found is not None:
+        fix = "convert it again" if model.step is None else "give another step of the workdir"
+        raise CheckpointError(f"{model.address} is incomplete: {found}; {fix}")
 
 
 def _step_of(path: Path) -> tuple[Path, int | None]:
@@ -153,13 +147,16 @@ def _step_of(path: Path) -> tuple[Path, int | None]:
         return absolute.parent.parent, int(absolute.name)
     if not (path / CHECKPOINTS).is_dir():
         return path, None
-    steps = complete_steps(path)
-    if not steps:
+    step, defects = newest_complete(path, (PARAMS,))
+    if defects and step is not None:
+        warn_once(f"{describe_defects(path, defects)}; step {step} is used")
+    if step is None:
+        why = f": {describe_defects(path, defects)}" if defects else ""
         raise CheckpointError(
-            f"{path} is a training workdir without a complete checkpoint; wait for the first one,"
-            " or continue the training"
+            f"{path} is a training workdir without a complete checkpoint{why}; wait for the first"
+            " one, or continue the training"
         )
-    return path, steps[-1]
+    return path, step
 
 
 def _what_instead(path: Path) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from vl2jax.checkpoints.array_writer import tree_handler
+from vl2jax.checkpoints.completeness import DATA, OPT_STATE, PARAMS, seal
 from vl2jax.checkpoints.model_dir import flatten, read_leaf
 from vl2jax.checkpoints.param_store import ParamStore
 from vl2jax.checkpoints.plain_names import plain_name
@@ -19,11 +21,12 @@ from vl2jax.common.errors import is_disk_full
 _CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk; smaller shards are stored as one chunk
 _SPLIT_ABOVE = 8 * 2**20  # larger stacks are stored with one layer, or one expert, per chunk
 _ORBAX = f"{os.sep}orbax{os.sep}"  # occurs in the paths of Orbax's source files
+TEMPORARY = ".orbax-checkpoint-tmp"  # occurs in the names of incomplete checkpoints
 _MAX_CLOSE_ATTEMPTS = 8  # more than the threads of a save, each of which can fail once
 
 
 def open_manager(directory: Path, keep: int, keep_every: int | None):
-    """Opens an Orbax `CheckpointManager`.
+    """Opens an Orbax `CheckpointManager`; `seal` marks its checkpoints before they get their names.
 
     Args:
       directory: directory of the checkpoints.
@@ -36,12 +39,24 @@ def open_manager(directory: Path, keep: int, keep_every: int | None):
     managers = ocp.checkpoint_managers
     rules = [managers.LatestN(keep)]
     rules += [] if keep_every is None else [managers.EveryNSteps(keep_every)]
+
+    def mark() -> None:
+        if jax.process_index() == 0:
+            for unfinished in directory.glob(f"*{TEMPORARY}*"):
+                seal(unfinished)
+
     options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(post_finalization_callback=mark),
         preservation_policy=managers.AnyPreservationPolicy(rules),
         save_root_metadata=False,
         lightweight_initialize=True,  # tolerates a checkpoint that was deleted only in part
     )
-    return ocp.CheckpointManager(plain_name(directory), options=options)
+    handlers = {
+        PARAMS: tree_handler(ocp),
+        OPT_STATE: tree_handler(ocp),
+        DATA: ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(plain_name(directory), options=options, item_handlers=handlers)
 
 
 def close_manager(manager) -> None:

@@ -24,6 +24,10 @@ class CheckpointError(UserError):
     """A directory is not a usable model; the message names it, the problem and the fix."""
 
 
+class DamageError(CheckpointError):
+    """Stored data cannot be read, is missing or has another checksum."""
+
+
 class ParamStore:
     """The stored parameters of a model, by path; each is opened separately.
 
@@ -40,7 +44,7 @@ class ParamStore:
         try:
             keys = ts.KvStore.open(kvstore).result().list().result()
         except ValueError as error:
-            raise CheckpointError(f"{directory} cannot be read: {_short(error)}") from error
+            raise DamageError(f"{directory} cannot be read: {_short(error)}") from error
         markers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
         self._drivers = {
             key.decode().removesuffix(marker).replace(".", "/"): driver
@@ -49,7 +53,7 @@ class ParamStore:
             if key.decode().endswith(marker)
         }
         if not self._drivers:
-            raise CheckpointError(f"{directory} holds no parameters; convert the model again")
+            raise DamageError(f"{directory} holds no parameters; convert the model again")
 
     @property
     def paths(self) -> list[str]:
@@ -70,10 +74,11 @@ class ParamStore:
         name = path.replace("/", ".") + "/"
         kvstore = {"driver": "ocdbt", "base": self._base, "path": name}
         spec = {"driver": self._drivers[path], "kvstore": kvstore}
+        spec["fill_missing_data_reads"] = False  # a missing chunk is an error, not zeros
         try:
             return ts.open(spec, read=True, open=True).result()
         except ValueError as error:
-            raise CheckpointError(f"parameter {path} cannot be read: {_short(error)}") from error
+            raise DamageError(f"parameter {path} cannot be read: {_short(error)}") from error
 
     def check(self, expected: Mapping[str, Shape]) -> None:
         """Checks that paths and shapes are those of a model.
@@ -156,7 +161,7 @@ def _take(waiting, out: np.ndarray) -> int:
     try:
         value = future.result()
     except ValueError as error:
-        raise CheckpointError(f"stored data is damaged: {_short(error)}") from error
+        raise DamageError(f"stored data is damaged: {_short(error)}") from error
     out[target] = value
     return value.nbytes
 

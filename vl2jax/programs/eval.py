@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from vl2jax.checkpoints.model_dir import read_model_dir, write_json
+from vl2jax.checkpoints.model_dir import read_model_dir
 from vl2jax.cli.command import Parser, run_cli, whole
 from vl2jax.cli.output import json_line
 from vl2jax.cli.shards import (
@@ -33,6 +33,7 @@ from vl2jax.cli.shards import (
     choose_shard,
     read_distributed_options,
 )
+from vl2jax.common.atomic_file import write_json
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
 from vl2jax.common.paths import is_remote, path_flag

@@ -11,7 +11,8 @@ import grain
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vl2jax.checkpoints.model_dir import CHECKPOINTS, MODEL_FILE, flatten, read_model_dir
+from vl2jax.checkpoints.completeness import CHECKPOINTS
+from vl2jax.checkpoints.model_dir import MODEL_FILE, flatten, read_model_dir
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.data.files import open_source

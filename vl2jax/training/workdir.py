@@ -9,6 +9,7 @@ a workdir.
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import sys
@@ -19,22 +20,35 @@ from typing import Any
 
 import jax
 
-from vl2jax.checkpoints import model_dir as checkpoint
-from vl2jax.checkpoints.model_dir import CHECKPOINTS, complete_steps, flatten
+from vl2jax.checkpoints.completeness import (
+    CHECKPOINTS,
+    DATA,
+    OPT_STATE,
+    PARAMS,
+    all_steps,
+    complete_steps,
+    defect,
+    describe_defects,
+    newest_complete,
+    read_data_state,
+)
+from vl2jax.checkpoints.model_dir import flatten
 from vl2jax.checkpoints.orbax_io import (
+    TEMPORARY,
     close_manager,
     open_manager,
     read_tree,
     reason,
     save_args,
 )
-from vl2jax.checkpoints.param_store import CheckpointError, ParamStore
+from vl2jax.checkpoints.param_store import CheckpointError, DamageError, ParamStore
 from vl2jax.common.errors import UserError, listed
 from vl2jax.common.file_lock import lock_directory
 from vl2jax.common.paths import local_path
+from vl2jax.parallel.processes import broadcast_from_process_0, gather_to_process_0
 
-OPT_STATE, DATA = "opt_state", "data"
-_TEMPORARY = ".orbax-checkpoint-tmp"  # occurs in the names of incomplete checkpoints
+PARTS = PARAMS, OPT_STATE, DATA  # of a checkpoint
+_ASIDE = ".incomplete"  # ends the names of checkpoints that were complete once, or seemed so
 _REMOVALS, _REMOVAL_SECONDS = 100, 0.05  # maximum number of removals, seconds between them
 
 
@@ -67,7 +81,8 @@ class Workdir:
             error.
 
         Raises:
-          UserError: `keep` or `keep_every` is out of range, or another run uses the workdir.
+          UserError: `keep` or `keep_every` is out of range, another run uses the workdir, or it has
+            checkpoints, but none is complete.
           OSError: the directory cannot be created or read.
         """
         if keep < 1 or (keep_every is not None and keep_every < 1):
@@ -85,6 +100,7 @@ class Workdir:
             if jax.process_index() == 0:
                 _lock(self._checkpoints, stack)
             self._remove_incomplete()
+            self._put_torn_ones_aside()
             self._open = functools.partial(open_manager, self._checkpoints, keep, keep_every)
             self._manager = self._open()
             self._resources = stack.pop_all()
@@ -97,7 +113,7 @@ class Workdir:
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint; None if there is none."""
-        return max(complete_steps(self.path), default=None)
+        return newest_complete(self.path, PARTS)[0]
 
     def save(
         self,
@@ -124,11 +140,11 @@ class Workdir:
         import orbax.checkpoint as ocp
 
         self.wait()
-        if step in complete_steps(self.path):
+        if (self._checkpoints / str(step)).exists():
             return
         self._remove_incomplete()
         items = {
-            checkpoint.PARAMS: save_args(ocp, params),
+            PARAMS: save_args(ocp, params),
             OPT_STATE: save_args(ocp, opt_state),
             DATA: ocp.args.JsonSave(dict(data_state)),
         }
@@ -171,6 +187,9 @@ class Workdir:
     ) -> tuple[int, Any, Any, dict[str, Any]]:
         """Restores a checkpoint, one array at a time; each device reads its shard.
 
+        If the newest checkpoint turns out to be damaged, it is put aside with a warning, and the
+        one before it is restored.
+
         Args:
           step: step to restore; None: the newest complete one.
           like_params, like_opt_state: trees of `jax.ShapeDtypeStruct` with the shapes, dtypes and
@@ -180,14 +199,34 @@ class Workdir:
           (step, params, opt_state, data_state).
 
         Raises:
-          CheckpointError: the step does not exist, or arrays differ in name, shape or dtype; one
-            message lists all differences.
+          CheckpointError: the step does not exist or is damaged, or arrays differ in name, shape or
+            dtype; one message lists all differences.
         """
-        import orbax.checkpoint as ocp
-
         self.wait()
-        step = self._existing(step)
-        parts = {checkpoint.PARAMS: like_params, OPT_STATE: like_opt_state}
+        found = self._existing(step)
+        while True:
+            problem, restored = None, (None, None, {})
+            try:
+                restored = self._read(found, like_params, like_opt_state)
+            except DamageError as error:
+                problem = error
+            if not _any_process(f"damaged/{self.path}/{found}", problem is not None):
+                params, opt_state, data_state = restored
+                return found, params, opt_state, data_state
+            older = [one for one in complete_steps(self.path, PARTS) if one < found]
+            if step is not None or not older:
+                raise problem or DamageError(f"another process cannot read checkpoint {found}")
+            close_manager(self._manager)
+            if jax.process_index() == 0:
+                self._put_aside(found, str(problem or "another process cannot read it"))
+            self._manager = self._open()
+            found = older[-1]
+
+    def _read(
+        self, step: int, like_params: Any, like_opt_state: Any
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Reads one checkpoint; see `restore`."""
+        parts = {PARAMS: like_params, OPT_STATE: like_opt_state}
         stores = {name: ParamStore(self._checkpoints / str(step) / name) for name in parts}
         problems = [
             f"{name}: {problem}"
@@ -203,13 +242,16 @@ class Workdir:
                 " init_from:\n" + listed(problems)
             )
         params, opt_state = (read_tree(stores[name], like) for name, like in parts.items())
-        found = self._manager.restore(
-            step, args=ocp.args.Composite(**{DATA: ocp.args.JsonRestore()})
-        )
-        return step, params, opt_state, found[DATA]
+        data_state = read_data_state(self._checkpoints / str(step))
+        if data_state is None:
+            raise DamageError(f"{DATA} is damaged")
+        return params, opt_state, data_state
 
     def _existing(self, step: int | None) -> int:
-        steps = complete_steps(self.path)
+        steps = complete_steps(self.path, PARTS)
+        if step in all_steps(self.path) and step not in steps:
+            what = defect(self._checkpoints / str(step), PARTS)
+            raise CheckpointError(f"{self._checkpoints / str(step)} is not complete: {what}")
         if not steps:
             raise CheckpointError(f"{self.path} has no complete checkpoint yet")
         if step is not None and step not in steps:
@@ -221,7 +263,7 @@ class Workdir:
         close_manager(self._manager)  # threads of the save may still be running
         self._remove_incomplete()
         self._manager = self._open()
-        steps = complete_steps(self.path)
+        steps = complete_steps(self.path, PARTS)
         if step in steps:
             message = f"checkpoint {step} is saved, but older ones could not be removed"
             self.on_error(f"{message}: {reason(error)}")
@@ -232,6 +274,27 @@ class Workdir:
             f" {newest}, and the next save is attempted as usual"
         )
 
+    def _put_torn_ones_aside(self) -> None:
+        """Renames checkpoints that are newer than the newest complete one."""
+        step, defects = newest_complete(self.path, PARTS)
+        if step is None and defects:
+            raise CheckpointError(
+                f"{describe_defects(self.path, defects)}, and none is; restore one from a copy, or"
+                " choose another workdir"
+            )
+        if jax.process_index() == 0:
+            for torn, what in defects:
+                self._put_aside(torn, what)
+
+    def _put_aside(self, step: int, what: str) -> None:
+        """Renames a checkpoint that cannot be used, so that its step can be saved again."""
+        for number in itertools.count(1):
+            target = self._checkpoints / f"{step}{_ASIDE}{'' if number == 1 else f'-{number}'}"
+            if not target.exists():
+                break
+        (self._checkpoints / str(step)).rename(target)
+        self.on_error(f"checkpoint {step} is not complete ({what}); it is now {target}, not used")
+
     def _remove_incomplete(self) -> None:
         """Removes incomplete checkpoints; must not be called during a save.
 
@@ -241,14 +304,20 @@ class Workdir:
         if jax.process_index() != 0:
             return
         for _ in range(_REMOVALS):
-            incomplete = [
-                entry for entry in self._checkpoints.iterdir() if _TEMPORARY in entry.name
-            ]
+            incomplete = [entry for entry in self._checkpoints.iterdir() if TEMPORARY in entry.name]
             if not incomplete:
                 return
             for entry in incomplete:
                 shutil.rmtree(entry, ignore_errors=True)
             time.sleep(_REMOVAL_SECONDS)
+
+
+def _any_process(name: str, flag: bool) -> bool:
+    """Whether the flag is set in any process; `name` is that of the question."""
+    if jax.process_count() == 1:
+        return flag
+    flags = gather_to_process_0(name, "1" if flag else "")
+    return bool(broadcast_from_process_0(f"{name}/any", "".join(flags)))
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
