@@ -7,7 +7,6 @@ dense layer, shared and routed experts, sigmoid router with correction bias) and
 bfloat16.  Its answers are random.
 """
 
-import argparse
 from pathlib import Path
 
 import tokenizers
@@ -16,6 +15,7 @@ from tokenizers import pre_tokenizers
 from convert.random_source import write_weights
 from convert.staging import run_on_cpu, staged_directory
 from convert.stopping import Stop, run_stoppable
+from vl2jax.cli.command import Parser
 from vl2jax.common.paths import path_flag
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.synthetic.tokens import train_bpe, write_processor_files
@@ -88,11 +88,7 @@ def write_checkpoint(directory: Path, *, seed: int = 0) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.random_hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m convert.random_hf", __doc__)
     parser.add_argument("out_dir", type=path_flag(), help="directory to make")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     args = parser.parse_args()

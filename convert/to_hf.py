@@ -8,7 +8,6 @@ CKPT_DIR may also be a training workdir (its newest checkpoint is used) or a ste
 float32 master weights are twice as large as a bfloat16 release.  --dtype bfloat16 rounds them.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -25,6 +24,7 @@ from convert.staging import disk_full, map_ahead, parse_bytes, run_on_cpu, stage
 from convert.stopping import Stop, run_stoppable
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.param_store import ParamStore, read_array
+from vl2jax.cli.command import Parser
 from vl2jax.common.errors import UserError
 from vl2jax.common.paths import path_flag
 from vl2jax.common.progress import Progress
@@ -151,11 +151,7 @@ def _write_small_files(model: checkpoint.ModelDir, directory: Path) -> None:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convert.to_hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m convert.to_hf", __doc__)
     parser.add_argument(
         "ckpt_dir",
         type=path_flag(remote=True),

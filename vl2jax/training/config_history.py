@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vl2jax.checkpoints.model_dir import write_json
+from vl2jax.common.atomic_file import write_json
 from vl2jax.common.errors import UserError, clip
 from vl2jax.training.run_config import RunConfig, read_run_config
 
