@@ -82,6 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
         images_root="",
         supervise="answers",
         on_error="raise",
+        too_long="raise",
         max_skipped=0.5,
         skip_batches="",
         threads=1,

@@ -193,13 +193,13 @@ def _table(tiles, tokens_per_tile):
 
 def test_samples_that_fit_nowhere():
     shape = BatchShape(pools=1, rows=2, length=20, tiles=3, segments=4)
-    shape.check(make(20, 3))
+    shape.check(20, 3)
     message = r"has 21 tokens, but a row only 20: raise config\.batch\.length to 21"
     with pytest.raises(UserError, match=message):
-        shape.check(make(21))
+        shape.check(21, 0)
     message = r"has 4 tiles, but a part of the batch only 3 slots: raise config\.batch\.tiles to 4"
     with pytest.raises(UserError, match=message):
-        shape.check(make(18, 4))
+        shape.check(18, 4)
     for change in ({"rows": 0}, {"segments": 0}, {"tiles": -1}, {"length": 0}, {"pools": 0}):
         name, value = next(iter(change.items()))
         with pytest.raises(UserError, match=rf"config\.batch\.{name} is {value}, expected"):

@@ -13,6 +13,7 @@ from vl2jax.config import VL2Config
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.row import Row
+from vl2jax.data.unread import UnreadKeys
 from vl2jax.processing.processor import Processor
 
 SHAPE = BatchShape(pools=2, rows=2, length=160, tiles=12, segments=8)
@@ -264,6 +265,43 @@ def test_rows_too_large_are_malformed(processor):
     assert messages and seen and len(messages) + len(seen) == 40
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_rows_too_large_are_skipped_or_truncated(processor, on_error):
+    shape = dataclasses.replace(SHAPE, length=18)
+    options = {"shape": shape, "repeat": False, "on_error": on_error, "max_skipped": 1}
+    messages = []
+    skipping = start(Rows("a", 40), processor, too_long="skip", on_skip=messages.append, **options)
+    skipped = list(skipping)
+    read, dropped, too_long, truncated = skipped[-1].pool_counts.sum(axis=0)[4:8].tolist()
+    assert (read, truncated) == (40, 0) and dropped == too_long == len(messages) > 3
+    batches = list(start(Rows("a", 40), processor, too_long="truncate", **options))
+    read, dropped, too_long, truncated = batches[-1].pool_counts.sum(axis=0)[4:8].tolist()
+    assert read == 40 and truncated + dropped == too_long == len(messages) and truncated > 3
+    assert set(names(skipped)) < set(names(batches))
+    assert all(batch.supervised > 0 for batch in batches)
+
+
+def test_a_source_of_rows_too_large_ends_the_run(processor):
+    shape = dataclasses.replace(SHAPE, length=5)
+    with pytest.raises(UserError, match=r"no valid row.*tokens"):
+        next(start(Rows("a", 2**20), processor, shape=shape, too_long="skip"))
+
+
+def test_keys_that_are_not_read_are_said_once(processor):
+    class Odd(Rows):
+        def __getitem__(self, index):
+            keys = ("mood", f"key {index}") if index % 2 else ()
+            return dataclasses.replace(super().__getitem__(index), unread=keys, file=self.name)
+
+    said = []
+    unread = UnreadKeys(said.append)
+    for name in ("a.json", "a.json", "b.json"):
+        list(start(Odd(name, 400), processor, repeat=False, unread=unread))
+    assert sum("'mood'" in text for text in said) == 2
+    assert 40 < sum(text.startswith("a.json: the keys [") for text in said) <= 50
+    assert all("of rows are not read" in text and len(text) < 200 for text in said)
+
+
 @pytest.mark.parametrize("repeat", [False, True])
 def test_data_without_a_valid_row(processor, repeat):
     bad = Rows("a", 9, bad=range(9))
@@ -355,6 +393,7 @@ def test_a_source_that_says_so_is_read_in_order(processor):
         ([(Rows("a", 3), float("nan"))], {}, "data source 1 has weight nan"),
         ([(Rows("a", 3), 1.0)], {"on_error": "ignore"}, "on_error is 'ignore', expected"),
         ([(Rows("a", 3), 1.0)], {"max_skipped": 1.5}, "max_skipped is 1.5, expected a share"),
+        ([(Rows("a", 3), 1.0)], {"too_long": "cut"}, "too_long is 'cut', expected 'raise', 'skip'"),
         ([(Rows("a", 3), 1.0)], {"threads": 0}, "threads is 0, expected 1 or more"),
         ([(Rows("a", 3), 1.0)], {"seed": -1}, "seed is -1, expected 0 or more"),
     ],

@@ -83,20 +83,23 @@ class Malformed:
     def valid(self, item: ReadRow) -> None:
         """Records a valid row."""
         self.counts.read[item.source] += 1
+        self.counts.too_long += item.sample.truncated
+        self.counts.truncated += item.sample.truncated
         self._in_a_row[item.source] = 0
         self.given = True
 
-    def add(self, item: BadRow, on_skip: Callable[[str], None] | None) -> None:
-        """Records a malformed row.
+    def add(self, item: BadRow, on_skip: Callable[[str], None], raises: bool) -> None:
+        """Records a row that is malformed or too long.
 
         Args:
           item: the row.
-          on_skip: called with the row's error when it occurs for the first time; None: raise it.
+          on_skip: called with the row's error when it occurs for the first time.
+          raises: whether a malformed row is an error.
 
         Raises:
-          UserError: `on_skip` is None, or too many rows of the source are malformed.
+          UserError: the row is an error, or too many rows of the source are skipped.
         """
-        if on_skip is None:
+        if raises and not item.skip:
             raise UserError(f"{item.error}; repair the row, or set {SKIP} to train without it")
         if hash(item.error) not in self._reported:
             self._reported.add(hash(item.error))
@@ -105,6 +108,7 @@ class Malformed:
         source = item.source
         self.counts.read[source] += 1
         self.counts.skipped[source] += 1
+        self.counts.too_long += item.too_long
         self._in_a_row[source] += 1
         read, skipped = self.counts.read[source], self.counts.skipped[source]
         name, last = f"data source {source + 1}", clip(item.error, 300)

@@ -14,6 +14,7 @@ import numpy as np
 from vl2jax.common.errors import UserError
 from vl2jax.processing.batch import Batch
 from vl2jax.processing.collate import Sample, empty_batch, place
+from vl2jax.processing.limits import TooLong
 
 # Maximum number of samples that wait for the next batch because they did not fit into the current
 # one.  More of them fill batches better, but the tiles of each are kept in memory.
@@ -48,18 +49,24 @@ class BatchShape:
             if value < least:
                 raise UserError(f"config.batch.{field.name} is {value}, expected {least} or more")
 
-    def check(self, sample: Sample) -> None:
-        """Raises UserError if a sample does not fit into an empty batch of this shape."""
-        tokens, tiles = len(sample), len(sample.tiles)
+    def check(self, tokens: int, tiles: int) -> None:
+        """Raises TooLong if a sample does not fit into an empty batch of this shape.
+
+        Args:
+          tokens: number of its tokens.
+          tiles: number of its tiles.
+        """
         if tokens > self.length:
-            raise UserError(
+            raise TooLong(
                 f"the sample has {tokens} tokens, but a row only {self.length}: raise"
-                f" config.batch.length to {tokens}, or shorten the sample"
+                f" config.batch.length to {tokens}, shorten the sample, or set"
+                " config.data.too_long to 'skip' or 'truncate'"
             )
         if tiles > self.tiles:
-            raise UserError(
+            raise TooLong(
                 f"the sample has {tiles} tiles, but a part of the batch only {self.tiles} slots:"
-                f" raise config.batch.tiles to {tiles} for each part, or give fewer images"
+                f" raise config.batch.tiles to {tiles} for each part, give fewer images, or set"
+                " config.data.too_long to 'skip' or 'truncate'"
             )
 
 

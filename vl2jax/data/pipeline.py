@@ -72,6 +72,7 @@ def make_pipeline(
     shuffle: bool = True,
     repeat: bool = True,
     on_error: str = "raise",
+    too_long: str = "raise",
     max_skipped: float = 0.5,
     on_skip: Callable[[str], None] | None = None,
     unread: UnreadKeys | None = None,
@@ -98,6 +99,9 @@ def make_pipeline(
       shuffle: whether to shuffle the rows of each source.
       repeat: whether to repeat the sources forever; otherwise the last batch may be partly empty.
       on_error: "raise" raises a UserError for a malformed row, "skip" skips the row.
+      too_long: what to do with a sample that does not fit into a batch: "raise" treats it as a
+        malformed row, "skip" skips it, "truncate" cuts it at its end, see `limits.end_of_room`; a
+        sample without supervised tokens in the rest is skipped.
       max_skipped: maximum share of skipped rows of a source, 0 to 1, see `malformed.Malformed`.
       on_skip: called once with each message about skipped rows, in a background thread.
       unread: says keys of rows that are not read, there too; None: says nothing.
@@ -121,7 +125,7 @@ def make_pipeline(
     weights = [float(weight) for _, weight in sources]
     opened = [source for source, _ in sources]
     _check_sources(opened, weights)
-    _check_settings(on_error, seed, threads, workers, prefetch)
+    _check_settings(on_error, too_long, seed, threads, workers, prefetch)
     if not 0 <= max_skipped <= 1:
         raise UserError(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
     order = mixed_order(
@@ -134,13 +138,14 @@ def make_pipeline(
         process_count=process_count,
     )
     dataset = PackedDataset(
-        order.map_with_index(Reader(opened, processor, shape, mask_prompt)),
+        order.map_with_index(Reader(opened, processor, shape, mask_prompt, too_long)),
         shape,
         processor,
         threads=threads,
         workers=workers,
         padded=batches > 0,
-        on_skip=None if on_error == "raise" else on_skip or _ignore,
+        raises=on_error == "raise",
+        on_skip=on_skip or _ignore,
         max_skipped=max_skipped,
         unread=unread or UnreadKeys(_ignore),
         identity={
@@ -164,7 +169,8 @@ class PackedDataset(grain.IterDataset):
       samples: the dataset, in the data order.
       shape: shape of the batches.
       padded: whether empty batches come after the end of the data.
-      on_skip: called with messages about malformed rows; None: they are raised.
+      raises: whether a malformed row is an error.
+      on_skip: called with messages about skipped rows.
       max_skipped: maximum share of malformed rows of a source.
       unread: says keys of rows that are not read.
       identity: settings that determine the data order.
@@ -180,7 +186,8 @@ class PackedDataset(grain.IterDataset):
         threads: int,
         workers: int,
         padded: bool,
-        on_skip: Callable[[str], None] | None,
+        raises: bool,
+        on_skip: Callable[[str], None],
         max_skipped: float,
         unread: UnreadKeys,
         identity: dict[str, Any],
@@ -194,7 +201,8 @@ class PackedDataset(grain.IterDataset):
           workers: worker processes; 0: none.
           padded: whether empty batches come after the end of the data, without end; then samples
             are read ahead for one batch at most.
-          on_skip: called with messages about malformed rows; None: raise them.
+          raises: whether a malformed row is an error.
+          on_skip: called with messages about skipped rows.
           max_skipped: maximum share of malformed rows of a source.
           unread: says keys of rows that are not read.
           identity: settings that determine the data order, as JSON values; a state with other
@@ -202,7 +210,7 @@ class PackedDataset(grain.IterDataset):
         """
         super().__init__(samples)
         self.samples, self.shape, self.padded = samples, shape, padded
-        self.on_skip, self.max_skipped = on_skip, max_skipped
+        self.raises, self.on_skip, self.max_skipped = raises, on_skip, max_skipped
         self.unread, self.identity = unread, identity
         self._threads, self._workers = threads, workers
         self.assemble = functools.partial(
@@ -336,7 +344,7 @@ class PackedIterator(grain.DatasetIterator):
         for item in ahead:
             self._next = item.index + 1
             if isinstance(item, BadRow):
-                self._errors.add(item, self._dataset.on_skip)
+                self._errors.add(item, self._dataset.on_skip, self._dataset.raises)
             else:
                 self._errors.valid(item)
                 if item.unread:
@@ -369,10 +377,14 @@ def _check_sources(sources: Sequence[Source], weights: Sequence[float]) -> None:
             raise UserError(f"data source {number} has weight {weight}, expected more than 0")
 
 
-def _check_settings(on_error: str, seed: int, threads: int, workers: int, prefetch: int) -> None:
+def _check_settings(
+    on_error: str, too_long: str, seed: int, threads: int, workers: int, prefetch: int
+) -> None:
     """Raises UserError if a setting is out of range."""
     if on_error not in ("raise", "skip"):
         raise UserError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+    if too_long not in ("raise", "skip", "truncate"):
+        raise UserError(f"too_long is {too_long!r}, expected 'raise', 'skip' or 'truncate'")
     for name, value, least in (
         ("seed", seed, 0),
         ("threads", threads, 1),

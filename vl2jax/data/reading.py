@@ -7,15 +7,17 @@ is enough to resume.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, clip
 from vl2jax.data.packing import BatchShape
-from vl2jax.data.row import Row, Source
+from vl2jax.data.row import Source
 from vl2jax.data.samples import read_sample
 from vl2jax.processing.collate import Sample
+from vl2jax.processing.limits import Limits, TooLong
 from vl2jax.processing.processor import Processor
 
 
@@ -47,11 +49,15 @@ class BadRow:
       index: its position in the data order.
       source: number of its source.
       error: the error message.
+      too_long: whether it is only too long for the batch.
+      skip: whether it is skipped even if malformed rows end the run.
     """
 
     index: int
     source: int
     error: str
+    too_long: bool = False
+    skip: bool = False
 
 
 class Reader:
@@ -63,28 +69,26 @@ class Reader:
         processor: Processor,
         shape: BatchShape,
         mask_prompt: bool,
+        too_long: str,
     ):
         self._sources, self._processor = sources, processor
-        self._shape, self._mask_prompt = shape, mask_prompt
+        self._mask_prompt, self._too_long = mask_prompt, too_long
+        truncate = too_long == "truncate"
+        self._limits = Limits(shape.length, shape.tiles, truncate, shape.check)
 
     def __call__(self, index: int, place: tuple[int, int]) -> ReadRow | BadRow:
         source, number = place
         try:
             row = self._sources[source][number]
-            sample = self._sample(row)
+            options: Any = {"mask_prompt": self._mask_prompt, "limits": self._limits}
+            sample = read_sample(row, self._processor, **options)
         except UserError as error:
             # Returned, not raised, so that it reaches the packer in order from any thread or
             # process.
-            return BadRow(index, source, str(error))
+            too_long = isinstance(error, TooLong)
+            skip = too_long and self._too_long != "raise"
+            return BadRow(index, source, clip(str(error), 1000), too_long, skip)
         return ReadRow(index, source, row.where, sample, row.file, row.unread)
-
-    def _sample(self, row: Row) -> Sample:
-        sample = read_sample(row, self._processor, mask_prompt=self._mask_prompt)
-        try:
-            self._shape.check(sample)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from error
-        return sample
 
 
 def mixed_order(

@@ -29,6 +29,7 @@ class Sample:
       prompt_length: number of tokens before the answer at the end; all tokens if there is none.
       display: the conversation as readable text, with placeholders for images.
       image_sources: source of each image; empty in training data.
+      truncated: whether its end was cut off, see `limits.end_of_room`.
     """
 
     tokens: np.ndarray
@@ -41,6 +42,7 @@ class Sample:
     prompt_length: int
     display: str
     image_sources: tuple[ImageSource, ...] = ()
+    truncated: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -17,6 +17,7 @@ from vl2jax.common.errors import UserError, reason
 from vl2jax.processing.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
 from vl2jax.processing.image_source import (
     ImageSource,
+    has_metadata,
     is_lfs_pointer,
     open_source,
     without_texts,
@@ -98,7 +99,8 @@ def image_size(source: ImageSource, *, exif: bool = True) -> tuple[int, int]:
         if image.format not in _HEADER_TELLS_SIZE:
             image.load()
         width, height = image.size
-        return (height, width) if exif and _orientation(image) in _SIDEWAYS else (width, height)
+        sideways = exif and _may_be_turned(image, opened) and _orientation(image) in _SIDEWAYS
+        return (height, width) if sideways else (width, height)
 
     return _decode(source, size)
 
@@ -303,6 +305,16 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
         raise UserError(f"{name}: {width} x {height} pixels; {_BOMB_ADVICE}")
     if width * height == 0:
         raise UserError(f"{name}: the picture is empty ({width} x {height} pixels)")
+
+
+def _may_be_turned(image: PIL.Image.Image, file: IO[bytes]) -> bool:
+    """Whether a file may have an EXIF orientation; Pillow would decode a PNG to see that."""
+    if image.format != "PNG" or {"exif", "Raw profile type exif"} & image.info.keys():
+        return True
+    place = file.tell()
+    found = has_metadata(file)
+    file.seek(place)
+    return found
 
 
 def _orientation(image: PIL.Image.Image) -> int:

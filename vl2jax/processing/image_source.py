@@ -139,6 +139,21 @@ def without_texts(file: IO[bytes]) -> IO[bytes] | None:
     return copy if dropped else None
 
 
+def has_metadata(file: IO[bytes]) -> bool:
+    """Returns whether a PNG file has EXIF or a text, in which EXIF may be.
+
+    Args:
+      file: a PNG file; its place is changed.
+    """
+    file.seek(len(_PNG))
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf" or kind in _PNG_TEXTS[:3]:
+            return True
+        file.seek(length + 4, 1)
+    return False
+
+
 def _decode_data_url(url: str) -> bytes:
     """Decodes `data:image/...;base64,...`; the header may have more parameters."""
     header, comma, payload = url.partition(",")

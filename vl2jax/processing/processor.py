@@ -21,6 +21,7 @@ from vl2jax.processing import prompt as prompt_lib
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.collate import Sample, collate
 from vl2jax.processing.image_source import ImageSource
+from vl2jax.processing.limits import Limits, TooLong, end_of_room
 from vl2jax.processing.prompt import Message, Piece
 from vl2jax.processing.tokenizer import Tokenizer
 
@@ -129,6 +130,7 @@ class Processor:
         crop: bool | None = None,
         exif: bool = True,
         add_placeholders: bool = False,
+        limits: Limits | None = None,
     ) -> Sample:
         """Makes a sample of one conversation.
 
@@ -139,9 +141,10 @@ class Processor:
           inference, mask_prompt, sft_format, crop, exif: see `__call__`.
           add_placeholders: whether to put a placeholder for each of `images` before the text of the
             last message if it has none.
+          limits: room for the sample; None: that of the model.
 
         Raises:
-          UserError: as for `__call__`.
+          UserError: as for `__call__`; `TooLong` if the sample has no room.
         """
         sft_format = self.settings.sft_format if sft_format is None else sft_format
         mask_prompt = self.settings.mask_prompt if mask_prompt is None else mask_prompt
@@ -164,7 +167,7 @@ class Processor:
         display = prompt_lib.render_conversation(
             messages, sft_format=sft_format, eos_token=self.tokenizer.eos_token
         )
-        return self._build(_without_eos(pieces, inference), sources, display, crop, exif)
+        return self._build(_without_eos(pieces, inference), sources, display, crop, exif, limits)
 
     def sample_prompt(
         self,
@@ -176,6 +179,7 @@ class Processor:
         inference: bool = True,
         crop: bool | None = None,
         exif: bool = True,
+        limits: Limits | None = None,
     ) -> Sample:
         """Makes a sample of one text.
 
@@ -187,9 +191,10 @@ class Processor:
           apply_sft_format: whether to format the text as a question in the chat format.
           system_prompt: text before the question; only used by the `deepseek` format.
           inference, crop, exif: see `__call__`.
+          limits: see `sample`.
 
         Raises:
-          UserError: as for `__call__`.
+          UserError: as for `sample`.
         """
         if apply_sft_format:
             prompt = prompt_lib.render_prompt(
@@ -197,7 +202,8 @@ class Processor:
             )
         pieces = prompt_lib.prompt_pieces(prompt, image_token=self.tokenizer.image_token)
         crop = len(images) <= MAX_TILED_IMAGES if crop is None else crop
-        return self._build(_without_eos(pieces, inference), list(images), prompt, crop, exif)
+        pieces = _without_eos(pieces, inference)
+        return self._build(pieces, list(images), prompt, crop, exif, limits)
 
     def collate(
         self, samples: Sequence[Sample], length: int | None = None, tile_slots: int | None = None
@@ -231,46 +237,65 @@ class Processor:
         display: str,
         crop: bool,
         exif: bool,
+        limits: Limits | None,
     ) -> Sample:
-        """Loads the images, tokenizes the pieces, checks the length, and cuts the tiles."""
+        """Tokenizes the pieces, checks the length, then decodes one image after the other."""
         needed = prompt_lib.count_placeholders(pieces)
         if len(sources) != needed:
             raise UserError(
                 f"{needed} {self.tokenizer.image_token} placeholders but {len(sources)} images;"
                 " give one image for each placeholder, in order"
             )
-        pictures = [images_lib.load_image(source, exif=exif) for source in sources]
-        canvases = [self._canvas(picture, crop) for picture in pictures]
+        sizes = [images_lib.image_size(source, exif=exif) for source in sources]
+        canvases = [self._canvas(size, crop) for size in sizes]
         side = self.config.vision.image_size
-        grids = tuple((width // side, height // side) for width, height in canvases)
+        grids = [(width // side, height // side) for width, height in canvases]
         tokens, index, mask, prompt_length = self._lay_out(pieces, grids)
-        counts = tuple(
-            images_lib.image_tokens(*grid, tile_grid=self.config.tile_grid) for grid in grids
-        )
-        self._check_length(len(tokens), grids, counts)
-        views = [
-            images_lib.make_views(picture, canvas, side)
-            for picture, canvas in zip(pictures, canvases, strict=True)
-        ]
+        counts = [images_lib.image_tokens(*grid, tile_grid=self.config.tile_grid) for grid in grids]
+        end, images = self._room(index, mask, grids, counts, limits)
+        sources, sizes, canvases = sources[:images], sizes[:images], canvases[:images]
         return Sample(
-            tokens=tokens,
-            image_index=index,
-            loss_mask=mask,
-            tiles=np.concatenate([np.zeros((0, side, side, 3), np.uint8), *views]),
-            image_sizes=tuple(picture.size for picture in pictures),
-            image_tiles=grids,
-            image_tokens=counts,
-            prompt_length=prompt_length,
+            tokens=tokens[:end],
+            image_index=index[:end],
+            loss_mask=mask[:end],
+            tiles=_decode(sources, sizes, canvases, side, exif),
+            image_sizes=tuple(sizes),
+            image_tiles=tuple(grids[:images]),
+            image_tokens=tuple(counts[:images]),
+            prompt_length=min(prompt_length, end),
             display=display,
             image_sources=tuple(sources),
+            truncated=end < len(tokens),
         )
 
-    def _canvas(self, picture: PIL.Image.Image, crop: bool) -> tuple[int, int]:
+    def _room(
+        self,
+        index: np.ndarray,
+        mask: np.ndarray,
+        grids: Sequence[tuple[int, int]],
+        counts: Sequence[int],
+        limits: Limits | None,
+    ) -> tuple[int, int]:
+        """Numbers of tokens and images that are kept; raises TooLong if there is no room."""
+        tiles = [1 + wide * high for wide, high in grids]
+        if limits is None or not limits.truncate:
+            self._check_length(len(index), grids, counts)
+            if limits is not None:
+                limits.check(len(index), sum(tiles))
+            return len(index), len(grids)
+        most = min(limits.length, self.config.decoder.max_position_embeddings)
+        end, images = end_of_room(index, tiles, counts, dataclasses.replace(limits, length=most))
+        if not mask[1:end].any() and mask[1:].any():
+            raise TooLong(
+                f"the sample has {len(index)} tokens, and nothing that is supervised is left when"
+                f" it is cut to {end}; shorten its question or give fewer images"
+            )
+        return end, images
+
+    def _canvas(self, size: tuple[int, int], crop: bool) -> tuple[int, int]:
         """Size of the local view: the best candidate resolution, or a single tile."""
         if crop:
-            return images_lib.select_best_resolution(
-                picture.size, self.settings.candidate_resolutions
-            )
+            return images_lib.select_best_resolution(size, self.settings.candidate_resolutions)
         side = self.config.vision.image_size
         return side, side
 
@@ -316,11 +341,13 @@ class Processor:
         if total <= limit:
             return
         parts = [f"text {total - sum(counts)}"]
-        for number, ((wide, high), count) in enumerate(zip(grids, counts, strict=True), 1):
+        for number, ((wide, high), count) in enumerate(zip(grids[:6], counts[:6], strict=True), 1):
             parts.append(f"image {number} {count} ({wide} x {high} tiles)")
+        if len(counts) > 6:
+            parts.append(f"{len(counts) - 6} more images {sum(counts[6:])}")
         single = images_lib.image_tokens(1, 1, self.config.tile_grid)
         fix = f"; without tiling an image takes {single}" if counts else ""
-        raise UserError(
+        raise TooLong(
             f"the prompt has {total} tokens, more than max_position_embeddings {limit}:"
             f" {', '.join(parts)}{fix}; shorten it or give fewer images"
         )
@@ -360,6 +387,29 @@ def _read_tokenizer(path: pathlib.Path, settings: ProcessorConfig | None) -> Tok
     names = ("image_token", "pad_token")
     named = {} if settings is None else {name: getattr(settings, name) for name in names}
     return Tokenizer.from_dir(path, **named)
+
+
+def _decode(
+    sources: Sequence[ImageSource],
+    sizes: Sequence[tuple[int, int]],
+    canvases: Sequence[tuple[int, int]],
+    side: int,
+    exif: bool,
+) -> np.ndarray:
+    """The tiles of images, uint8[n, S, S, 3]; only one image is in memory at a time."""
+    counts = [1 + width * height // side**2 for width, height in canvases]
+    tiles = np.zeros((sum(counts), side, side, 3), np.uint8)
+    first = 0
+    for source, size, canvas, count in zip(sources, sizes, canvases, counts, strict=True):
+        picture = images_lib.load_image(source, exif=exif)
+        if picture.size != size:
+            raise UserError(
+                f"an image of {size[0]} x {size[1]} pixels has {picture.size[0]} x"
+                f" {picture.size[1]} when it is decoded; get it again"
+            )
+        tiles[first : first + count] = images_lib.make_views(picture, canvas, side)
+        first += count
+    return tiles
 
 
 def _choose_images(

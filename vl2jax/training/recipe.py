@@ -91,6 +91,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
         images_root="",
         supervise=SUPERVISE[i],
         on_error="skip",
+        too_long="raise",
         max_skipped=0.5,
         skip_batches="",
         threads=16,

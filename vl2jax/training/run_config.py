@@ -46,6 +46,10 @@ class DataConfig:
       supervise: tokens that count in the loss: "answers" (answers and their end tokens), or "text"
         (questions, too).
       on_error: "raise" stops at a malformed row, "skip" reports it and continues without it.
+      too_long: what to do with a row that has more tokens or tiles than a batch has room for:
+        "raise" treats it as malformed (see `on_error`), "skip" skips and counts it, "truncate" cuts
+        it at its end and counts it.  Truncated are supervised tokens, so the model does not see how
+        such answers end; an image is never cut, but dropped with all that follows it.
       max_skipped: maximum share of skipped rows of a source, 0 to 1; more of them stop the run.  It
         is judged on the rows that a data shard has read so far, at least 100.
       skip_batches: batches that are read and passed over, such as "7,40-42"; "": none.  They are
@@ -65,6 +69,7 @@ class DataConfig:
     images_root: str = ""
     supervise: str = "answers"
     on_error: str = "raise"
+    too_long: str = "raise"
     max_skipped: float = 0.5
     skip_batches: str = ""
     threads: int = 2

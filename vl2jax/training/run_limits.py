@@ -54,7 +54,11 @@ RANGES: Mapping[str, Mapping[str, Range]] = {
 
 # Values of each field that has few of them.
 CHOICES: Mapping[str, Mapping[str, Collection[str]]] = {
-    "data": {"supervise": ("answers", "text"), "on_error": ("raise", "skip")},
+    "data": {
+        "supervise": ("answers", "text"),
+        "on_error": ("raise", "skip"),
+        "too_long": ("raise", "skip", "truncate"),
+    },
     "optim": {
         "algorithm": ALGORITHMS,
         "schedule": SCHEDULES,

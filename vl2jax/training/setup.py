@@ -251,6 +251,7 @@ def make_data(
             shuffle=training,
             repeat=training,
             on_error=data.on_error,
+            too_long=data.too_long,
             max_skipped=data.max_skipped,
             on_skip=on_skip,
             unread=unread,
