@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from convert.random_source import write_weights
 from convert.staging import run_on_cpu, staged_directory
 from convert.stopping import Stop, run_stoppable
-from vl2jax.cli.command import Parser
+from vl2jax.cli.command import Parser, whole
 from vl2jax.common.paths import path_flag
 from vl2jax.config import AdaptorConfig, DecoderConfig, VisionConfig, VL2Config
 from vl2jax.synthetic.tokens import train_bpe, write_processor_files
@@ -90,7 +90,7 @@ def write_checkpoint(directory: Path, *, seed: int = 0) -> None:
 def _main() -> None:
     parser = Parser("python -m convert.random_hf", __doc__)
     parser.add_argument("out_dir", type=path_flag(), help="directory to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the random weights")
     args = parser.parse_args()
 
     def work(_: Stop) -> None:
@@ -101,5 +101,10 @@ def _main() -> None:
     print(f"wrote {args.out_dir}")
 
 
+def main() -> int:
+    """Runs the command line and returns the exit code."""
+    return run_on_cpu(_main)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_on_cpu(_main))
+    raise SystemExit(main())

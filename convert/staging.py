@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ import jax
 from convert.ownership import STAGING
 from convert.stopping import Interrupted
 from vl2jax.cli.command import run_cli
-from vl2jax.common.errors import UserError, is_disk_full
+from vl2jax.common.errors import UserError, clip, storage_failure
 from vl2jax.common.file_lock import lock_directory
 from vl2jax.common.progress import human_bytes
 
@@ -175,8 +174,8 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def disk_full(error: Exception, out: Path) -> OSError | None:
-    """Converts a storage error that means a full disk to a short OSError.
+def write_failure(error: Exception, out: Path) -> OSError | None:
+    """Converts an error of storage, such as a full disk, to a short OSError.
 
     Args:
       error: an error of the OS or of a storage library.
@@ -185,10 +184,13 @@ def disk_full(error: Exception, out: Path) -> OSError | None:
     Returns:
       The error, which says what is left on disk; None if `error` has another cause.
     """
-    if not is_disk_full(error):
+    failure = None if isinstance(error, UserError) else storage_failure(error)
+    if failure is None:
         return None
     what = "; ".join(getattr(error, "__notes__", [f"nothing was left at {out}"]))
-    return OSError(errno.ENOSPC, f"the disk is full; {what}")
+    file = getattr(error, "filename", None)
+    where = "" if file is None else f" ({clip(str(file))})"
+    return OSError(f"{failure}{where}; {what}")
 
 
 def _check_leftover(partial: Path) -> None:

@@ -20,7 +20,13 @@ from convert import mapping
 from convert.pieces import pieces
 from convert.shards import TensorSpec, plan_shards, write_shards
 from convert.source import NUMPY_DTYPES, SHORT_NAMES, some
-from convert.staging import disk_full, map_ahead, parse_bytes, run_on_cpu, staged_directory
+from convert.staging import (
+    map_ahead,
+    parse_bytes,
+    run_on_cpu,
+    staged_directory,
+    write_failure,
+)
 from convert.stopping import Stop, run_stoppable
 from vl2jax.checkpoints import model_dir as checkpoint
 from vl2jax.checkpoints.param_store import ParamStore, read_array
@@ -78,7 +84,7 @@ def convert(
     try:
         run_stoppable(work, out)
     except OSError as error:
-        raise disk_full(error, out) or error from error
+        raise write_failure(error, out) or error from error
     return [
         f"not written: {len(group['tensors'])} tensors ({some(group['tensors'], 3)}): conversion"
         f" left them out, because {group['reason']}"

@@ -20,7 +20,7 @@ from convert.ownership import not_ours
 from convert.pieces import Piece, chunk_shape, pieces
 from convert.plan import Plan, describe, make_plan
 from convert.source import LONG_NAMES, ConversionError
-from convert.staging import disk_full, map_ahead, run_on_cpu, staged_directory
+from convert.staging import map_ahead, run_on_cpu, staged_directory, write_failure
 from convert.stopping import Stop, run_stoppable
 from convert.writer import StreamedArray, save_streamed
 from vl2jax.checkpoints import model_dir as checkpoint
@@ -152,8 +152,8 @@ def convert(
     try:
         run_stoppable(work, out)
     except (ValueError, OSError) as error:
-        if (full := disk_full(error, out)) is not None:
-            raise full from error
+        if (failure := write_failure(error, out)) is not None:
+            raise failure from error
         raise
 
 

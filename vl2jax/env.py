@@ -3,7 +3,6 @@
 python -m vl2jax.env [--json]
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -11,11 +10,13 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from vl2jax.cli.command import Parser, run_cli
 from vl2jax.common.compilation_cache import default_directory
 from vl2jax.common.progress import human_bytes
 from vl2jax.common.version import version
@@ -174,17 +175,18 @@ def _value(key: str, value: Any) -> str:
     return human_bytes(value) if key in ("memory", "bytes") and value is not None else str(value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vl2jax.env",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args()
-    found = collect()
-    print(json.dumps(found, indent=2) if args.json else written(found))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+
+    def run() -> None:
+        parser = Parser("python -m vl2jax.env", __doc__)
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        args = parser.parse_args(argv)
+        found = collect()
+        print(json.dumps(found, indent=2) if args.json else written(found))
+
+    return run_cli(run)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

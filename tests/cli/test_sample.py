@@ -342,7 +342,10 @@ def test_an_interrupt_ends_a_single_answer(ask, scripted):
         (["--prompt", "a", "--temperature", "nan"], "temperature must be 0 (greedy) or more"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["--prompt", "a", "--top_p", "0"], "top_p must be above 0"),
-        (["--prompt", "a", "--top_k", "-1"], "--top_k: expected a whole number from 0, got '-1'"),
+        (
+            ["--prompt", "a", "--top_k", "-1"],
+            "--top_k: expected a whole number from 0 to 2",
+        ),
         (["--prompt", "a", "--repetition_penalty", "0"], "repetition_penalty must be above 0"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: expected a whole number"),
         (["--prompt", "a", "--chunk_size", "1.5"], "--chunk_size: expected a whole number"),

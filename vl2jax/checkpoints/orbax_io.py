@@ -16,7 +16,7 @@ from vl2jax.checkpoints.completeness import DATA, OPT_STATE, PARAMS, seal
 from vl2jax.checkpoints.model_dir import flatten, read_leaf
 from vl2jax.checkpoints.param_store import ParamStore
 from vl2jax.checkpoints.plain_names import plain_name
-from vl2jax.common.errors import is_disk_full
+from vl2jax.common.errors import storage_failure
 
 _CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk; smaller shards are stored as one chunk
 _SPLIT_ABOVE = 8 * 2**20  # larger stacks are stored with one layer, or one expert, per chunk
@@ -157,8 +157,8 @@ def read_tree(store: ParamStore, like: Any) -> Any:
 def reason(error: Exception) -> str:
     """Returns the reason why a save failed, as a short phrase."""
     text = str(error)
-    if is_disk_full(error):
-        return "the disk is full"
+    if (failure := storage_failure(error)) is not None:
+        return failure
     if "RESOURCE_EXHAUSTED" in text:
         return "the disk is full or a quota is used up"
     if isinstance(error, OSError) and error.strerror:

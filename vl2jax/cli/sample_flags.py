@@ -25,7 +25,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     what = "converted checkpoint or training workdir"
     add("--ckpt", type=any_path, required=True, metavar="DIR", help=what)
     add("--prompt", metavar="TEXT", help="a question; <image> marks the place of an image")
-    add("--image", action="append", default=[], metavar="FILE", help="an image; repeatable")
+    add(
+        "--image",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="an image; repeatable",
+    )
     add("--system", metavar="TEXT", help="system message, for --prompt and chat")
     add("--messages", type=local, metavar="FILE.json", help="answer a conversation")
     add("--batch", type=local, metavar="IN.jsonl", help="answer each row of a file; needs --out")

@@ -5,6 +5,8 @@ for lists of names and `reason` for exceptions of other libraries.
 """
 
 import errno
+import os
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 
@@ -70,9 +72,40 @@ def reason(error: BaseException, most: int = 160) -> str:
     return clip(" ".join((text or type(error).__name__).split()), most)
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Returns whether an error of the OS or of a storage library means that the disk is full."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+# Errors of the OS that mean that a file cannot be written or read: code, and what to say.
+_STORAGE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "File too large, for the file system or for `ulimit -f`",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.ENAMETOOLONG: "a name is too long",
+    errno.EMFILE: "too many files are open; raise `ulimit -n`",
+    errno.EIO: "input/output error of the device",
+}
+# How storage libraries write the code of such an error.
+_CODE = re.compile(r"(?:os_error_code='|\(os error |\[Errno |\[OS error )(\d+)")
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """Returns why storage failed, as a short phrase; None if an error has another cause.
+
+    Args:
+      error: an error of the OS, or any error of a storage library, whose classes say nothing.
+    """
+    code = getattr(error, "errno", None)
+    if code in _STORAGE:
+        return _STORAGE[code]
+    text = str(error)
+    if (match := _CODE.search(text)) is not None and int(match[1]) in _STORAGE:
+        return _STORAGE[int(match[1])]
+    return next((said for code, said in _STORAGE.items() if os.strerror(code) in text), None)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether storage failed because the disk is full or its quota is used up."""
+    return storage_failure(error) in (_STORAGE[errno.ENOSPC], _STORAGE[errno.EDQUOT])
 
 
 def joined(problems: Sequence[str], most: int = 8) -> str:

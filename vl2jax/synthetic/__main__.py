@@ -6,12 +6,11 @@ DIR/data.json is a list of {"id", "image", "conversations"}.  `image` is a path 
 a list of paths if a sample has several images; a sample without image has no `image`.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from vl2jax.cli.command import Parser, run_cli, whole
 from vl2jax.common.errors import UserError
 from vl2jax.common.paths import path_flag
 from vl2jax.processing.image import load_image
@@ -89,33 +88,22 @@ def _own_files(directory: Path) -> list[Path]:
     return found
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vl2jax.synthetic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=path_flag(), required=True, help="directory to make")
-    parser.add_argument("-n", type=int, default=20, help="rows (default 20)")
-    parser.add_argument("--split", default="train", help=", ".join(ALLOWED))
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other rows")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns the exit code."""
-    args = _parse(arguments)
-    try:
-        if not 1 <= args.n <= LENGTH:
-            raise UserError(f"-n is {args.n}; it must be at least 1")
-        source = Synthetic(args.split, args.seed)
-        name = f"{args.split}_{args.seed}"
-        pictures = write_llava(args.out, source, args.n, name=name)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_cli(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
+    parser = Parser("python -m vl2jax.synthetic", __doc__)
+    add = parser.add_argument
+    add("--out", type=path_flag(), required=True, help="directory to make")
+    add("-n", type=whole(1, LENGTH), default=20, help="rows (default 20)")
+    add("--split", default="train", help=", ".join(ALLOWED))
+    add("--seed", type=whole(0), default=0, help="another seed gives other rows")
+    args = parser.parse_args(arguments)
+    source = Synthetic(args.split, args.seed)
+    pictures = write_llava(args.out, source, args.n, name=f"{args.split}_{args.seed}")
     print(f"wrote {args.n} rows and {pictures} pictures: {args.out / DATA}")
-    return 0
 
 
 if __name__ == "__main__":
