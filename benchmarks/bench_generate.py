@@ -160,12 +160,14 @@ class Case:
     def _start(self, batch: Batch, new: int) -> DecodeState:
         rows, length = batch.tokens.shape
         hidden, caches = self._prefilled(batch, length)
-        at, seeds = np.full(rows, length - 1, np.int32), np.zeros(rows, np.uint32)
+        at, seeds = np.full(rows, length - 1, np.int32), np.zeros((rows, 2), np.uint32)
         last = self.steps.gather_last(np.zeros((rows, hidden.shape[-1]), self.dtype), hidden, at)
         seen = np.zeros((rows, self.config.decoder.vocab_size), bool)
-        return self.steps.begin(
-            *(self.params, _GREEDY, last, caches, seen, at + 1, seeds, length_bucket(length + new))
+        first = self.steps.begin(
+            *(self.params, _GREEDY, last, seen, at + 1, seeds, np.ones(rows, bool))
         )
+        state = self.steps.empty_state(rows, length_bucket(length + new))
+        return self.steps.insert(state, first, caches, np.arange(rows, dtype=np.int32))
 
 
 _GREEDY = SamplingParams.create()

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from vl2jax.processing.tokenizer import StreamDecoder, Tokenizer
 
+NOT_FINITE = -2  # stands for a token whose logits were not all finite
+
 
 class Completion:
     """Collects the tokens of one sequence until an end token, a stop string or the length limit.
@@ -11,7 +13,8 @@ class Completion:
     Attributes:
       tokens: token ids so far.  The end token, or the token that completes a stop string, is the
         last one.
-      finish_reason: None while the answer is generated, then "stop" or "length".
+      finish_reason: None while the answer is generated, then "stop", "length", or "error" if the
+        model's logits were not finite.
       max_new_tokens: maximum number of tokens.
     """
 
@@ -26,7 +29,7 @@ class Completion:
         self.finish_reason: str | None = None
         self.max_new_tokens = max_new_tokens
         self._eos = frozenset(eos_token_ids)
-        self._stop = tuple(text for text in stop if text)
+        self._stop = tuple(stop)
         self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
         self._text = ""
         self._shown = 0
@@ -37,8 +40,21 @@ class Completion:
         """The answer's text, without end token and stop string; None without a tokenizer."""
         return None if self._decoder is None else self._text
 
+    @property
+    def error(self) -> str | None:
+        """What went wrong, in one line; None if nothing did."""
+        if self.finish_reason != "error":
+            return None
+        return (
+            f"the model's logits are not finite (NaN or infinite) after {len(self.tokens)} tokens"
+            " of the answer; check the weights of the checkpoint, or compute in float32"
+        )
+
     def push(self, tokens: Sequence[int]) -> str:
         """Adds new tokens; ignores those after the end of the answer.
+
+        Args:
+          tokens: token ids; `NOT_FINITE` ends the answer with an error.
 
         Returns:
           New text that can be shown now.  Incomplete characters are held back, and so is text that
@@ -46,6 +62,9 @@ class Completion:
         """
         for token in tokens:
             if self.finish_reason is not None:
+                break
+            if token == NOT_FINITE:
+                self.finish_reason = "error"
                 break
             self.tokens.append(token)
             if token in self._eos:

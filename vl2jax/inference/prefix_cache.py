@@ -1,15 +1,15 @@
-"""Prefix caching: a prefix that several prompts share is prefilled once."""
+"""Prefix caching: a prefix that several prompts share is prefilled once.
+
+Prefixes are found by the hashes of their blocks, so a search takes time linear in the blocks of one
+prompt, however many prompts wait.
+"""
 
 import dataclasses
-from collections.abc import Sequence
 
-import numpy as np
-
-from vl2jax.inference.sequence import Prompt
+from vl2jax.inference.sequence import BLOCK, Prompt, common_blocks
 from vl2jax.model.decoder import Caches
 
 LEAST = 32  # minimum length of a shared prefix
-_GRANULARITY = 16  # shared lengths are multiples of it, so that more prompts share the same length
 _MAX_PREFIXES = 4  # maximum number of cached prefixes
 
 
@@ -18,32 +18,17 @@ class Prefix:
     """A prefix and its KV cache.
 
     Attributes:
-      keys: uint64[T], keys of the tokens, see `Prompt.keys`.
-      caches: caches with one batch row and at least T slots.
+      blocks: hashes of its blocks, see `block_hashes`.
+      caches: caches with one batch row and slots for all blocks.
     """
 
-    keys: np.ndarray
+    blocks: list[bytes]
     caches: Caches
 
     def common_length(self, prompt: Prompt) -> int:
-        """Number of tokens that the prompt can reuse, see `common_length`."""
-        return common_length(self.keys, prompt.keys)
-
-
-def common_length(keys: np.ndarray, others: np.ndarray) -> int:
-    """Length of the common prefix of two key arrays, rounded down to a multiple of `_GRANULARITY`.
-
-    Args:
-      keys: uint64[T], keys of the cached tokens.
-      others: uint64[T], keys of a prompt.  At least one token of it is left to prefill.
-
-    Returns:
-      The length; 0 if it is below `LEAST`.
-    """
-    size = min(len(keys), len(others) - 1)
-    differ = keys[:size] != others[:size]
-    common = int(differ.argmax()) if differ.any() else size
-    return common // _GRANULARITY * _GRANULARITY if common >= LEAST else 0
+        """Number of tokens of the prompt that are in this prefix; 0 if below `LEAST`."""
+        common = BLOCK * common_blocks(self.blocks, prompt.blocks)
+        return common if common >= LEAST else 0
 
 
 class PrefixCache:
@@ -51,6 +36,10 @@ class PrefixCache:
 
     def __init__(self):
         self._prefixes: list[Prefix] = []
+
+    def common_length(self, prompt: Prompt) -> int:
+        """Number of tokens of the prompt that are in a cached prefix."""
+        return max((prefix.common_length(prompt) for prefix in self._prefixes), default=0)
 
     def find(self, prompt: Prompt) -> tuple[Prefix | None, int]:
         """Returns the prefix that shares most tokens with the prompt, and their number.
@@ -66,15 +55,10 @@ class PrefixCache:
 
     def add(self, prefix: Prefix) -> None:
         """Adds a prefix; evicts those that it extends and, if the cache is full, the oldest."""
-        size = len(prefix.keys)
+        size = len(prefix.blocks)
         self._prefixes = [
             old
             for old in self._prefixes
-            if len(old.keys) > size or not np.array_equal(old.keys, prefix.keys[: len(old.keys)])
+            if len(old.blocks) > size or old.blocks != prefix.blocks[: len(old.blocks)]
         ][1 - _MAX_PREFIXES :]
         self._prefixes.append(prefix)
-
-
-def any_shares_prefix(prompt: Prompt, waiting: Sequence[Prompt]) -> bool:
-    """Whether a waiting prompt shares a prefix with this one."""
-    return any(common_length(prompt.keys, other.keys) for other in waiting)

@@ -3,6 +3,7 @@
 Axis legend: T prompt tokens, n tiles of the prompt, S pixels per tile side, Q tokens per tile.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,31 @@ _IMAGE_BIT = np.uint64(1 << 63)  # set in the keys of visual positions
 _ROW_MULTIPLIER = np.uint64(
     0x9E3779B97F4A7C15
 )  # odd, so that the rows of a tile get different keys
+
+
+BLOCK = 16  # tokens per block; prefixes are shared in whole blocks
+
+
+def block_hashes(keys: np.ndarray) -> list[bytes]:
+    """Hashes of the whole blocks of a sequence, each of the block and all before it.
+
+    So two sequences begin with the same i + 1 blocks if, and only if, their i-th hashes are equal.
+
+    Args:
+      keys: uint64[T], see `Prompt.keys`.
+    """
+    chain, hashes = hashlib.blake2b(digest_size=16), []
+    for end in range(BLOCK, len(keys) + 1, BLOCK):
+        chain.update(keys[end - BLOCK : end].tobytes())
+        hashes.append(chain.digest())
+    return hashes
+
+
+def common_blocks(hashes: abc.Sequence[bytes], others: abc.Sequence[bytes]) -> int:
+    """Number of blocks with which both of two sequences begin, given their `block_hashes`."""
+    # Hashes are equal up to some block and differ from there on.
+    shorter = range(min(len(hashes), len(others)))
+    return bisect.bisect_left(shorter, True, key=lambda i: hashes[i] != others[i])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +88,11 @@ class Prompt:
         keys[visual] = _IMAGE_BIT | (digests[tile[visual]] ^ at)
         return keys
 
+    @functools.cached_property
+    def blocks(self) -> list[bytes]:
+        """Hashes of the blocks that can be reused; at least one token is left to prefill."""
+        return block_hashes(self.keys[:-1])
+
     @property
     def digest(self) -> str:
         """A hash of the whole prompt, as 16 hexadecimal digits."""
@@ -105,7 +136,7 @@ class Generation:
 
     Attributes:
       tokens: generated token ids, including the end token if it was generated.
-      finish_reason: "stop" (end token or stop string) or "length".
+      finish_reason: "stop" (end token or stop string), "length", or "error".
       text: the tokens as text, without the end token and cut before a stop string; None without a
         tokenizer.
       prompt_tokens: number of tokens of the prompt.
@@ -113,6 +144,8 @@ class Generation:
         and the time in the engine's queue.
       tokens_per_second: decoding speed of this sequence after its first token; 0 if it has only
         one.
+      error: what went wrong, in one line, if `finish_reason` is "error"; `tokens` and `text` are
+        those before.
     """
 
     tokens: list[int]
@@ -121,6 +154,7 @@ class Generation:
     prompt_tokens: int
     seconds_to_first_token: float
     tokens_per_second: float
+    error: str | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,8 +164,8 @@ class Sequence:
     Attributes:
       answer: tokens and text so far.
       prompt: the prompt.
-      seed: seed of the random draws.
-      started, first, last: times of the start, the first and the last token, in seconds of
+      seed: seed of the random draws, 64 bits.
+      start_time, first, last: times of the start, the first and the last token, in seconds of
         `time.perf_counter`; 0 for a token that has not been generated.
     """
 
@@ -175,4 +209,5 @@ class Sequence:
             prompt_tokens=len(self.prompt),
             seconds_to_first_token=self.first - self.start_time,
             tokens_per_second=(count - 1) / seconds if seconds > 0 else 0.0,
+            error=self.answer.error,
         )

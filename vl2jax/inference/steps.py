@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.config import VL2Config
-from vl2jax.inference.sampling import SamplingParams, next_token
+from vl2jax.inference.completion import NOT_FINITE
+from vl2jax.inference.sampling import SamplingParams, make_keys, next_token
 from vl2jax.model.decoder import Caches, init_caches
 from vl2jax.model.moe import expert_stacks
 from vl2jax.model.vl2 import VL2
@@ -36,15 +37,16 @@ class DecodeState:
     """State of decoding, carried from step to step.
 
     Attributes:
-      caches: caches of all tokens before `tokens`.
-      tokens: int32[B], the last sampled tokens, the input of the next step.
+      caches: caches of all tokens before `tokens`; None in what `begin` returns.
+      tokens: int32[B], the last sampled tokens, the input of the next step; `NOT_FINITE` where the
+        logits were not finite, which ends the row.
       positions: int32[B], positions of `tokens`.
       seen: bool[B, vocab], ids that occur in prompt or answer.
       done: bool[B], whether the row is finished or free.
       keys: PRNG keys [B].
     """
 
-    caches: Caches
+    caches: Caches | None
     tokens: jax.Array
     positions: jax.Array
     seen: jax.Array
@@ -65,17 +67,21 @@ class CompiledSteps:
         table are ignored.
       embed: (params, table, tokens int32[B, T], image_index int32[B, T]) -> x [B, T, D].
       caches: ([B], [S]) -> empty caches.
-      repeat_caches: (caches, [B], [S]) -> caches with B rows and S slots; caches of one row are
-        repeated.
+      repeat_caches: (caches of one row, [B], [S]) -> caches with B equal rows and S slots.
+      row_of_caches: (caches, index) -> caches with only this row.
+      resize: (array [n, B, ..., S, K] of caches, rows int32[b] or None, [S']) -> the array
+        [n, b, ..., S', K] with only these rows, cut or padded to S' slots; None: all rows.  It
+        takes one array, so that old and new caches need not exist as a whole at the same time.
       prefill: (params, x, positions int32[B, T], caches (donated)) -> hidden [B, T, D], caches.
       gather_last: (last [B, D], hidden [B, T, D], at int32[B]) -> [B, D]: row b of `hidden` at
         token `at[b]`, or of `last` if `at[b]` is not in 0 to T - 1.
-      begin: (params, sampling, last [B, D], caches, seen, positions, seeds uint32[B], [S]) -> a
-        state with S slots and the first token of each answer, sampled from `last`.
+      begin: (params, sampling, last [B, D], seen, positions, seeds uint32[B, 2], active bool[B]) ->
+        a state without caches, with the first token of each answer, sampled from `last`.
       empty_state: ([B], [S]) -> a state whose rows are all free.
-      insert: (state (donated), other, rows int32[n]) -> the state with row i of `other` at row
-        `rows[i]`.  If an index occurs several times, the last row is used.
-      take: (state, rows int32[n]) -> a state of only these rows.
+      insert: (state (donated), other without caches, caches, rows int32[n]) -> the state with row i
+        of `other` and of `caches` at row `rows[i]`.  If an index occurs several times, the last row
+        is used.
+      take: (state without caches, rows int32[n]) -> a state of only these rows.
       burst: (params, sampling, state (donated), eos int32[n], count, stop_at) -> state, tokens
         int32[B, MAX_BURST].  Decodes up to `count` tokens per row.  Stops early once at most
         `stop_at` rows are not done; the remaining tokens are `NO_TOKEN`.
@@ -86,6 +92,8 @@ class CompiledSteps:
     embed: Callable
     caches: Callable
     repeat_caches: Callable
+    row_of_caches: Callable
+    resize: Callable
     prefill: Callable
     gather_last: Callable
     begin: Callable
@@ -149,7 +157,18 @@ def compiled_steps(
         def repeat(a):
             return jnp.broadcast_to(a, (a.shape[0], rows, *a.shape[2:]))
 
-        return _resize(jax.tree.map(repeat, caches), slots)
+        return jax.tree.map(lambda a: _with_slots(repeat(a), slots), caches)
+
+    @jit
+    def row_of_caches(caches, index):
+        def one(a):
+            return jax.lax.dynamic_slice_in_dim(a, index, 1, axis=1)
+
+        return jax.tree.map(one, caches)
+
+    @functools.partial(jit, static_argnums=2)
+    def resize(array, rows, slots):
+        return _with_slots(array if rows is None else array[:, rows], slots)
 
     @functools.partial(optimized, donate_argnums=3)
     def prefill(params, x, positions, caches):
@@ -161,21 +180,20 @@ def compiled_steps(
         found = hidden[jnp.arange(len(at)), jnp.clip(at, 0, length - 1)]
         return jnp.where(((at >= 0) & (at < length))[:, None], found, last)
 
-    def choose(params, sampling, hidden, seen, keys, positions):
+    def choose(params, sampling, hidden, seen, keys, positions, active):
         """Samples tokens int32[B] for `positions`, and adds them to `seen`."""
-        logits = model.apply(params, hidden, method=VL2.logits)
+        logits: Any = model.apply(params, hidden, method=VL2.logits)
+        finite = jnp.isfinite(logits).all(axis=-1)
         draws = jax.vmap(jax.random.fold_in)(keys, positions)
-        token = constrain(
-            next_token(sampling, logits, seen, draws)
-        )  # replicated, so each host reads it
-        return token, seen.at[jnp.arange(seen.shape[0]), token].set(True)
+        token = next_token(sampling, logits, seen, draws, active & finite)
+        seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
+        return constrain(jnp.where(finite, token, NOT_FINITE)), seen  # each host reads the tokens
 
-    @functools.partial(jit, static_argnums=7)
-    def begin(params, sampling, last, caches, seen, positions, seeds, slots):
-        keys = jax.vmap(jax.random.key)(seeds)
-        tokens, seen = choose(params, sampling, last, seen, keys, positions)
-        done = jnp.zeros(positions.shape, bool)
-        return DecodeState(_resize(caches, slots), tokens, positions, seen, done, keys)
+    @jit
+    def begin(params, sampling, last, seen, positions, seeds, active):
+        keys = make_keys(seeds)
+        tokens, seen = choose(params, sampling, last, seen, keys, positions, active)
+        return DecodeState(None, tokens, positions, seen, ~active, keys)
 
     @functools.partial(jit, static_argnums=(0, 1))
     def empty_state(rows, slots):
@@ -188,26 +206,27 @@ def compiled_steps(
         )
 
     @functools.partial(jit, donate_argnums=0)
-    def insert(state, other, rows):
+    def insert(state, other, caches, rows):
         def put(axis, old, new):
             for i in range(len(rows)):
                 row = jax.lax.slice_in_dim(new, i, i + 1, axis=axis)
                 old = jax.lax.dynamic_update_slice_in_dim(old, row, rows[i], axis)
             return old
 
+        def put_caches(old, new):
+            return put(1, old, _with_slots(new, old.shape[-2]))
+
         def flat(one):
             return dataclasses.replace(one, caches=None, keys=jax.random.key_data(one.keys))
 
         joined = jax.tree.map(functools.partial(put, 0), flat(state), flat(other))
-        caches = jax.tree.map(functools.partial(put, 1), state.caches, other.caches)
+        caches = jax.tree.map(put_caches, state.caches, caches)
         keys = jax.random.wrap_key_data(joined.keys)
         return dataclasses.replace(joined, caches=caches, keys=keys)
 
     @jit
     def take(state, rows):
-        caches = jax.tree.map(lambda a: a[:, rows], state.caches)
-        rest = jax.tree.map(lambda a: a[rows], dataclasses.replace(state, caches=None))
-        return dataclasses.replace(rest, caches=caches)
+        return jax.tree.map(lambda a: a[rows], state)
 
     @functools.partial(optimized, donate_argnums=2)
     def burst(params, sampling: SamplingParams, state: DecodeState, eos, count, stop_at):
@@ -216,8 +235,12 @@ def compiled_steps(
             x = model.apply(params, state.tokens[:, None], method=VL2.embed_tokens)
             hidden, caches = decode(params, x, state.positions[:, None], state.caches)
             positions = state.positions + 1
-            tokens, seen = choose(params, sampling, hidden[:, 0], state.seen, state.keys, positions)
-            done = state.done | (tokens[:, None] == eos[None]).any(axis=1)
+            tokens, seen = choose(
+                *(params, sampling, hidden[:, 0], state.seen, state.keys, positions),
+                active=~state.done,
+            )
+            ends = (tokens[:, None] == eos[None]).any(axis=1) | (tokens == NOT_FINITE)
+            done = state.done | ends
             state = DecodeState(caches, tokens, positions, seen, done, state.keys)
             return i + 1, state, out.at[:, i].set(tokens)
 
@@ -229,7 +252,7 @@ def compiled_steps(
         _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
         return state, constrain(out)
 
-    steps = (table, encode, embed, caches, repeat_caches, prefill)
+    steps = (table, encode, embed, caches, repeat_caches, row_of_caches, resize, prefill)
     steps += (gather_last, begin, empty_state, insert, take, burst)
     return CompiledSteps(*map(_blocking, steps) if must_wait_for_steps(backend) else steps)
 
@@ -245,11 +268,7 @@ def _no_tiles(config: VL2Config) -> jax.Array:
     return jnp.zeros((0, side, side, 3), jnp.uint8)
 
 
-def _resize(caches: Caches, slots: int) -> Caches:
-    """Cuts or pads caches [n, B, ..., S, K] to `slots` slots."""
-
-    def fit(a: jax.Array) -> jax.Array:
-        a = a[..., :slots, :]
-        return jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, slots - a.shape[-2]), (0, 0)))
-
-    return jax.tree.map(fit, caches)
+def _with_slots(a: jax.Array, slots: int) -> jax.Array:
+    """Cuts or pads an array [n, B, ..., S, K] of caches to `slots` slots."""
+    a = a[..., :slots, :]
+    return jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, slots - a.shape[-2]), (0, 0)))
