@@ -33,32 +33,41 @@ class BatchRow:
       names: first entries of its output: `row`, its line number; `key`, a hash of the line and the
         settings, by which a later run recognises it; and `id`, if it has one.
       sample: the prompt; None for a bad row.
-      sequence: the sequence that is being generated; None for a bad row.
+      sequences: the answers that are being generated, one or `n`; empty for a bad row.
       error: error message of a bad row.
     """
 
     names: dict[str, Any]
     sample: Sample | None = None
-    sequence: Sequence | None = None
+    sequences: tuple[Sequence, ...] = ()
     error: str | None = None
 
     @property
     def done(self) -> bool:
-        """Whether its answer is complete, or it is a bad row."""
-        return self.sequence is None or self.sequence.done
+        """Whether its answers are complete, or it is a bad row."""
+        return all(sequence.done for sequence in self.sequences)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is a bad row, or one of its answers ended with an error."""
+        return self.error is not None or any(one.answer.error for one in self.sequences)
 
     @property
     def read(self) -> dict[str, Any]:
         """A digest of the row, which must be equal on all processes that answer it together."""
-        found = self.error if self.sequence is None else self.sequence.prompt.digest
+        found = self.sequences[0].prompt.digest if self.sequences else self.error
         return self.names | {"found": found}
 
     @property
     def line(self) -> str:
         """Its output, as JSON on one line."""
-        if self.sequence is None or self.sample is None:
+        if self.sample is None:
             return json_line(self.names | {"error": {"message": self.error}})
-        return json_line(self.names | record(self.sequence.result(), self.sample))
+        answers = [record(sequence.result(), self.sample) for sequence in self.sequences]
+        if len(answers) == 1:
+            return json_line(self.names | answers[0])
+        errors = [{"error": answer["error"]} for answer in answers if "error" in answer]
+        return json_line({**self.names, "answers": answers, **(errors[0] if errors else {})})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +213,7 @@ class BatchRun:
                         # An unpaired surrogate in an id is written as its escape sequence.
                         out.write((row.line + "\n").encode("utf-8", "backslashreplace"))
                         out.flush()
-                    ended, bad = ended + 1, bad + (row.sequence is None)
+                    ended, bad = ended + 1, bad + row.failed
                 rate = self._tokens / progress.seconds
                 progress.update(ended, f"{human_count(rate)} tokens/s")
         return bad
@@ -219,14 +228,13 @@ class BatchRun:
                 request = read_question_at(rows, index)
                 self._unread.add(str(rows.path), request.unread)
                 sample = self._session.prepare(request)
-                row = BatchRow(names, sample, self._session.row(engine, sample))
+                row = BatchRow(names, sample, tuple(self._session.rows(engine, sample)))
             except (UserError, OSError) as error:
                 row = BatchRow(names, error=clip(str(error), MOST))
             if self._check_equal is not None:
                 self._check_equal(row.read, f"row {names['row']}")
             self._rows.append(row)
-            if row.sequence is not None:
-                yield row.sequence
+            yield from row.sequences
 
 
 def _identity(value: Any) -> dict[str, Any]:

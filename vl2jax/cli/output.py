@@ -60,12 +60,18 @@ class Output:
             print(_printable(text), end="", flush=True)
 
     def finish(self, generation: Generation, sample: Sample) -> None:
-        """Prints the complete answer, or the end of a streamed one, and draws its boxes."""
+        """Prints the complete answer, or the end of a streamed one, and draws its boxes.
+
+        Raises:
+          UserError: the answer ended with an error.
+        """
         text = generation.text or ""  # a session always has a tokenizer
         if self._as_json:
             print(json_line(record(generation, sample, self._draw_on)), flush=True)
         else:
             print("" if self._streams else _printable(text), flush=True)
+        if generation.error is not None:
+            raise UserError(generation.error)
         if self._draw is not None:
             found = grounding.parse_answer(text, sample.image_sizes, self._draw_on)
             source = sample.image_sources[-1 if self._draw_on is None else self._draw_on - 1]
@@ -85,7 +91,7 @@ def _printable(text: str) -> str:
 
 
 def record(generation: Generation, sample: Sample, draw_on: int | None = None) -> dict[str, Any]:
-    """Converts an answer to a JSON object.
+    """Converts an answer to a JSON object; it has an `error` if the answer ended with one.
 
     Args:
       generation: the answer.
@@ -93,6 +99,7 @@ def record(generation: Generation, sample: Sample, draw_on: int | None = None) -
       draw_on: number of the image (from 1) for whose pixels `boxes` are computed; None: the last.
     """
     found = grounding.parse_answer(generation.text or "", sample.image_sizes, draw_on)
+    error = {} if generation.error is None else {"error": {"message": generation.error}}
     return {
         "text": generation.text,
         "tokens": generation.tokens,
@@ -103,6 +110,7 @@ def record(generation: Generation, sample: Sample, draw_on: int | None = None) -
         "boxes_refused": list(found.refused),
         "seconds_to_first_token": round(generation.seconds_to_first_token, 4),
         "tokens_per_second": round(generation.tokens_per_second, 2),
+        **error,
     }
 
 

@@ -44,10 +44,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--max_new_tokens", type=whole(1), default=512, help="maximum tokens per answer (512)")
     add("--temperature", type=float, default=0.0, help="0: greedy decoding (0)")
     add("--top_p", type=float, default=1.0, help="nucleus sampling probability (1: off)")
-    add("--top_k", type=whole(0), default=0, help="sample from the k likeliest tokens (0: all)")
+    any_size = whole(-1, 10**99)
+    add("--top_k", type=any_size, default=0, help="sample from the k likeliest tokens (0: all)")
     add("--repetition_penalty", type=float, default=1.0, help="penalty of repeated tokens (1: off)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string; repeatable")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of sampling (0)")
+    add("--seed", type=whole(-(2**63), 2**64 - 1), default=0, help="seed of sampling (0)")
+    add("--n", type=whole(1), default=1, help="answers to each prompt, with different seeds (1)")
     add("--chunk_size", type=whole(0), default=0, help="prefill in chunks of N tokens (0: off)")
     add("--dtype", choices=("bfloat16", "float32"), help="dtype of the model (as stored)")
     add("--quantize", choices=KINDS, help="int8 weights: half the memory of bfloat16 (off)")
@@ -124,6 +126,8 @@ def _check_modes(args: argparse.Namespace) -> None:
             args.system and (is_batch or args.messages),
             "--system is only for --prompt and chat; put the system message into the file",
         ),
+        (args.n > 1 and not modes, "--n needs --prompt, --messages or --batch"),
+        (args.n > 1 and args.draw, "--draw shows the boxes of one answer; leave --n out"),
         (args.draw and not is_one, "--draw needs --prompt or --messages"),
         (args.draw_on and not is_one, "--draw_on needs --prompt or --messages"),
         (args.draw_on and not (args.draw or args.json), "--draw_on needs --draw or --json"),
@@ -134,7 +138,11 @@ def _check_modes(args: argparse.Namespace) -> None:
 
 def _check_values(args: argparse.Namespace) -> None:
     """Raises UserError for values that no checkpoint supports, and for paths that do not exist."""
-    SamplingParams.create(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    sampling = SamplingParams.create(
+        args.temperature, args.top_k, args.top_p, args.repetition_penalty
+    )
+    if args.n > 1 and sampling.greedy:
+        raise UserError(f"--n {args.n} needs --temperature above 0; greedy answers are all equal")
     if "" in args.stop:
         raise UserError("--stop is empty; expected a stop string")
     for flag, path in (("--messages", args.messages), ("--batch", args.batch)):

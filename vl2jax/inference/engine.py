@@ -118,6 +118,11 @@ class Engine:
         self._rows: list[Sequence | None] = []
         self.prefilled_tokens = 0
 
+    def check_answers(self, n: int) -> None:
+        """Raises UserError if `n` answers to a prompt would all be the same."""
+        if n > 1 and self._sampling.greedy:
+            raise UserError(f"n={n} answers need a temperature above 0; greedy ones are all equal")
+
     def row(self, prompt: Prompt, max_new_tokens: int = 512, seed: int = 0) -> Sequence:
         """Makes a sequence for `run`; its latency is measured from now.
 

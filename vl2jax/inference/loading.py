@@ -2,19 +2,21 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 
 from vl2jax.checkpoints.model_dir import flat_shapes, load_params, read_model_dir
-from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
+from vl2jax.inference.generate import generate, stream
+from vl2jax.inference.options import GenerateOptions, has_options_of, read_dtype
+from vl2jax.inference.sequence import Generation, Sequence
 from vl2jax.model.quantization import check_kind
-from vl2jax.model.vl2 import DTYPES, abstract_params
+from vl2jax.model.vl2 import abstract_params, forward
 from vl2jax.ops.matmul import Int8
 from vl2jax.parallel.sharding import param_shardings
+from vl2jax.processing.batch import Batch
 from vl2jax.processing.processor import Processor
 
 
@@ -24,7 +26,7 @@ class Model:
 
     Attributes:
       config: architecture.
-      params: variables, `{"params": ..., "router": ...}`, for `forward` and `generate`.
+      params: variables, `{"params": ..., "router": ...}`.
       processor: converts conversations and images to a `Batch`.
     """
 
@@ -42,6 +44,33 @@ class Model:
         """Number of parameters, without the scales of int8 weights."""
         leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Int8))
         return sum(leaf.size for leaf in leaves)
+
+    def forward(
+        self, batch: Batch, *, dtype: Any = None, moe_implementation: str = "blocked"
+    ) -> jax.Array:
+        """Computes the logits of every position, float32[B, T, vocab]; see `vl2jax.forward`."""
+        dtype = None if dtype is None else read_dtype("dtype", dtype)
+        return forward(
+            *(self.config, self.params, batch), dtype=dtype, moe_implementation=moe_implementation
+        )
+
+    @has_options_of(stream)
+    def generate(self, batch: Batch, **options: Unpack[GenerateOptions]) -> list[Generation]:
+        """Generates an answer for each row of a batch; see `vl2jax.generate`.
+
+        The tokenizer is that of the processor, so answers have a text.
+        """
+        return generate(self.config, self.params, batch, **self._with_tokenizer(options))
+
+    @has_options_of(stream)
+    def stream(
+        self, batch: Batch, **options: Unpack[GenerateOptions]
+    ) -> Iterator[tuple[list[Sequence], list[str]]]:
+        """Generates like `generate`, and yields the text so far; see `vl2jax.stream`."""
+        return stream(self.config, self.params, batch, **self._with_tokenizer(options))
+
+    def _with_tokenizer(self, options: GenerateOptions) -> GenerateOptions:
+        return {"tokenizer": self.processor.tokenizer, **options}
 
 
 def load(
@@ -76,7 +105,7 @@ def load(
     """
     check_kind(quantize)
     directory = read_model_dir(path)
-    dtype = _float_dtype(directory.dtype if dtype is None else dtype)
+    dtype = read_dtype("dtype", directory.dtype if dtype is None else dtype)
     processor = Processor.from_dir(directory.path, directory.config)
     abstract = abstract_params(directory.config)
     params = load_params(
@@ -88,10 +117,3 @@ def load(
         on_leaf=on_leaf,
     )
     return Model(directory.config, params, processor)
-
-
-def _float_dtype(dtype: Any) -> jnp.dtype:
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
-    if name not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return jnp.dtype(DTYPES[name])

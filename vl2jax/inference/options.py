@@ -92,6 +92,12 @@ def as_whole(value: Any) -> int | None:
         return int(value) if is_float and float(value).is_integer() else None
 
 
+def _is_one(value: Any) -> bool:
+    """Whether a value is a single one, not several: a 0-dimensional array is one, too."""
+    several = isinstance(value, abc.Iterable) and getattr(value, "ndim", 1)
+    return not several or isinstance(value, str | bytes)
+
+
 def read_whole(name: str, value: Any, low: int) -> int:
     """Reads a whole number of at least `low`; raises UserError for anything else."""
     checks = Checks()
@@ -116,7 +122,7 @@ def read_stop(stop: str | abc.Sequence[str] | None) -> tuple[str, ...]:
     return texts
 
 
-def read_token_ids(ids: int | abc.Iterable[int] | None) -> list[int]:
+def read_token_ids(ids: Any) -> list[int]:
     """Reads the ids of end tokens: a single one, several, or None.
 
     Raises:
@@ -124,8 +130,7 @@ def read_token_ids(ids: int | abc.Iterable[int] | None) -> list[int]:
     """
     if ids is None:
         return []
-    alone = as_whole(ids) is not None or not isinstance(ids, abc.Iterable)
-    given = [ids] if alone else list(ids)
+    given = [ids] if _is_one(ids) else list(ids)
     found = [as_whole(one) for one in given]
     for one, number in zip(given, found, strict=True):
         if number is None or not 0 <= number < 2**31:
@@ -155,7 +160,7 @@ def read_seeds(seed: Any, rows: int) -> list[int]:
     Raises:
       UserError: it is neither.
     """
-    if isinstance(seed, str | bytes) or not isinstance(seed, abc.Iterable) or not np.ndim(seed):
+    if _is_one(seed):
         return [read_seed(seed)] * rows
     seeds = [read_seed(one) for one in seed]
     if len(seeds) != rows:

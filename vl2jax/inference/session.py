@@ -18,6 +18,7 @@ from vl2jax.common.errors import UserError
 from vl2jax.common.progress import Progress, human_bytes
 from vl2jax.inference.engine import Engine
 from vl2jax.inference.loading import Model, load
+from vl2jax.inference.options import seed_of_answer
 from vl2jax.inference.request import Request
 from vl2jax.inference.sequence import Generation, Prompt, Sequence
 from vl2jax.model.vl2 import abstract_params
@@ -26,7 +27,7 @@ from vl2jax.parallel.sharding import mesh_to_text
 from vl2jax.processing.collate import Sample
 from vl2jax.processing.processor import Processor
 
-_REQUEST_OPTIONS = ("max_new_tokens", "seed")  # options per request; the others are for the engine
+_REQUEST_OPTIONS = ("max_new_tokens", "seed", "n")  # per request; the others are for the engine
 
 
 class Session:
@@ -67,7 +68,7 @@ class Session:
         self._mesh, self._quantize = mesh, quantize
         self._crop, self.exif = crop, exif
         self._model: Model | None = None
-        self._engines: dict[int, Engine] = {}
+        self._engines: dict[tuple[int, bool], Engine] = {}
         self.processor = Processor.from_dir(self._directory.path, self._directory.config)
         self._limit = self._directory.config.decoder.max_position_embeddings
         # Larger values mean the same as the limit itself.
@@ -143,27 +144,32 @@ class Session:
         )
         return nbytes
 
-    def engine(self, rows: int = 1) -> Engine:
+    def engine(self, rows: int = 1, *, compare: bool = False) -> Engine:
         """Returns the engine with `rows` batch rows, made at the first call.
 
-        With one row it keeps the caches of conversations, and compares prompts across processes.
+        With one row it keeps the caches of conversations.  With one row, and if asked to, it
+        compares prompts across processes.
         """
-        if rows not in self._engines:
+        key = rows, compare or rows == 1
+        if key not in self._engines:
             model = self.load()
-            self._engines[rows] = Engine(
+            self._engines[key] = Engine(
                 *(model.config, model.params),
                 rows=rows,
                 tokenizer=self.processor.tokenizer,
                 keep_turns=rows == 1,
-                check_prompts_equal=rows == 1,
+                check_prompts_equal=key[1],
                 **{k: v for k, v in self._options.items() if k not in _REQUEST_OPTIONS},
             )
-        return self._engines[rows]
+        return self._engines[key]
 
-    def row(self, engine: Engine, sample: Sample) -> Sequence:
-        """Makes a sequence for `engine.run` from a prepared request."""
+    def rows(self, engine: Engine, sample: Sample) -> list[Sequence]:
+        """Makes the sequences for `engine.run` from a prepared request: one, or `n`."""
         options = {k: v for k, v in self._options.items() if k in _REQUEST_OPTIONS}
-        return engine.row(self.prompt(sample), **options)
+        seed, n = options.pop("seed", 0), options.pop("n", 1)
+        engine.check_answers(n)
+        prompt = self.prompt(sample)
+        return [engine.row(prompt, seed=seed_of_answer(seed, i), **options) for i in range(n)]
 
     def prompt(self, sample: Sample) -> Prompt:
         """Converts a prepared request to a `Prompt`."""
@@ -179,15 +185,28 @@ class Session:
         return kind | {"crop": self._crop, "exif": self.exif} | self._options
 
     def answer(self, sample: Sample, show: Callable[[str], None]) -> Generation:
-        """Answers one request.
+        """Answers one request, once.
 
         Args:
           sample: a prepared request.
           show: called with each new piece of the answer's text.
         """
         engine = self.engine()
-        row = self.row(engine, sample)
+        row = self.rows(engine, sample)[0]
         for events in engine.run([row]):
             for _, fresh in events:
                 show(fresh)
         return row.result()
+
+    def answers(self, sample: Sample, batch_size: int) -> list[Generation]:
+        """Gives the `n` answers to one request.
+
+        Args:
+          sample: a prepared request.
+          batch_size: maximum number of answers that are generated at the same time.
+        """
+        engine = self.engine(min(batch_size, self._options.get("n", 1)), compare=True)
+        rows = self.rows(engine, sample)
+        for _ in engine.run(rows):
+            pass
+        return [row.result() for row in rows]

@@ -22,6 +22,7 @@ from vl2jax.cli.train_flags import FLAGS, define_flags, read_flags
 from vl2jax.common.chips import TPU
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
+from vl2jax.inference.sampling import SamplingParams
 from vl2jax.inference.steps import MAX_BURST
 from vl2jax.model.quantization import KINDS
 from vl2jax.ops.experts.tpu_chunked import CHUNKS, SCOPE
@@ -108,11 +109,19 @@ def plan(
         "config": config.name,
         "topology": topology,
         **({} if request.quantize is None else {"quantize": request.quantize}),
+        **({} if what != "decode" else {"sampling": _sampling_name(request.sampling)}),
         "devices": len(devices),
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         **_report(rates, mesh, built, cost, flops / len(devices)),
         "tokens": tokens,
     }
+
+
+def _sampling_name(sampling: SamplingParams) -> str:
+    """The form of sampling that a decode program is compiled with."""
+    if sampling.greedy:
+        return "greedy"
+    return "top-k and top-p" if sampling.truncates else "all tokens"
 
 
 def work(config: RunConfig, architecture: VL2Config, what: str, request: GenerationSizes):
@@ -260,6 +269,9 @@ def define_plan_flags() -> None:
     flags.DEFINE_integer("prompt", 2048, "tokens of a prompt", lower_bound=1)
     flags.DEFINE_integer("slots", 4096, "tokens of prompt and answer", lower_bound=2)
     flags.DEFINE_enum("quantize", None, KINDS, "quantise weights for prefill and decode (off)")
+    flags.DEFINE_float("temperature", 0.0, "temperature of decode (0: greedy)", lower_bound=0.0)
+    flags.DEFINE_integer("top_k", 0, "top-k of decode (0: all tokens)", lower_bound=-1)
+    flags.DEFINE_float("top_p", 1.0, "top-p of decode (1: all tokens)")
     flags.DEFINE_boolean("json", False, "print one line of JSON per program")
     flags.DEFINE_float("effort", 0.0, "effort of the compiler, -1 to 1")
 
@@ -274,7 +286,8 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--what takes {', '.join(WHAT)}, got {','.join(unknown) or 'nothing'}")
     jax.config.update(EFFORT, FLAGS.effort)
     slots = max(FLAGS.slots, FLAGS.prompt + 1)
-    request = GenerationSizes(FLAGS.rows, FLAGS.prompt, slots, FLAGS.quantize)
+    sampling = SamplingParams.create(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
+    request = GenerationSizes(FLAGS.rows, FLAGS.prompt, slots, FLAGS.quantize, sampling)
     for what in FLAGS.what:
         try:
             with ops.use(**ops.parse(config.compute.ops)):

@@ -39,12 +39,15 @@ class GenerationSizes:
       prompt: tokens per prompt.
       slots: cache slots per row, for prompt and answer.
       quantize: see `vl2jax.load`.
+      sampling: how tokens are chosen; the decode program depends on whether it is greedy, and on
+        whether it has top-k or top-p.
     """
 
     rows: int
     prompt: int
     slots: int
     quantize: str | None = None
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams.create)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,7 @@ def build_decode(
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
     )
     eos = place((1,), jnp.int32)
-    arguments = (params, SamplingParams.create(), state, eos, jnp.int32(1), jnp.int32(0))
+    arguments = (params, request.sampling, state, eos, jnp.int32(1), jnp.int32(0))
     step = compiled_steps(architecture, dtype, "tpu").burst
     return _compile(mesh, step, arguments, {"parameters": params, "cache": caches})
 

@@ -205,6 +205,9 @@ def answer_all(
 
     Returns:
       One outcome for each of `wanted`, in its order.
+
+    Raises:
+      UserError: a question does not fit the model, or an answer ended with an error.
     """
     model = session.load()
     processor = model.processor
@@ -214,8 +217,16 @@ def answer_all(
         full = [*samples, *[samples[-1]] * (batch_size - len(samples))]
         tiles = sum(len(sample.tiles) for sample in full)
         batch = processor.collate(full, tile_slots=-(-tiles // batch_size) * batch_size)
-        options = {"max_new_tokens": max_new_tokens, "tokenizer": processor.tokenizer}
-        return generate(model.config, model.params, batch, **options)[: len(samples)]
+        answers = generate(
+            *(model.config, model.params, batch),
+            max_new_tokens=max_new_tokens,
+            tokenizer=processor.tokenizer,
+            batch_size=batch_size,
+        )[: len(samples)]
+        for one in answers:
+            if one.error is not None:
+                raise UserError(one.error)
+        return answers
 
     outcomes: dict[tuple[str, int], Outcome] = {}
     with Progress("answering", len(wanted), "questions") as progress:

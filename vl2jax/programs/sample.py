@@ -72,6 +72,7 @@ def run_here(args: argparse.Namespace, shard: Shard) -> int:
         crop=False if args.nocrop else None,
         exif=not args.raw_orientation,
         **{name: getattr(args, name) for name in names.split()},
+        **({"n": args.n} if args.n > 1 else {}),
     )
     set_compilation_cache(args.compilation_cache)
     if args.verbose:
@@ -100,11 +101,25 @@ def run_here(args: argparse.Namespace, shard: Shard) -> int:
 
 
 def answer_one(session: Session, output: Output, args: argparse.Namespace) -> None:
-    """Answers --prompt or --messages."""
+    """Answers --prompt or --messages, --n times.
+
+    Raises:
+      UserError: the request is wrong, or an answer ended with an error; the others are printed.
+    """
     sample = session.prepare(read_one(args))
     output.check(sample)
-    generation = session.answer(sample, output.show)
-    output.finish(generation, sample)
+    if args.n == 1:
+        output.finish(session.answer(sample, output.show), sample)
+        return
+    failed = []
+    for generation in session.answers(sample, args.batch_size):
+        output.show(generation.text or "")
+        try:
+            output.finish(generation, sample)
+        except UserError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def read_one(args: argparse.Namespace) -> Request:
