@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import jax.numpy as jnp
 import numpy as np
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
 from vl2jax.model.vl2 import DTYPES
 
 
@@ -63,7 +63,7 @@ class Checks:
         """Reads a whole number: a Python or NumPy integer, or a float without fraction."""
         number = as_whole(value)
         if number is None or not fits(number):
-            self._wrong.append(f"{name} must be {want}, got {value!r:.40}")
+            self._wrong.append(f"{name} must be {want}, got {shown(value, 40)}")
             return 0
         return number
 
@@ -74,7 +74,7 @@ class Checks:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or not fits(number):
-            self._wrong.append(f"{name} must be {want}, got {value!r:.40}")
+            self._wrong.append(f"{name} must be {want}, got {shown(value, 40)}")
         return number
 
     def finish(self) -> None:
@@ -114,11 +114,11 @@ def read_stop(stop: str | abc.Sequence[str] | None) -> tuple[str, ...]:
     """
     texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(texts, abc.Iterable) or isinstance(texts, bytes | abc.Mapping):
-        raise UserError(f"stop must be a text or a list of texts, got {stop!r:.40}")
+        raise UserError(f"stop must be a text or a list of texts, got {shown(stop, 40)}")
     texts = tuple(texts)
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise UserError(f"stop strings must be texts that are not empty, got {text!r:.40}")
+            raise UserError(f"stop strings must be texts that are not empty, got {shown(text, 40)}")
     return texts
 
 
@@ -134,7 +134,7 @@ def read_token_ids(ids: Any) -> list[int]:
     found = [as_whole(one) for one in given]
     for one, number in zip(given, found, strict=True):
         if number is None or not 0 <= number < 2**31:
-            raise UserError(f"eos_token_id must be whole numbers from 0, got {one!r:.40}")
+            raise UserError(f"eos_token_id must be whole numbers from 0, got {shown(one, 40)}")
     return [number for number in found if number is not None]
 
 
@@ -146,7 +146,7 @@ def read_seed(seed: Any) -> int:
     """
     number = as_whole(seed)
     if number is None or not -(2**63) <= number < 2**64:
-        raise UserError(f"seed must be a whole number of at most 64 bits, got {seed!r:.40}")
+        raise UserError(f"seed must be a whole number of at most 64 bits, got {shown(seed, 40)}")
     return number
 
 
@@ -199,7 +199,7 @@ def read_dtype(name: str, dtype: Any) -> jnp.dtype:
     try:
         found = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     except TypeError:
-        found = f"{dtype!r:.40}"
+        found = shown(dtype, 40)
     if found not in DTYPES:
-        raise UserError(f"{name} must be one of {', '.join(DTYPES)}, got {found!r:.40}")
+        raise UserError(f"{name} must be one of {', '.join(DTYPES)}, got {shown(found, 40)}")
     return jnp.dtype(DTYPES[found])

@@ -135,7 +135,10 @@ def _cut_of_candidates(
       The cut: the lowest logit that is kept, float32[B], and the last id with this logit that is
       kept, int32[B]; and whether the cut is among the candidates, bool[B].
     """
-    values, ids = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
+    # Without the barrier XLA merges the slices below into the selection, and then sorts all logits.
+    values, ids = jax.lax.optimization_barrier(
+        jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
+    )
     count = values.shape[-1]
     highest = values[:, :1]
     kth = jnp.where(top_k > 0, values[:, jnp.clip(top_k, 1, count) - 1], -jnp.inf)[:, None]
