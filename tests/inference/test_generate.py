@@ -198,17 +198,118 @@ def test_bfloat16_answers(rows):
     ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": "5"}, "max_new_tokens"),
         ({"chunk_size": -1}, "chunk_size"),
+        ({"batch_size": 0}, "batch_size"),
         ({"stop": ["x"]}, "tokenizer"),
+        ({"stop": "x"}, "tokenizer"),
+        ({"stop": ["x", ""]}, "stop"),
+        ({"stop": [3]}, "stop"),
+        ({"stop": b"x"}, "stop"),
         ({"top_p": 2.0}, "top_p"),
         ({"seed": [1, 2, 3]}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 10**5000}, "seed"),
+        ({"seed": [1, 0.5]}, "seed"),
+        ({"seed": "1"}, "seed"),
+        ({"eos_token_id": "end"}, "eos_token_id"),
+        ({"eos_token_id": [1, -1]}, "eos_token_id"),
+        ({"n": 0, "temperature": 1.0}, "n must"),
+        ({"n": 2}, "temperature"),
+        ({"dtype": "float16"}, "dtype must"),
+        ({"cache_dtype": "int8"}, "cache_dtype must"),
+        ({"cache_dtype": np.float64}, "cache_dtype must"),
+        ({"cache_dtype": "no dtype"}, "cache_dtype must"),
+        ({"cache_dtype": 3}, "cache_dtype must"),
     ],
 )
-def test_bad_options(rows, options, words):
+@pytest.mark.parametrize("count", [2, 0])
+def test_bad_options(rows, options, words, count):
+    """They are found when `stream` is called, before its first answer, and without rows, too."""
     these = rows("mini-small")
     batch = these.model.processor.collate(these.samples[:2])
-    with pytest.raises(UserError, match=words):
-        these.generate(batch, **options)
+    batch = jax.tree.map(lambda field: field[:count], batch)
+    with pytest.raises(UserError, match=words) as caught:
+        vl2jax.stream(these.model.config, these.model.params, batch, **options)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy(rows):
+    these = rows("mini-small")
+    batch = these.model.processor.collate(these.samples[:2])
+    tokens = these.generate(
+        batch,
+        max_new_tokens=np.int64(3),
+        seed=np.array([1, 2]),
+        eos_token_id=np.int32(these.golden("vl")[0][1]),
+        batch_size=np.uint8(1),
+        chunk_size=np.int16(16),
+        temperature=np.float32(0),
+        n=np.int64(1),
+    )
+    assert tokens == [these.golden("vl")[0][:2], these.golden("vl")[1][:3]]
+
+
+def test_no_prompts(rows):
+    these = rows("mini-small")
+    batch = jax.tree.map(lambda field: field[:0], these.batch)
+    assert vl2jax.generate(these.model.config, these.model.params, batch) == []
+    assert list(vl2jax.stream(these.model.config, these.model.params, batch)) == []
+
+
+def test_rows_enter_the_device_when_others_are_finished(rows):
+    """At most `batch_size` answers are being generated, whatever the number of rows."""
+    these = rows("mini-small")
+    batch, most = these.batch, 0
+    for sequences, _ in vl2jax.stream(
+        *(these.model.config, these.model.params, batch), max_new_tokens=5, batch_size=2
+    ):
+        most = max(most, sum(bool(s.answer.tokens) and not s.done for s in sequences))
+    assert most == 2 < len(these.samples)
+    assert [s.answer.tokens for s in sequences] == [tokens[:5] for tokens in these.golden("vl")]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_several_answers_from_one_seed(rows):
+    """They differ, repeat with the seed, and do not depend on their number or on other rows."""
+    these = rows("mini-small")
+    sampled = {"temperature": 1.0, "max_new_tokens": 6, "batch_size": 2}
+    batch = these.model.processor.collate(these.samples[:2])
+    two = these.generate(batch, **sampled, seed=[7, 8], n=2)
+    assert len(two) == len(set(map(tuple, two))) == 4
+    alone = these.model.processor.collate(these.samples[:1])
+    three = these.generate(alone, **sampled, seed=7, n=3)
+    assert three[:2] == two[:2] and three[2] not in two
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_seeds_of_64_bits(rows):
+    """Both halves of a seed count; a negative seed is one, too."""
+    these = rows("mini-small")
+    sample = these.samples[0]
+    seeds = [7, 7 + 2**32, 7 + 2**33, -1, -(2**63), 2**63 - 1, 7]
+    batch = these.model.processor.collate([sample] * len(seeds))
+    found = these.generate(batch, temperature=1.0, max_new_tokens=6, batch_size=2, seed=seeds)
+    assert found[0] == found[-1]
+    assert len(set(map(tuple, found))) == len(seeds) - 1
+
+
+def test_one_stop_string(rows):
+    """A text is one stop string, not one per letter."""
+    these = rows("mini-small")
+    tokenizer = these.model.processor.tokenizer
+    batch = these.model.processor.collate(these.samples[:1])
+    text = tokenizer.decode(these.golden("vl")[0])
+    stop = text[-8:-3]
+    options = dict(max_new_tokens=NEW, tokenizer=tokenizer)
+    found = [
+        vl2jax.generate(these.model.config, these.model.params, batch, **options, stop=given)[0]
+        for given in (stop, [stop], None)
+    ]
+    assert found[0].text == found[1].text == text[: text.index(stop)]
+    assert found[2].text == text
 
 
 def test_left_padding_is_refused(rows):

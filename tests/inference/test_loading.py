@@ -1,7 +1,9 @@
 """Loading a model, and the public interface of the package."""
 
+import inspect
 import subprocess
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,37 @@ def test_load_forward_generate(converted, data_dir):
     (answer,) = vl2jax.generate(model.config, model.params, batch, max_new_tokens=3)
     assert answer.tokens[0] == np.argmax(logits[0, -1])
     assert answer.text is None
+
+    np.testing.assert_array_equal(model.forward(batch), logits)
+    (told,) = model.generate(batch, max_new_tokens=3)
+    assert told.tokens == answer.tokens
+    assert told.text == model.processor.tokenizer.decode(told.tokens)
+    *_, (rows, _) = model.stream(batch, max_new_tokens=3)
+    (row,) = rows
+    assert isinstance(row, vl2jax.Sequence) and isinstance(row.answer, vl2jax.Completion)
+    assert isinstance(row.prompt, vl2jax.Prompt) and isinstance(row.result(), vl2jax.Generation)
+    assert row.answer.text == told.text
+
+
+def test_signatures():
+    """All options are in the signatures, with their types and defaults, and `stream` has them all.
+
+    So an editor, `help` and a type checker know them.
+    """
+    whole = inspect.signature(vl2jax.stream).parameters
+    options = {name for name, one in whole.items() if one.kind is one.KEYWORD_ONLY}
+    assert options == set(typing.get_type_hints(vl2jax.GenerateOptions))
+    for function in (vl2jax.generate, vl2jax.Model.generate, vl2jax.Model.stream):
+        found = inspect.signature(function).parameters
+        assert {name for name, one in found.items() if one.kind is one.KEYWORD_ONLY} == options
+        for name in options:
+            assert found[name].default == whole[name].default
+    assert list(inspect.signature(vl2jax.Model.generate).parameters)[:2] == ["self", "batch"]
+    assert set(inspect.signature(vl2jax.Model.forward).parameters) == {
+        *("self", "batch", "dtype", "moe_implementation")
+    }
+    for name in vl2jax.__all__:
+        assert getattr(vl2jax, name) is not None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype("float32")])

@@ -36,6 +36,7 @@ from vl2jax.cli.sample_flags import parse_flags
 from vl2jax.cli.shards import Shard, check_same_flags, choose_shard, read_distributed_options
 from vl2jax.cli.verbose import print_compilations_and_choices
 from vl2jax.common.compilation_cache import set_compilation_cache
+from vl2jax.common.errors import UserError
 from vl2jax.inference.request import Request, from_prompt, read_request
 from vl2jax.inference.session import Session
 from vl2jax.parallel.processes import (
