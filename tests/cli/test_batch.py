@@ -17,7 +17,7 @@ from convert import to_jax
 from vl2jax.cli.batch import answer_batch, shard_path
 from vl2jax.common.errors import UserError
 from vl2jax.data.files import open_rows
-from vl2jax.inference.request import read_question_at
+from vl2jax.inference.request import from_prompt, read_question_at
 from vl2jax.inference.session import Session
 from vl2jax.synthetic.__main__ import main as write_synthetic
 
@@ -256,6 +256,41 @@ def test_processes_share_the_rows(session, whole, tmp_path):
     assert same(sorted(found, key=lambda row: row["row"])) == same(read(want))
     assert not target.exists()
     assert shard_path(target, (1, 2)).name == "out-00001-of-00002.jsonl"
+
+
+def test_several_answers_to_each_row(ckpt, session, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(questions(3))
+    options = dict(max_new_tokens=4, temperature=1.0, seed=5)
+    assert answer_batch(Session(ckpt, **options, n=2), source, target, 4) == 1
+    rows = read(target)
+    assert [row["id"] for row in rows] == ["q0", "q1", "q2"]
+    assert "error" in rows[2] and "answers" not in rows[2]
+    for row in rows[:2]:
+        first, second = row["answers"]
+        assert first["tokens"] != second["tokens"]
+        assert first["finish_reason"] == second["finish_reason"] == "length"
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_row(ckpt, tmp_path):
+    """The other rows are answered, and the row counts as bad, also when the run is resumed."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["no", "what is this?", "no or"]
+    source.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    session = Session(ckpt, max_new_tokens=3)
+    model = session.load()
+    others = [session.prepare(from_prompt(prompts[i])).tokens.tolist() for i in (0, 2)]
+    asked = session.prepare(from_prompt(prompts[1])).tokens.tolist()
+    bad = next(token for token in asked if token not in [*others[0], *others[1]])
+    table = model.params["params"]["decoder"]["embed_tokens"]
+    table["embedding"] = table["embedding"].at[bad].set(float("nan"))
+    assert answer_batch(session, source, target, 4) == 1
+    rows = read(target)
+    assert rows[1]["finish_reason"] == "error" and rows[1]["tokens"] == []
+    assert "not finite" in rows[1]["error"]["message"]
+    assert [len(rows[i]["tokens"]) for i in (0, 2)] == [3, 3]
+    assert "error" not in rows[0]
+    assert answer_batch(session, source, target, 4) == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")

@@ -233,6 +233,38 @@ def test_refused_boxes_are_explained(ask, scripted, picture, tmp_path):
     assert "0 boxes drawn: the answer has no <|ref|>" in err
 
 
+def test_several_answers(ask):
+    """One object or text per answer; the first is that of the same seed alone."""
+    flags = ["--prompt", "hello", "--max_new_tokens", 6, "--temperature", 1, "--seed", -(2**63)]
+    flags += ["--top_k", 10**30]
+    code, out, _ = ask(*flags, "--n", 3, "--json")
+    told = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len({tuple(one["tokens"]) for one in told}) == len(told) == 3
+    _, alone, _ = ask(*flags, "--json")
+    assert json.loads(alone)["tokens"] == told[0]["tokens"]
+    _, text, _ = ask(*flags, "--n", 3)
+    assert text == "".join(one["text"] + "\n" for one in told)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_answer_that_ends_with_an_error(ask, monkeypatch, as_json):
+    """Its text so far is printed, the error is one line, and the exit code is 1."""
+
+    def answer(self, prepared, show):
+        show("so far")
+        return Generation([5], "error", "so far", len(prepared), 0.25, 0.0, "logits are not finite")
+
+    monkeypatch.setattr(Session, "answer", answer)
+    code, out, err = ask("--prompt", "a", *(["--json"] if as_json else []))
+    assert code == 1 and err == "error: logits are not finite\n"
+    if as_json:
+        told = json.loads(out)
+        assert told["finish_reason"] == "error" and told["text"] == "so far"
+        assert told["error"] == {"message": "logits are not finite"}
+    else:
+        assert out == "so far\n"
+
+
 def test_exif_orientation_counts_unless_it_is_refused(ask, scripted, tmp_path):
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
@@ -349,7 +381,14 @@ def test_an_interrupt_ends_a_single_answer(ask, scripted):
         (["--prompt", "a", "--repetition_penalty", "0"], "repetition_penalty must be above 0"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: expected a whole number"),
         (["--prompt", "a", "--chunk_size", "1.5"], "--chunk_size: expected a whole number"),
-        (["--prompt", "a", "--seed", str(2**32)], "--seed: expected a whole number from 0"),
+        (["--prompt", "a", "--seed", str(2**64)], "--seed: expected a whole number from -9223"),
+        (["--prompt", "a", "--n", "0"], "--n: expected a whole number from 1"),
+        (["--prompt", "a", "--n", "2"], "--n 2 needs --temperature above 0"),
+        (["--n", "2", "--temperature", "1"], "--n needs --prompt, --messages or --batch"),
+        (
+            [*("--prompt", "a", "--n", "2", "--temperature", "1"), "--draw", "a.png"],
+            "--draw shows the boxes of one answer",
+        ),
         (["--prompt", "a", "--batch_size", "0"], "--batch_size: expected a whole number from 1"),
         (["--prompt", "a", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),

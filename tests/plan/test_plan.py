@@ -1,15 +1,19 @@
 """Planning: table of chips, times of collectives, costs of kernels, and small compilations."""
 
+import functools
 import importlib.util
 import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
 from vl2jax.common.chips import TPUS
 from vl2jax.common.errors import UserError
+from vl2jax.inference.sampling import SEARCH, SamplingParams, next_token
 from vl2jax.plan.hlo import Collective
 from vl2jax.plan.hlo_text import Array
 from vl2jax.plan.kernel_costs import kernel_cost
@@ -110,20 +114,54 @@ def test_small_run_compiles_for_tpu_with_its_kernels():
         "--config.compute.dtype=bfloat16",
         *("--config.batch.rows=8", "--config.mesh.expert=2", "--config.mesh.data=2"),
         *("--topology=v5e:2x2", "--effort=-1", "--json", "--what=train,prefill,decode"),
-        *("--rows=2", "--prompt=128", "--slots=256"),
+        *("--rows=2", "--prompt=128", "--slots=256", "--temperature=1", "--top_p=0.9"),
     )
     found = _plan(*small)
     assert found.returncode == 0, found.stderr
     train, prefill, decode = map(json.loads, found.stdout.splitlines())
     for program in (train, prefill, decode):
         assert program["mesh"] == {"data": 2, "fsdp": 1, "expert": 2, "tensor": 1}
-        assert not program["open_loops"] and not program["unknown_kernels"]
+        assert not program["unknown_kernels"]
         assert 0 < program["bytes"]["peak"] < program["hbm"]
         assert program["roofline"]["step"] > 0
+    assert not train["open_loops"] and not prefill["open_loops"]
+    # Whether a row keeps more tokens than the candidates is known when it runs.
+    assert [SEARCH in origin for origin in decode["open_loops"]] == [True]
+    assert decode["sampling"] == "top-k and top-p" and "sampling" not in prefill
     exchange = [name for name in train["collectives"] if name.endswith(" over expert")]
     assert any(name.startswith("all-gather") for name in exchange)
     assert any("data" in name for name in train["collectives"])
     assert train["flops"] > train["model_flops"]
+
+
+@pytest.fixture
+def _uncached():
+    """Stores no compiled program: those for devices that are not present cannot be read again."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("_uncached")
+@pytest.mark.parametrize(
+    ("options", "selections"),
+    [({}, 0), ({"top_k": 50}, 1), ({"top_p": 0.9}, 1), ({"top_k": 50, "top_p": 0.9}, 1)],
+)
+def test_sampling_on_tpu_sorts_nothing(options, selections):
+    """Of a vocabulary of 102,400, top-k and top-p need one partial selection, and no sort."""
+    place = functools.partial(
+        jax.ShapeDtypeStruct,
+        (8, 102_400),
+        sharding=jax.sharding.SingleDeviceSharding(tpu_devices("v5e:1x1")[0]),
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    arguments = SamplingParams.create(1.0, **options), place(jnp.float32), place(jnp.bool_), keys
+    program = jax.jit(next_token).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    text = program.as_text()
+    assert " sort(" not in text
+    assert text.count('custom_call_target="TopK"') == selections
 
 
 @needs_libtpu

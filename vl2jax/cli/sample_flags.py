@@ -44,7 +44,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--max_new_tokens", type=whole(1), default=512, help="maximum tokens per answer (512)")
     add("--temperature", type=float, default=0.0, help="0: greedy decoding (0)")
     add("--top_p", type=float, default=1.0, help="nucleus sampling probability (1: off)")
-    any_size = whole(-1, 10**99)
+    any_size = whole(0, 10**99)
     add("--top_k", type=any_size, default=0, help="sample from the k likeliest tokens (0: all)")
     add("--repetition_penalty", type=float, default=1.0, help="penalty of repeated tokens (1: off)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string; repeatable")

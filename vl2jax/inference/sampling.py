@@ -116,11 +116,11 @@ def truncate(
     missing = ~found if active is None else ~found & active
 
     def search() -> _Cut:
-        with jax.named_scope(SEARCH):
-            cut = _searched_cut(logits, top_k, top_p)
+        cut = _searched_cut(logits, top_k, top_p)
         return jnp.where(found, lowest, cut[0]), jnp.where(found, last, cut[1])
 
-    cut = jax.lax.cond(missing.any(), search, lambda: (lowest, last))
+    with jax.named_scope(SEARCH):
+        cut = jax.lax.cond(missing.any(), search, lambda: (lowest, last))
     lowest, last = cut[0][:, None], cut[1][:, None]
     ties = (logits == lowest) & (_ids(logits) <= last)
     return jnp.where((logits > lowest) | ties, logits, -jnp.inf)
