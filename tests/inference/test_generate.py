@@ -217,6 +217,7 @@ def test_bfloat16_answers(rows):
         ({"eos_token_id": "end"}, "eos_token_id"),
         ({"eos_token_id": [1, -1]}, "eos_token_id"),
         ({"n": 0, "temperature": 1.0}, "n must"),
+        ({"n": 10**9, "temperature": 1.0}, "n must"),
         ({"n": 2}, "temperature"),
         ({"dtype": "float16"}, "dtype must"),
         ({"cache_dtype": "int8"}, "cache_dtype must"),

@@ -9,6 +9,7 @@ from vl2jax.cli.output import check_drawing, check_folder
 from vl2jax.cli.shards import add_distributed_flags, read_distributed_options
 from vl2jax.common.errors import UserError
 from vl2jax.common.paths import path_flag
+from vl2jax.inference.options import MAX_N
 from vl2jax.inference.sampling import SamplingParams
 from vl2jax.model.quantization import KINDS
 
@@ -49,7 +50,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--repetition_penalty", type=float, default=1.0, help="penalty of repeated tokens (1: off)")
     add("--stop", action="append", default=[], metavar="TEXT", help="stop string; repeatable")
     add("--seed", type=whole(-(2**63), 2**64 - 1), default=0, help="seed of sampling (0)")
-    add("--n", type=whole(1), default=1, help="answers to each prompt, with different seeds (1)")
+    add(
+        "--n",
+        type=whole(1, MAX_N),
+        default=1,
+        help="answers to each prompt, with different seeds (1)",
+    )
     add("--chunk_size", type=whole(0), default=0, help="prefill in chunks of N tokens (0: off)")
     add("--dtype", choices=("bfloat16", "float32"), help="dtype of the model (as stored)")
     add("--quantize", choices=KINDS, help="int8 weights: half the memory of bfloat16 (off)")

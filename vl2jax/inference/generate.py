@@ -15,6 +15,7 @@ from vl2jax.inference.engine import Engine
 from vl2jax.inference.options import (
     GenerateOptions,
     has_options_of,
+    read_n,
     read_seeds,
     read_whole,
     seed_of_answer,
@@ -57,7 +58,7 @@ def stream(
       stop: a string that ends an answer, or several; they need a tokenizer.
       seed: seed of the random draws, of at most 64 bits, one for all rows or one per row.  The
         draws of a row depend only on its seed.
-      n: number of answers to each prompt, with seeds that are made from its seed; the first has
+      n: number of answers to each prompt, up to `MAX_N`, with seeds that are made from its seed; the first has
         that seed itself.  More than one need a temperature.
       eos_token_id: ids that end an answer; None: the id of the tokenizer, without a tokenizer that
         of the configuration.
@@ -77,7 +78,7 @@ def stream(
         or a prompt leaves no room for an answer.
     """
     lengths = _prompt_lengths(batch)
-    n, seeds = read_whole("n", n, 1), read_seeds(seed, len(lengths))
+    n, seeds = read_n(n), read_seeds(seed, len(lengths))
     engine = Engine(
         *(config, params),
         rows=min(read_whole("batch_size", batch_size, 1), max(1, n * len(lengths))),

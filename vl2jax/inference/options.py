@@ -15,6 +15,9 @@ from vl2jax.common.errors import UserError, shown
 from vl2jax.model.vl2 import DTYPES
 
 
+MAX_N = 1024  # largest number of answers to one prompt
+
+
 class GenerateOptions(TypedDict, total=False):
     """The options of `generate` and `stream`; `stream` documents them."""
 
@@ -102,6 +105,14 @@ def read_whole(name: str, value: Any, low: int) -> int:
     """Reads a whole number of at least `low`; raises UserError for anything else."""
     checks = Checks()
     number = checks.whole(name, value, lambda x: x >= low, f"{low} or more, a whole number")
+    checks.finish()
+    return number
+
+
+def read_n(n: Any) -> int:
+    """Reads the number of answers to a prompt; raises UserError if it is not 1 to `MAX_N`."""
+    checks = Checks()
+    number = checks.whole("n", n, lambda x: 1 <= x <= MAX_N, f"a whole number from 1 to {MAX_N}")
     checks.finish()
     return number
 
