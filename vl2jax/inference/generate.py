@@ -58,8 +58,8 @@ def stream(
       stop: a string that ends an answer, or several; they need a tokenizer.
       seed: seed of the random draws, of at most 64 bits, one for all rows or one per row.  The
         draws of a row depend only on its seed.
-      n: number of answers to each prompt, up to `MAX_N`, with seeds that are made from its seed; the first has
-        that seed itself.  More than one need a temperature.
+      n: number of answers to each prompt, up to `MAX_N`.  Their seeds are made from the prompt's,
+        which the first one has.  More than one need a temperature.
       eos_token_id: ids that end an answer; None: the id of the tokenizer, without a tokenizer that
         of the configuration.
       tokenizer: decodes tokens to text; None: no text and no stop strings.

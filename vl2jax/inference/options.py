@@ -14,7 +14,6 @@ import numpy as np
 from vl2jax.common.errors import UserError, shown
 from vl2jax.model.vl2 import DTYPES
 
-
 MAX_N = 1024  # largest number of answers to one prompt
 
 
