@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer = ""
     config.seed = 0
     config.steps = 1000
+    config.log_every = 0
     config.profile = ""
     config.dry_run = False
     config.batch = dict(rows=8, length=4096, tiles=80, segments=16, microbatches=8)

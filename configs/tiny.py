@@ -73,6 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.tokenizer = ""
     config.seed = 0
     config.steps = 4800
+    config.log_every = 0
     config.profile = ""
     config.dry_run = False
     config.batch = dict(rows=6, length=240, tiles=36, segments=8, microbatches=1)

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from vl2jax.common.errors import UserError
 from vl2jax.training import loop
-from vl2jax.training.events import Profile, StopSignal
+from vl2jax.training.events import Profile, Skipped, StopSignal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -169,3 +169,35 @@ def test_a_trace_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
         profile.after(step)
     profile.close()
     assert len(notes) == 1 and notes[0].endswith("Profile has already been started.")
+
+
+def test_skipped_rows_are_listed_and_counted(tmp_path):
+    told = []
+    skipped = Skipped(tmp_path / "skipped.txt", shown=2)
+    skipped.note = told.append
+    for row in range(4):
+        skipped(f"a.json:{row}: bad")
+    assert told == [
+        "skipped a.json:0: bad",
+        f"skipped a.json:1: bad (further ones in {tmp_path / 'skipped.txt'} only)",
+    ]
+    assert (tmp_path / "skipped.txt").read_text().count("bad\n") == 4
+    loop._note_skipped(
+        {"rows_read": 2000.0, "rows_skipped": 1800.0, "rows_truncated": 3.0}, tmp_path, told.append
+    )
+    assert told[2:] == [
+        f"skipped 1,800 of 2,000 rows (90.0%), listed in {tmp_path}",
+        "truncated 3 of 2,000 rows",
+    ]
+    loop._note_skipped(
+        dict.fromkeys(("rows_read", "rows_skipped", "rows_truncated"), 0.0), tmp_path, pytest.fail
+    )
+
+
+def test_a_list_of_skipped_rows_that_cannot_be_written_ends_nothing(tmp_path):
+    told = []
+    skipped = Skipped(tmp_path, shown=5)  # a directory
+    skipped.note = told.append
+    skipped("a")
+    skipped("b")
+    assert told == [f"{tmp_path} cannot be written: Is a directory", "skipped a", "skipped b"]

@@ -128,3 +128,12 @@ def test_whole_numbers_are_numbers():
     values = load("tiny").to_dict()
     values["optim"] |= {"lr": 1, "lr_multipliers": {"adaptor": 2}, "clip_norm": 5}
     assert read_run_config(values).optim.lr_multipliers == {"adaptor": 2}
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every", "lines"),
+    [(6, 0, 1), (10_000, 0, 1), (10_001, 0, 2), (200_000, 0, 20), (200_000, 1, 1), (6, 3, 3)],
+)
+def test_long_runs_write_every_nth_step(steps, log_every, lines):
+    values = load("tiny").to_dict() | {"steps": steps, "log_every": log_every}
+    assert read_run_config(values).steps_per_line == lines

@@ -161,9 +161,16 @@ def test_a_malformed_row_ends_the_run_with_what_it_has(tmp_path):
     assert error.startswith(f"error: {tmp_path}/data.jsonl:{order[80][1] + 1}: message 1: unknown")
     assert error.endswith("set --config.data.on_error=skip to train without it")
     assert [number for number, *_ in curve(tmp_path / "run")] == list(range(1, step + 1))
-    done = train(tmp_path / "run", *flags, "--config.data.on_error=skip")
+    sparse = ("--config.data.on_error=skip", "--config.log_every=5")
+    done = train(tmp_path / "run", *flags, *sparse)
     assert done.returncode == 0 and f"resumed  from step {step}" in done.stdout
     assert complete_steps(tmp_path / "run") == [step, 12]
+    *_, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert last["data/skipped"] == 1 and "skipped 1 of " in done.stderr
+    assert "unknown role" in (tmp_path / "run" / "skipped.txt").read_text()
+    # The first step of a start and what is saved are written beside every fifth.
+    written = [number for number, *_ in curve(tmp_path / "run")][step:]
+    assert written == sorted({step + 1, 12, *(n for n in (5, 10) if n > step)})
 
 
 def test_preview(tmp_path):

@@ -40,7 +40,7 @@ from vl2jax.parallel.processes import (
 from vl2jax.parallel.sharding import make_mesh
 from vl2jax.processing.processor import Processor
 from vl2jax.training.config_history import config_changes
-from vl2jax.training.events import Skipped
+from vl2jax.training.events import SKIPPED_FILE, Skipped
 from vl2jax.training.feed import choose_pools
 from vl2jax.training.lineage import init_params
 from vl2jax.training.loop import train
@@ -101,7 +101,7 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         return 0
     read_sources(config.data.train, "data.train")  # reports an error before files are written
     set_compilation_cache(FLAGS.compilation_cache)
-    skipped = Skipped(path / "skipped.txt")
+    skipped = Skipped(path / SKIPPED_FILE)
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(model_files(path, config, architecture))
         processor = Processor.from_dir(files, architecture)

@@ -9,7 +9,7 @@ import numpy as np
 
 from vl2jax.common import plots
 from vl2jax.common.progress import human_count
-from vl2jax.training.metrics_file import iterate_metrics
+from vl2jax.training.metrics_file import sample_metrics
 
 # Steps float64[N] and values float64[N, L] of a metric; L is 1, or the number of layers.  Values
 # that are not finite are NaN.
@@ -58,7 +58,7 @@ def draw_curves(metrics_file: Path | str, out: Path | str) -> list[str]:
       Names of the metrics drawn.
 
     Raises:
-      UserError: the metrics file is malformed, or matplotlib is not installed.
+      UserError: matplotlib is not installed.
       OSError: a file cannot be read or written.
     """
     series = read_series(metrics_file)
@@ -69,7 +69,7 @@ def draw_curves(metrics_file: Path | str, out: Path | str) -> list[str]:
 
 
 def read_series(metrics_file: Path | str) -> dict[str, Series]:
-    """Reads the metrics of `PANELS`.
+    """Reads the metrics of `PANELS`; of a long file evenly spaced lines, and all evaluations.
 
     Args:
       metrics_file: a metrics.jsonl.
@@ -78,12 +78,12 @@ def read_series(metrics_file: Path | str) -> dict[str, Series]:
       The metrics that have a finite value, by name.
 
     Raises:
-      UserError: the metrics file is malformed.
-      OSError: it cannot be read.
+      OSError: the metrics file cannot be read.
     """
     keys = {key for panel in PANELS for key in (panel.key, panel.over) if key}
     found: dict[str, list] = {key: [] for key in keys}
-    for line in iterate_metrics(metrics_file):
+    marks = [f'"{panel.over}"'.encode() for panel in PANELS if panel.over]
+    for line in sample_metrics(metrics_file, marks):
         for key in keys & line.keys():
             values = line[key] if isinstance(line[key], list) else [line[key]]
             found[key].append((line["step"], values))

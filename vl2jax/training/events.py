@@ -17,6 +17,8 @@ import numpy as np
 from vl2jax.data.unread import UnreadKeys
 from vl2jax.training.feed import DeviceBatch
 
+SKIPPED_FILE = "skipped.txt"
+
 T = TypeVar("T")
 
 
@@ -34,7 +36,7 @@ class Skipped:
           path: file to append to; None: no file.
           shown: maximum number of rows to print.
         """
-        self._path, self._shown, self._count = path, shown, 0
+        self._path, self._shown, self._count, self._failed = path, shown, 0, False
         self.note: Callable[[str], None] = functools.partial(print, file=sys.stderr)
         self.unread = UnreadKeys(lambda message: self.note(message))
 
@@ -46,12 +48,21 @@ class Skipped:
         """
         self._count += 1
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(message + "\n")
+            self._append(self._path, message)
         if self._count <= self._shown:
             where = f"in {self._path} only" if self._path else "are not shown"
             more = "" if self._count < self._shown else f" (further ones {where})"
             self.note(f"skipped {message}{more}")
+
+    def _append(self, path: Path, message: str) -> None:
+        """Writes a line to the file; a full disk is told once and does not end the run."""
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(message + "\n")
+        except OSError as error:
+            if not self._failed:
+                self.note(f"{path} cannot be written: {error.strerror or error}")
+            self._failed = True
 
 
 def keep_batch(directory: Path, step: int, device_batch: DeviceBatch) -> Path:

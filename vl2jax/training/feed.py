@@ -136,7 +136,7 @@ class FeedIterator(Iterator[DeviceBatch]):
         self.failure: Exception | None = None
 
     def __next__(self) -> DeviceBatch:
-        self._read()
+        self.read()
         if not self._started:
             self._started = True
             _assert_all_can_read(self.failure)
@@ -164,8 +164,14 @@ class FeedIterator(Iterator[DeviceBatch]):
             raise StopIteration
         return DeviceBatch(batch, packed, totals, number_of_batch, after)
 
-    def _read(self) -> None:
-        """Reads the next batch, and with several processes further ones; keeps an error."""
+    def read(self) -> bool:
+        """Reads the next batch, so that `next` does not wait for data; it raises no error of them.
+
+        Several processes read further ones, too.
+
+        Returns:
+          True.
+        """
         wanted = 1 if jax.process_count() == 1 else 1 + _AHEAD
         while len(self._ahead) < wanted and not self._ended:
             try:
@@ -181,6 +187,7 @@ class FeedIterator(Iterator[DeviceBatch]):
                     continue
                 after = {number: it.get_state() for number, it in self._iterators.items()}
                 self._ahead.append((self._number, packed, after))
+        return True
 
     def _pass_over(self, packed: Mapping[int, PackedBatch]) -> None:
         if self._feed.on_skip is not None:

@@ -2,17 +2,22 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
-from vl2jax.parallel.processes import must_wait_for_steps, sync_processes, wait_together
-from vl2jax.training.events import Profile, StopSignal, keep_batch
+from vl2jax.parallel.processes import (
+    is_process_0,
+    must_wait_for_steps,
+    sync_processes,
+    wait_together,
+)
+from vl2jax.training.events import SKIPPED_FILE, Profile, StopSignal, keep_batch
 from vl2jax.training.feed import DeviceBatch, Feed, FeedIterator, fill_metrics
 from vl2jax.training.metrics_log import MetricsLog, NoLog, Throughput
 from vl2jax.training.report import model_flops
@@ -39,7 +44,7 @@ class Step:
       metrics: its metrics; reading them waits for the step.
       device_batch: its batch.
       data_wait: seconds spent waiting for the batch.
-      asked: whether a process asked to stop with this batch; None: the metrics are not read yet.
+      totals: `DeviceBatch.totals` as numbers; None: the step is not waited for yet.
       saved: whether its state was given to the workdir.
     """
 
@@ -48,7 +53,7 @@ class Step:
     metrics: dict[str, jax.Array]
     device_batch: DeviceBatch
     data_wait: float
-    asked: bool | None = None
+    totals: dict[str, float] | None = None
     saved: bool = False
 
 
@@ -95,26 +100,35 @@ def train(
     per_token, per_tile = model_flops(architecture)
     throughput = Throughput(mesh.size, mesh.devices.flat[0].device_kind, config.compute.dtype)
     start, stop = int(state.step), StopSignal()
+    say = log.note if is_process_0() else lambda text: None
     span = dict(after=start, last=config.steps)
-    profile = Profile(config.profiled_steps, workdir.path / "profile", **span, note=log.note)
-    workdir.on_saved = lambda step: log.note(f"saved step {step}")
+    profile = Profile(config.profiled_steps, workdir.path / "profile", **span, note=say)
+    workdir.on_saved = lambda step: say(f"saved step {step}")
 
-    def finish(step: Step) -> bool:
-        """Waits for a step and writes its metrics; returns whether a process asked to stop."""
-        if step.asked is not None:
-            return step.asked
+    def finish(step: Step, keep: bool = True) -> bool:
+        """Waits for a step and writes its metrics; returns whether a process asked to stop.
+
+        `keep`: write them to the files even if it is not the turn of this step.
+        """
+        if step.totals is not None:
+            return step.totals["stop"] > 0
         metrics = {name: np.asarray(value) for name, value in step.metrics.items()}
         totals = {name: float(value) for name, value in step.device_batch.totals.items()}
         flops = per_token * totals["tokens"] + per_tile * totals["tiles"]
         tokens, images = int(totals["tokens"]), int(totals["images"])
         speed = throughput.step(tokens, images, flops, step.data_wait)
-        log.write(step.number, {**metrics, **speed, **fill_metrics(step.device_batch)})
-        for name in MUST_BE_FINITE:
-            if not np.isfinite(metrics[name]):
-                value, given = float(metrics[name]), config.data.skip_batches
-                raise NotFiniteError(_not_finite(name, value, step, workdir, given))
-        step.asked = totals["stop"] > 0
-        return step.asked
+        broken = [name for name in MUST_BE_FINITE if not np.isfinite(metrics[name])]
+        keep = keep or bool(broken) or step.number == start + 1
+        log.write(
+            step.number,
+            {**metrics, **speed, **fill_metrics(step.device_batch)},
+            keep=keep or step.number % config.steps_per_line == 0,
+        )
+        if broken:
+            value, given = float(metrics[broken[0]]), config.data.skip_batches
+            raise NotFiniteError(_not_finite(broken[0], value, step, workdir, given))
+        step.totals = totals
+        return totals["stop"] > 0
 
     def save(step: Step) -> None:
         """Saves the state after a step in the background, once its metrics are checked."""
@@ -136,16 +150,16 @@ def train(
         for number in range(start + 1, config.steps + 1):
             profile.before(number)
             batches.stopping, began = bool(stop.requested), time.perf_counter()
-            device_batch = stop.wait(lambda: next(batches)) if alone else next(batches)
-            if device_batch is None:  # the signal came before this step
+            if alone and not stop.wait(batches.read):  # a signal came before this step
                 break
+            device_batch = next(batches)
             data_wait = time.perf_counter() - began
             state, metrics = step_fn(state, device_batch.batch)
             before, newest = newest, Step(number, state, metrics, device_batch, data_wait)
             if heldout is not None and eval_fn is None:  # while the step runs, not during a stop
                 jitted = jit_eval_step(recipe, mesh, shardings)
                 eval_fn = jitted.lower(state.params, state.router, device_batch.batch).compile()
-            asked = before is not None and finish(before)
+            asked = before is not None and finish(before, keep=False)
             if in_step:
                 jax.block_until_ready((metrics, device_batch.totals))
             last = number == config.steps
@@ -180,6 +194,8 @@ def train(
         raise
     finally:
         profile.close()
+        if newest is not None and newest.totals is not None:
+            _note_skipped(newest.totals, workdir.path / SKIPPED_FILE, say)
     done = start if newest is None else newest.number
     if stop.requested or asked:
         log.note(f"{stop.requested or 'another process'}: stopped after step {done}")
@@ -207,8 +223,10 @@ def evaluate(
     """
     totals, alone = np.zeros(3), jax.process_count() == 1
     with contextlib.closing(iter(heldout)) as batches:
-        read = functools.partial(next, batches, None)
-        while device_batch := stop.wait(read) if alone else read():
+        while stop.wait(batches.read) if alone else True:
+            device_batch = next(batches, None)
+            if device_batch is None:
+                break
             if float(device_batch.totals["supervised"]):  # otherwise `eval_step` counts one
                 totals += jax.device_get(eval_fn(state.params, state.router, device_batch.batch))
             if float(device_batch.totals["stop"]):
@@ -245,12 +263,24 @@ def _rescue(
         try:
             save(step)
             workdir.wait()
-        except (UserError, OSError, RuntimeError) as error:  # RuntimeError: also those of JAX
+        except (UserError, OSError, RuntimeError, MemoryError) as error:  # JAX's: RuntimeError
             problem = str(error).split("\n")[0][:500]
     if problem:
         newest = workdir.latest_step()
         have = "there is no checkpoint" if newest is None else f"the newest checkpoint is {newest}"
         note(f"step {step.number} is not saved: {problem}; {have}")
+
+
+def _note_skipped(totals: Mapping[str, float], file: Path, note: Callable[[str], None]) -> None:
+    """Prints how many rows were skipped or truncated since the beginning of the run, if any."""
+    read, skipped, truncated = (
+        int(totals[f"rows_{name}"]) for name in ("read", "skipped", "truncated")
+    )
+    if skipped:
+        share = f"skipped {skipped:,} of {read:,} rows ({skipped / max(read, 1):.1%})"
+        note(f"{share}, listed in {file}")
+    if truncated:
+        note(f"truncated {truncated:,} of {read:,} rows")
 
 
 def _not_finite(name: str, value: float, step: Step, workdir: Workdir, given: str) -> str:

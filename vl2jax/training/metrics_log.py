@@ -19,6 +19,7 @@ from vl2jax.training.metrics_file import METRICS_FILE, drop_after
 from vl2jax.training.tensorboard import EventWriter, append_whole
 
 CURVES_FILE = "curves.png"
+_LARGEST = float(np.finfo(np.float32).max)
 
 Value = float | Sequence[float] | np.ndarray
 
@@ -104,8 +105,9 @@ class MetricsLog:
         options = {"stream": stream, "every": every_seconds, "warm_up": True}
         self._progress = Progress("training", total_steps, "steps", done=start_step, **options)
         path = self._workdir / METRICS_FILE
-        if dropped := drop_after(path, start_step):
-            self.note(f"{path}: {dropped} lines after step {start_step} removed")
+        removed = drop_after(path, start_step)
+        if removed is not None:
+            self.note(f"{path}: steps after {start_step}, up to {removed}, are removed")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by `close`
         self._events = EventWriter(self._workdir, start_step + 1 if start_step else 0)
         self._latest: dict[str, Value] = {}
@@ -117,16 +119,19 @@ class MetricsLog:
     def __exit__(self, *_):
         self.close()
 
-    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Value], *, keep: bool = True) -> None:
         """Writes the metrics of a step and updates the progress.
 
         Args:
           step: number of the step, from 1.
-          metrics: a number, or one number per layer, by name.  Values that are not finite become
-            null in metrics.jsonl and are omitted from the events.
+          metrics: a number, or one number per layer, by name.  They are written with the precision
+            of float32.  Values that are not finite become null in metrics.jsonl and are omitted
+            from the events.
+          keep: whether to write them to the files; False: the progress alone.
         """
         plain = {name: _plain(value) for name, value in metrics.items()}
-        self._keep(step, plain)
+        if keep:
+            self._keep(step, plain)
         self._latest.update(plain)
         if "heldout/loss" in plain:
             self.note(f"step {step}: {_held_out(plain)}")
@@ -171,7 +176,7 @@ class NoLog(contextlib.AbstractContextManager):
     def __exit__(self, *_) -> None:
         """Closes nothing."""
 
-    def write(self, step: int, metrics: Mapping[str, Value]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Value], *, keep: bool = True) -> None:
         """Does nothing."""
 
     def note(self, text: str) -> None:
@@ -182,7 +187,14 @@ class NoLog(contextlib.AbstractContextManager):
 
 def _plain(value: Value) -> Any:
     """Converts NumPy and JAX values to a float or a list of floats."""
-    return np.asarray(value, np.float64).tolist()
+    array = np.asarray(value)
+    return [_short(part) for part in array] if array.ndim else _short(array[()])
+
+
+def _short(value: Any) -> float:
+    """The number with the fewest digits that is the same in float32; larger ones stay."""
+    value = float(value)
+    return float(str(np.float32(value))) if abs(value) < _LARGEST else value
 
 
 def _nullable(value: Any) -> Any:

@@ -76,6 +76,7 @@ def paper_run(size: str, stage: str) -> ml_collections.ConfigDict:
     config.tokenizer = ""
     config.seed = 0
     config.steps = steps
+    config.log_every = 0
     config.profile = ""
     config.dry_run = False
     config.batch = dict(

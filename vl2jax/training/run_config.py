@@ -13,6 +13,8 @@ from vl2jax.training.optim import OptimConfig
 from vl2jax.training.run_limits import check_run
 from vl2jax.training.spans import parse_batches, parse_window
 
+_MOST_LINES = 10_000  # of metrics, unless `log_every` is given
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchConfig:
@@ -175,6 +177,9 @@ class RunConfig:
         it those of the synthetic data.
       seed: seed of the initialisation and of the data order.
       steps: number of steps of the run.
+      log_every: number of steps between lines of metrics.jsonl and TensorBoard; 0: 1 up to 10,000
+        steps, in longer runs as many as give 10,000 lines.  The first step of a start, and those
+        that are saved or evaluated, are written too.
       profile: "START:STOP": writes a profiler trace of the steps from START to STOP - 1; "": none.
       dry_run: whether to print the sizes and stop, without allocating anything.
     """
@@ -193,12 +198,18 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log_every: int = 0
     profile: str = ""
     dry_run: bool = False
 
     def __post_init__(self):
         check_run(self)
         _ = self.profiled_steps, self.data.skipped_batches  # raises UserError
+
+    @property
+    def steps_per_line(self) -> int:
+        """Number of steps between lines of the metrics, see `log_every`."""
+        return self.log_every or -(-self.steps // _MOST_LINES)
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:

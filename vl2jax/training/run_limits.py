@@ -19,7 +19,7 @@ _MOMENT = Range(0, 1, below=True)
 
 # Range of each number of a run, by section; "" is `RunConfig` itself.
 RANGES: Mapping[str, Mapping[str, Range]] = {
-    "": {"seed": Range(0, 2**32 - 1), "steps": at_least(1)},
+    "": {"seed": Range(0, 2**32 - 1), "steps": at_least(1), "log_every": at_least(0)},
     "batch": {
         "rows": Range(1, 2**20),
         "length": Range(2, 2**24),
