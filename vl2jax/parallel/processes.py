@@ -1,32 +1,29 @@
 """Runs of several processes: they connect, check that they agree, exchange messages, end together.
 
-`jax.distributed` connects the processes.  In addition, each process keeps a TCP connection to
-process 0.  When a process ends for any reason, its connection closes, and all others print an error
-and exit immediately.  With JAX alone they would hang in a collective until a heartbeat times out.
+`jax.distributed` connects the processes.  When one of them ends, the others end too, see
+`coordination.py`: without that they would hang in a collective.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-import selectors
-import socket
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, clip
+from vl2jax.parallel.coordination import Coordination, allow_connections
 
-_BYE = b"bye\n"
-_LINK, _MESSAGES = "vl2jax/link", "vl2jax/told"  # keys in JAX's key-value store
-_LONG_TIMEOUT = 30 * 24 * 3600 * 1000  # milliseconds; `_Link` detects processes that ended
-_CHUNK = 2**18  # maximum number of characters per value in the store
 # Seconds by which JAX's timeout is longer than ours, because its error message does not help.
 _JAX_EXTRA_TIMEOUT = 60
+# Seconds without a heartbeat after which JAX takes a process for lost, and ends the others.
+_HEARTBEAT_TIMEOUT = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,32 +72,39 @@ def distributed(options: DistributedOptions) -> Iterator[None]:
     """Context manager that connects the processes of a run; does nothing for a single process.
 
     Enter it before any JAX computation.  Inside, the end of one process ends all processes.  At the
-    end of the block all processes wait for each other and disconnect.
+    end of the block all processes wait for each other and disconnect.  After an error they do not:
+    the process exits as soon as Python ends, with 1 or the code given to `exit_process`.
 
     Args:
       options: how to connect.
 
     Raises:
-      UserError: `auto` is set, but no supported cluster is detected.
+      UserError: the processes cannot be connected.
     """
     if not options.auto and not options.coordinator:
         yield
         return
     _initialize(options)
-    if jax.process_count() == 1:
+    state = _distributed_state()
+    # By --process_id: the devices, which `jax.process_index` needs, are not there yet.
+    coordination = Coordination(state.client, state.process_id, state.num_processes)
+    if coordination.count == 1:
         yield
     else:
-        link = _Link(options.timeout)
+        coordination.watch(functools.partial(_end_with_others, coordination))
         try:
             with _own_output():
                 yield
-        except jax.errors.JaxRuntimeError:
-            # If a process was lost, `_Link` prints a better error and exits in the meantime.
-            time.sleep(5)
+        except BaseException as error:
+            # Otherwise JAX would wait for the other processes when Python ends.
+            atexit.register(exit_process, 1)
+            own = isinstance(error, UserError | OSError) or not isinstance(error, Exception)
+            if own or "RESOURCE_EXHAUSTED" in str(error):
+                coordination.report_error()
+            else:  # JAX raises several types if a collective fails
+                coordination.call_the_roll()
             raise
-        gather_to_process_0("end", "")
-        broadcast_from_process_0("end")
-        link.close()
+        coordination.finish()
     jax.distributed.shutdown()
 
 
@@ -116,6 +120,8 @@ def _initialize(options: DistributedOptions) -> None:
             f" {options.coordinator or 'as detected'}, and its own --process_id from 0 on"
         )
 
+    if options.process_id in (0, -1):  # -1: found by JAX
+        allow_connections(options.num_processes)
     alarm = threading.Timer(options.timeout, exit_on_timeout)
     alarm.daemon = True
     alarm.start()
@@ -131,11 +137,17 @@ def _initialize(options: DistributedOptions) -> None:
             **given,
             cluster_detection_method=None if options.auto else "deactivate",
             initialization_timeout=options.timeout + _JAX_EXTRA_TIMEOUT,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
         )
     except ValueError as error:
         raise UserError(
             "--distributed found no SLURM, Open MPI, Kubernetes or Cloud TPU job to join; give"
             f" --coordinator, --num_processes and --process_id ({error})"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"{name} cannot join the run: {clip(str(error), 300)}; the port of --coordinator must"
+            " be free on the host of process 0"
         ) from error
     finally:
         alarm.cancel()
@@ -183,10 +195,7 @@ def broadcast_from_process_0(name: str, text: str = "") -> str:
     """
     if jax.process_count() == 1:
         return text
-    if is_process_0():
-        _store().key_value_set(f"{_MESSAGES}/{name}", text)
-        return text
-    return _store().blocking_key_value_get(f"{_MESSAGES}/{name}", _LONG_TIMEOUT)
+    return _messages().broadcast(name, text)
 
 
 def gather_to_process_0(name: str, text: str) -> list[str]:
@@ -199,23 +208,7 @@ def gather_to_process_0(name: str, text: str) -> list[str]:
     Returns:
       On process 0 the texts in the order of the processes; [] on the others.
     """
-    me, count = jax.process_index(), jax.process_count()
-    if me:
-        pieces = [text[at : at + _CHUNK] for at in range(0, len(text), _CHUNK)]
-        for number, piece in enumerate(pieces):
-            _store().key_value_set(f"{_MESSAGES}/{name}/{me}/{number}", piece)
-        _store().key_value_set(f"{_MESSAGES}/{name}/{me}", str(len(pieces)))
-        return []
-
-    def receive(process: int) -> str:
-        key = f"{_MESSAGES}/{name}/{process}"
-        pieces = int(_store().blocking_key_value_get(key, _LONG_TIMEOUT))
-        return "".join(
-            _store().blocking_key_value_get(f"{key}/{number}", _LONG_TIMEOUT)
-            for number in range(pieces)
-        )
-
-    return [text, *(receive(process) for process in range(1, count))]
+    return _messages().gather(name, text)
 
 
 def is_process_0() -> bool:
@@ -272,11 +265,7 @@ def wait_together(name: str, seconds: float) -> bool:
     """
     if jax.process_count() == 1:
         return True
-    try:
-        _store().wait_at_barrier(f"{_MESSAGES}/{name}", round(seconds * 1000))
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
+    return _messages().wait(name, seconds)
 
 
 def must_wait_for_steps(platform: str) -> bool:
@@ -293,7 +282,7 @@ def must_wait_for_steps(platform: str) -> bool:
 def exit_process(code: int) -> int:
     """Exits at once if the processes are still connected, which is so after an error.
 
-    Python's normal exit would wait for the other processes.  The closed connection ends them.
+    Python's normal exit would wait for the other processes.
 
     Args:
       code: the exit code.
@@ -302,8 +291,9 @@ def exit_process(code: int) -> int:
       The exit code, if the processes are not connected.
     """
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # it may be closed
+                stream.flush()
         os._exit(code)
     return code
 
@@ -314,11 +304,27 @@ def _end(message: str) -> None:
     os._exit(1)
 
 
-def _store() -> Any:
-    """JAX's key-value store, which has no public API."""
+def _end_with_others(coordination: Coordination, lost: Sequence[int]) -> None:
+    """Exits because other processes have ended."""
+    numbers = ", ".join(map(str, lost[:8])) + (f" and {len(lost) - 8} more" if lost[8:] else "")
+    who, have, their = ("processes", "have", "their") if lost[1:] else ("process", "has", "its")
+    _end(
+        f"{who} {numbers} of {coordination.count} {have} ended, so process {coordination.index}"
+        f" ends too; {their} own output has the reason. Start all processes again: the run resumes"
+        " from what it has saved"
+    )
+
+
+def _messages() -> Coordination:
+    client = _distributed_state().client
+    return Coordination(client, jax.process_index(), jax.process_count())
+
+
+def _distributed_state() -> Any:
+    """JAX's client of its coordination service, which has no public API."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 def _flat(tree: Any, path: str) -> dict[str, Any]:
@@ -328,81 +334,3 @@ def _flat(tree: Any, path: str) -> dict[str, Any]:
     for name, value in tree.items():
         found |= _flat(value, f"{path}.{name}")
     return found
-
-
-class _Link:
-    """TCP connections between process 0 and all others; a thread detects when one closes."""
-
-    def __init__(self, timeout: int):
-        self._me, self._count = jax.process_index(), jax.process_count()
-        self._selector, self._closing = selectors.DefaultSelector(), False
-        self._peers = self._accept(timeout) if self._me == 0 else self._connect(timeout)
-        for number, peer in self._peers.items():
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            peer.settimeout(None)
-            self._selector.register(peer, selectors.EVENT_READ, number)
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def close(self) -> None:
-        """Announces a regular exit, so that the closed connection is not taken for a lost one."""
-        self._closing = True
-        for peer in self._peers.values():
-            with contextlib.suppress(OSError):
-                peer.sendall(_BYE)
-
-    def _accept(self, timeout: int) -> dict[int, socket.socket]:
-        from jax._src import distributed
-
-        address = distributed.global_state.coordinator_address
-        assert address is not None  # `jax.distributed` is initialized
-        host = address.rpartition(":")[0]
-        server = socket.create_server(("", 0))
-        server.settimeout(timeout)
-        _store().key_value_set(_LINK, f"{host}:{server.getsockname()[1]}")
-        found: dict[int, socket.socket] = {}
-        with contextlib.closing(server), contextlib.suppress(TimeoutError):
-            while len(found) < self._count - 1:
-                peer, _ = server.accept()
-                found[int(peer.recv(16))] = peer
-        absent = sorted(set(range(1, self._count)) - set(found))
-        if absent:
-            _end(f"no connection came from process {', '.join(map(str, absent))} in {timeout} s")
-        return found
-
-    def _connect(self, timeout: int) -> dict[int, socket.socket]:
-        address = _store().blocking_key_value_get(_LINK, timeout * 1000)
-        host, _, port = address.rpartition(":")
-        try:
-            peer = socket.create_connection((host.strip("[]"), int(port)), timeout)
-        except OSError as error:
-            raise UserError(
-                f"process {self._me} cannot reach process 0 at {address}: {error}"
-            ) from error
-        peer.sendall(str(self._me).encode())
-        return {0: peer}
-
-    def _watch(self) -> None:
-        while self._selector.get_map():
-            for key, _ in self._selector.select():
-                try:
-                    received = self._peers[key.data].recv(64)
-                except OSError:
-                    received = b""
-                if received.endswith(_BYE):
-                    self._selector.unregister(key.fileobj)
-                elif received:
-                    self._lost(int(received))
-                elif not self._closing:
-                    self._lost(key.data)
-                else:
-                    self._selector.unregister(key.fileobj)
-
-    def _lost(self, number: int) -> None:
-        for peer in self._peers.values() if self._me == 0 else ():
-            with contextlib.suppress(OSError):
-                peer.sendall(f"{number}\n".encode())
-        _end(
-            f"process {number} of {self._count} has ended, so process {self._me} ends too; its own"
-            " output has the reason. Start all processes again: the run resumes from what it has"
-            " saved"
-        )
