@@ -11,17 +11,19 @@ import functools
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vl2jax.common.atomic_file import write_json
 from vl2jax.common.json_file import parse_object
 from vl2jax.common.paths import AnyPath, is_remote
+from vl2jax.common.storage import list_files, read_file
 
 PARAMS, OPT_STATE, DATA = "params", "opt_state", "data"
 CHECKPOINTS = "checkpoints"
 MARKER = "complete.json"
+NO_MARKER = f"{MARKER} is missing"
 _CHECKED = 4 * 2**20  # larger files have no checksum here; their chunks have
 _MANIFEST, _METADATA = "manifest.ocdbt", "_METADATA"  # names of Orbax
 
@@ -56,11 +58,13 @@ def defect(directory: AnyPath, parts: Sequence[str]) -> str | None:
       A short phrase, such as "opt_state is missing"; None if nothing was found.
     """
     try:
+        if is_remote(directory):
+            return _remote_defect(directory, parts)
         for part in parts:
             if not (directory / part).exists():
                 return f"{part} is missing"
         if (directory / MARKER).exists():
-            return _listed_defect(directory, parts)
+            return _listed_defect(directory, parts, None)
         return _structural_defect(directory, parts)
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
@@ -92,9 +96,14 @@ def newest_complete(
 def all_steps(workdir: AnyPath) -> list[int]:
     """Steps of all checkpoints of a training workdir, complete or not, in ascending order."""
     directory = workdir / CHECKPOINTS
-    if not directory.is_dir():
-        return []
-    return sorted(int(x.name) for x in directory.iterdir() if _is_step(x.name))
+    return sorted(int(name) for name in entries(directory) if _is_step(name))
+
+
+def entries(directory: AnyPath) -> set[str]:
+    """Names of the files and folders in a directory."""
+    if is_remote(directory):
+        return {name.split("/")[0] for name in list_files(directory)}
+    return {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
 
 
 def _is_step(name: str) -> bool:
@@ -120,10 +129,28 @@ def _describe(file: Path) -> list[int]:
     return [size, zlib.crc32(file.read_bytes())] if size <= _CHECKED else [size]
 
 
-def _listed_defect(directory: AnyPath, parts: Sequence[str]) -> str | None:
-    """Compares the files of a checkpoint with its marker."""
+def _remote_defect(directory: AnyPath, parts: Sequence[str]) -> str | None:
+    """Judges a checkpoint on an object store, where all have a marker."""
+    sizes = list_files(directory)
+    for part in parts:
+        if not any(name == part or name.startswith(f"{part}/") for name in sizes):
+            return f"{part} is missing"
+    if MARKER not in sizes:
+        return NO_MARKER
+    return _listed_defect(directory, parts, sizes)
+
+
+def read_bytes(file: AnyPath) -> bytes:
+    """Reads a whole file, local or on an object store."""
+    return read_file(file) if is_remote(file) else file.read_bytes()
+
+
+def _listed_defect(
+    directory: Any, parts: Sequence[str], sizes: Mapping[str, int] | None
+) -> str | None:
+    """Compares the files of a checkpoint with its marker; `sizes`: those of a listing."""
     try:
-        files = parse_object((directory / MARKER).read_bytes())["files"]
+        files = parse_object(read_bytes(directory / MARKER))["files"]
         entries = [(str(name), *map(int, entry)) for name, entry in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MARKER} is damaged"
@@ -133,29 +160,27 @@ def _listed_defect(directory: AnyPath, parts: Sequence[str]) -> str | None:
     for name, size, *checksum in entries:
         if name.split("/")[0] not in parts:
             continue
-        found = _size(directory / name)
+        found = _size(directory / name) if sizes is None else sizes.get(name)
         if found is None:
             return f"{name} is missing"
         if found != size:
             return f"{name} has {found} bytes, not {size}"
-        if checksum and zlib.crc32((directory / name).read_bytes()) != checksum[0]:
+        if checksum and zlib.crc32(read_bytes(directory / name)) != checksum[0]:
             return f"{name} is damaged"
     return None
 
 
-def _size(file: AnyPath) -> int | None:
+def _size(file: Path) -> int | None:
     """Size of a file in bytes; None if there is none."""
     try:
         found = file.stat()
     except FileNotFoundError:
         return None
-    return found.st_size if isinstance(file, Path) else found.length  # pyright: ignore
+    return found.st_size
 
 
 def _structural_defect(directory: AnyPath, parts: Sequence[str]) -> str | None:
     """Judges a checkpoint without a marker."""
-    if is_remote(directory):  # all that were written there have one
-        return f"{MARKER} is missing"
     for part in parts:
         if part == DATA:
             if read_data_state(directory) is None:
@@ -163,7 +188,7 @@ def _structural_defect(directory: AnyPath, parts: Sequence[str]) -> str | None:
         elif not (directory / part / _MANIFEST).exists():
             return f"{part}/{_MANIFEST} is missing"
         elif _has_checksums(directory / part):
-            return f"{MARKER} is missing"
+            return NO_MARKER
     return None
 
 
@@ -179,6 +204,6 @@ def _has_checksums(part: AnyPath) -> bool:
 def read_data_state(directory: AnyPath) -> dict[str, Any] | None:
     """Reads the state of the data from a checkpoint; None if it is missing or damaged."""
     try:
-        return parse_object((directory / DATA / "metadata").read_bytes())
+        return parse_object(read_bytes(directory / DATA / "metadata"))
     except (OSError, ValueError):
         return None

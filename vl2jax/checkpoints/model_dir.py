@@ -22,6 +22,7 @@ from vl2jax.checkpoints.completeness import (
     CHECKPOINTS,
     MARKER,
     PARAMS,
+    all_steps,
     defect,
     describe_defects,
     newest_complete,
@@ -29,7 +30,8 @@ from vl2jax.checkpoints.completeness import (
 )
 from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, Shape, read_array
 from vl2jax.common.atomic_file import write_json
-from vl2jax.common.paths import local_path
+from vl2jax.common.paths import AnyPath, is_remote, user_path
+from vl2jax.common.storage import local_files
 from vl2jax.config import ConfigError, VL2Config
 
 MODEL_FILE = "model.json"
@@ -49,7 +51,9 @@ class ModelDir:
     """A model directory, as `model.json` describes it.
 
     Attributes:
-      path: the directory with `model.json`, tokenizer and processor files.
+      path: the directory with `model.json`, tokenizer and processor files; copies of them if the
+        model is on an object store.
+      stored: the directory with the parameters; None: `path`.
       config: architecture.
       dtype: dtype in which most parameters are stored, "float32" or "bfloat16".
       source_dtype: dtype of most tensors of the Hugging Face checkpoint.
@@ -61,20 +65,22 @@ class ModelDir:
     path: Path
     config: VL2Config
     dtype: str
+    stored: AnyPath | None = None
     source_dtype: str
     source_dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dropped: Sequence[Mapping[str, Any]] = ()
     step: int | None = None
 
     @property
-    def params(self) -> Path:
+    def params(self) -> AnyPath:
         """The directory of the parameters."""
         return self.address / PARAMS
 
     @property
-    def address(self) -> Path:
+    def address(self) -> AnyPath:
         """A path from which `read_model_dir` reads the same step, even after newer ones exist."""
-        return self.path if self.step is None else self.path / CHECKPOINTS / str(self.step)
+        root = self.stored or self.path
+        return root if self.step is None else root / CHECKPOINTS / str(self.step)
 
 
 def write_model_json(model: ModelDir) -> None:
@@ -104,7 +110,10 @@ def read_model_dir(path: str | os.PathLike) -> ModelDir:
     Raises:
       CheckpointError: the directory does not exist or is not a complete vl2jax model.
     """
-    path = local_path(path, "checkpoint")
+    path = user_path(path, "checkpoint")
+    if is_remote(path):
+        return _read_remote(path)
+    assert isinstance(path, Path)
     if not path.is_dir():
         what = "is a file, not a directory" if path.exists() else "does not exist"
         raise CheckpointError(
@@ -123,6 +132,40 @@ def read_model_dir(path: str | os.PathLike) -> ModelDir:
             else "copy the files from the model that training started from"
         )
         raise CheckpointError(f"{path} is incomplete: {', '.join(absent)} missing; {fix}")
+    _check_complete(model)
+    return model
+
+
+def processor_files(path: str | os.PathLike) -> Path:
+    """The local directory with the tokenizer and processor files of a directory.
+
+    Args:
+      path: a directory with such files; those of an object store are copied.
+    """
+    found = user_path(path, "tokenizer")
+    if is_remote(found):
+        return local_files(found, (*REQUIRED_FILES, *OPTIONAL_FILES))
+    assert isinstance(found, Path)
+    return found
+
+
+def _read_remote(path: AnyPath) -> ModelDir:
+    """Reads a model on an object store, see `read_model_dir`."""
+    root, step = path, None
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        root, step = path.parent.parent, int(path.name)
+    files = local_files(root, (MODEL_FILE, MARKER, *REQUIRED_FILES, *OPTIONAL_FILES))
+    if not (files / MODEL_FILE).is_file():
+        raise CheckpointError(
+            f"{root} is not a vl2jax checkpoint: it has no {MODEL_FILE}; expected the output of"
+            " convert.to_jax or a training workdir"
+        )
+    if step is None and all_steps(root):
+        step = _newest_step(root)
+    model = dataclasses.replace(read_model_json(files), step=step, stored=root)
+    absent = [name for name in REQUIRED_FILES if not (files / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{root} is incomplete: {', '.join(absent)} missing; copy it again")
     _check_complete(model)
     return model
 
@@ -147,6 +190,11 @@ def _step_of(path: Path) -> tuple[Path, int | None]:
         return absolute.parent.parent, int(absolute.name)
     if not (path / CHECKPOINTS).is_dir():
         return path, None
+    return path, _newest_step(path)
+
+
+def _newest_step(path: AnyPath) -> int:
+    """The newest complete step of a training workdir."""
     step, defects = newest_complete(path, (PARAMS,))
     if defects and step is not None:
         warn_once(f"{describe_defects(path, defects)}; step {step} is used")
@@ -156,7 +204,7 @@ def _step_of(path: Path) -> tuple[Path, int | None]:
             f"{path} is a training workdir without a complete checkpoint{why}; wait for the first"
             " one, or continue the training"
         )
-    return path, step
+    return step
 
 
 def _what_instead(path: Path) -> str:
@@ -221,7 +269,7 @@ def flat_shapes(tree: Any) -> dict[str, Shape]:
 
 
 def load_params(
-    path: str | os.PathLike,
+    path: str | os.PathLike | AnyPath,
     expected: Mapping[str, Shape] | None = None,
     *,
     dtype: Any = None,
@@ -253,7 +301,7 @@ def load_params(
 
     from vl2jax.model.quantization import contracted_axes
 
-    store = ParamStore(Path(path))
+    store = ParamStore(user_path(path, "parameters"))
     if expected is not None:
         store.check(expected)
     by_path = {} if shardings is None else flatten(shardings)

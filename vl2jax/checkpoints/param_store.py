@@ -7,15 +7,21 @@ chunks are in memory at a time.
 import collections
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vl2jax.checkpoints.plain_names import plain_name
 from vl2jax.common.errors import UserError, listed
+from vl2jax.common.paths import AnyPath, is_remote
 
 _IN_FLIGHT = 128 * 2**20  # bytes that are read concurrently
+
+# How TensorStore's messages begin if the storage does not answer; the data may be whole.
+_NO_ANSWER = ("UNKNOWN", "UNAVAILABLE", "DEADLINE", "ABORTED", "CANCELLED", "PERMISSION")
 
 Shape = tuple[int, ...]
 
@@ -35,16 +41,16 @@ class ParamStore:
     in one OCDBT store, each under its path joined with dots.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         import tensorstore as ts  # slow to import
 
         self._directory = directory
-        self._base = {"driver": "file", "path": f"{plain_name(directory)}/"}
+        self._base = kvstore_spec(directory)
         kvstore = {"driver": "ocdbt", "base": self._base}
         try:
             keys = ts.KvStore.open(kvstore).result().list().result()
         except ValueError as error:
-            raise DamageError(f"{directory} cannot be read: {_short(error)}") from error
+            raise _unreadable(f"{directory} cannot be read", error) from error
         markers = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
         self._drivers = {
             key.decode().removesuffix(marker).replace(".", "/"): driver
@@ -78,7 +84,7 @@ class ParamStore:
         try:
             return ts.open(spec, read=True, open=True).result()
         except ValueError as error:
-            raise DamageError(f"parameter {path} cannot be read: {_short(error)}") from error
+            raise _unreadable(f"parameter {path} cannot be read", error) from error
 
     def check(self, expected: Mapping[str, Shape]) -> None:
         """Checks that paths and shapes are those of a model.
@@ -122,6 +128,23 @@ class ParamStore:
         return problems
 
 
+def kvstore_spec(directory: AnyPath) -> dict[str, Any]:
+    """Describes a directory as a key-value store of TensorStore.
+
+    AWS_ENDPOINT_URL names another server of S3, as for other programs.
+    """
+    if not is_remote(directory):
+        return {"driver": "file", "path": f"{plain_name(Path(directory))}/"}
+    scheme, _, rest = str(directory).partition("://")
+    bucket, _, path = rest.partition("/")
+    spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": f"{path}/"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    return spec
+
+
 def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.ndarray:
     """Reads a parameter, or a slice of it, chunk by chunk.
 
@@ -161,7 +184,7 @@ def _take(waiting, out: np.ndarray) -> int:
     try:
         value = future.result()
     except ValueError as error:
-        raise DamageError(f"stored data is damaged: {_short(error)}") from error
+        raise _unreadable("stored data is damaged", error) from error
     out[target] = value
     return value.nbytes
 
@@ -186,6 +209,14 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 def _described(shape: Sequence[int], dtype: np.dtype | None) -> str:
     """Formats shape and dtype as `float32[2, 3]`; without a dtype as `[2, 3]`."""
     return f"{'' if dtype is None else np.dtype(dtype).name}{[*map(int, shape)]}"
+
+
+def _unreadable(what: str, error: Exception) -> CheckpointError:
+    """The error for what cannot be read; not `DamageError` if the storage did not answer."""
+    text = _short(error)
+    if text.startswith(_NO_ANSWER):
+        return CheckpointError(f"the storage cannot be read now: {text}; try again")
+    return DamageError(f"{what}: {text}")
 
 
 def _short(error: Exception) -> str:

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, reason
+from vl2jax.common.paths import AnyPath
 from vl2jax.data.file_source import FileSource
 from vl2jax.data.json_files import parse_row
 
@@ -11,7 +12,7 @@ from vl2jax.data.json_files import parse_row
 class ArrayRecordFile(FileSource):
     """Rows of an ArrayRecord file."""
 
-    def __init__(self, path: pathlib.Path, root: pathlib.Path):
+    def __init__(self, path: pathlib.Path, root: AnyPath):
         """
         Args:
           path: the file.

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, reason
+from vl2jax.common.paths import AnyPath
 from vl2jax.data.formats import read_row
 from vl2jax.data.row import Row
 
@@ -20,7 +21,7 @@ class FileSource:
       root: folder of relative image paths.
     """
 
-    def __init__(self, path: pathlib.Path, root: pathlib.Path):
+    def __init__(self, path: pathlib.Path, root: AnyPath):
         self.path, self.root = path, root
 
     def __len__(self) -> int:

@@ -8,9 +8,12 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import Any
 
 from vl2jax.common.errors import UserError, clip
-from vl2jax.common.paths import local_path
+from vl2jax.common.paths import AnyPath, is_remote, user_path
+from vl2jax.common.storage import file_system, local_copy, storage_errors
 from vl2jax.data.array_record_file import ArrayRecordFile
 from vl2jax.data.file_source import FileSource
 from vl2jax.data.json_files import JsonFile
@@ -42,12 +45,14 @@ def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | Non
       UserError: a file does not exist, has an unknown extension, has no rows or cannot be parsed,
         or a package that reads it is not installed.  A malformed row raises it when it is read.
     """
-    root_of_all = None if images_root is None else local_path(images_root, "images_root")
+    given = user_path(path, "data")
+    root_of_all = None if images_root is None else user_path(images_root, "images_root")
     sources = []
-    for file in _find(str(local_path(path, "data"))):
-        kind = _opener(file)
+    for file in _find_remote(given) if is_remote(given) else _find(str(given)):
+        kind = _opener(PurePath(file))
         assert kind is not None  # `_find` returns only files of known kinds
-        sources.append(_opened(kind, file, root_of_all))
+        local = file if isinstance(file, pathlib.Path) else local_copy(file)
+        sources.append(_opened(kind, local, root_of_all or file.parent))
     return sources[0] if len(sources) == 1 else _Joined(sources)
 
 
@@ -60,7 +65,7 @@ def open_rows(path: pathlib.Path) -> FileSource:
     Raises:
       UserError: as for `open_source`.
     """
-    return _opened(_opener(path) or _JSON_LINES, path, None)
+    return _opened(_opener(path) or _JSON_LINES, path, path.parent)
 
 
 class _Joined:
@@ -83,7 +88,7 @@ class _Joined:
         return source[place - self._ends[part] + len(source)]
 
 
-_Opener = Callable[[pathlib.Path, pathlib.Path], FileSource]
+_Opener = Callable[[pathlib.Path, AnyPath], FileSource]
 _JSON_LINES: _Opener = functools.partial(JsonFile, lines=True)
 _COMPRESSED = r"(\.(gz|bz2|xz|zst))?"
 _OPENERS: tuple[tuple[str, _Opener], ...] = (
@@ -95,17 +100,39 @@ _OPENERS: tuple[tuple[str, _Opener], ...] = (
 _KINDS = ".json, .jsonl (also .gz, .bz2, .xz, .zst), .parquet and .array_record"
 
 
-def _opened(kind: _Opener, path: pathlib.Path, root: pathlib.Path | None) -> FileSource:
-    source = kind(path, path.parent if root is None else root)
+def _opened(kind: _Opener, path: pathlib.Path, root: AnyPath) -> FileSource:
+    source = kind(path, root)
     if not len(source):
         raise UserError(f"{clip(str(path))}: no rows; expected at least one")
     return source
 
 
-def _opener(path: pathlib.Path) -> _Opener | None:
+def _opener(path: PurePath) -> _Opener | None:
     """What opens a file, by its extension; None if it is unknown."""
     found = (kind for end, kind in _OPENERS if re.search(f"{end}$", path.name, re.IGNORECASE))
     return next(found, None)
+
+
+def _find_remote(path: AnyPath) -> list[AnyPath]:
+    """Sorted data files of a path or glob pattern on an object store."""
+    store: Any = file_system(path)
+    text = str(path)
+    with storage_errors(path):
+        if store.isfile(text):
+            names = [text]
+        elif store.isdir(text):
+            names = [name for name in store.ls(text, detail=False) if _opener(PurePath(name))]
+        else:
+            names = [name for name in store.glob(text) if store.isfile(name)]
+    names = [name for name in names if not PurePath(name).name.startswith(".")]
+    if not names:
+        raise UserError(f"{clip(text)}: no data file there; {_KINDS} are read")
+    scheme = text.partition("://")[0]
+    files = [user_path(f"{scheme}://{name.removeprefix(f'{scheme}://')}", "data") for name in names]
+    for file in files:
+        if _opener(PurePath(file)) is None:
+            raise UserError(f"{clip(str(file))}: unknown kind of data file; {_KINDS} are read")
+    return sorted(files, key=str)
 
 
 def _find(path: str) -> list[pathlib.Path]:

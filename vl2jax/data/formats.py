@@ -18,11 +18,11 @@ read, such as `videos` and `rejected`, are refused; other keys are named in `Row
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, shown
+from vl2jax.common.paths import AnyPath
 from vl2jax.data import keys
 from vl2jax.data.boxes import fill_objects
 from vl2jax.data.pictures import is_absent, picture
@@ -41,7 +41,7 @@ _EXPECTED = (
 )
 
 
-def read_row(value: Any, *, where: str, root: pathlib.Path, file: str = "") -> Row:
+def read_row(value: Any, *, where: str, root: AnyPath, file: str = "") -> Row:
     """Reads a row of any format; checks that image files exist, but does not decode them.
 
     Args:
@@ -67,7 +67,7 @@ def read_question(
     value: Any,
     *,
     where: str,
-    folders: Sequence[pathlib.Path],
+    folders: Sequence[AnyPath],
     images: Sequence[Any] = (),
     keep_answer: bool = False,
 ) -> Row:
@@ -107,16 +107,12 @@ def _named(where: str, work, *args: Any) -> Any:
     raise UserError(f"{where}: {message}" if where else message) from cause
 
 
-def _read(
-    value: Any, where: str, folders: Sequence[pathlib.Path], images: Sequence[Any] = ()
-) -> Row:
+def _read(value: Any, where: str, folders: Sequence[AnyPath], images: Sequence[Any] = ()) -> Row:
     """Reads a row without checking the order of its turns."""
     return _named(where, lambda: _read_parts(_without_nulls(value), where, folders, images))
 
 
-def _read_parts(
-    value: Any, where: str, folders: Sequence[pathlib.Path], more: Sequence[Any]
-) -> Row:
+def _read_parts(value: Any, where: str, folders: Sequence[AnyPath], more: Sequence[Any]) -> Row:
     row = {"messages": value} if isinstance(value, list) else value
     if not isinstance(row, Mapping):
         raise UserError(f"{_EXPECTED}; got {type(value).__name__}")
@@ -196,7 +192,7 @@ def _choose(given: list[Any], named: list[Any]) -> list[Any]:
     return given or named
 
 
-def _named_picture(number: int, value: Any, folders: Sequence[pathlib.Path]) -> ImageSource:
+def _named_picture(number: int, value: Any, folders: Sequence[AnyPath]) -> ImageSource:
     try:
         return picture(value, folders)
     except UserError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, named, reason
+from vl2jax.common.paths import AnyPath
 from vl2jax.data.file_source import FileSource
 from vl2jax.data.keys import ROLE_KEYS, ROW_KEYS
 from vl2jax.data.plain_copy import plain_copy
@@ -28,7 +29,7 @@ _NOTHING = object()
 class JsonFile(FileSource):
     """Rows of a JSON text, in memory; or of lines, of which only the offsets are in memory."""
 
-    def __init__(self, path: pathlib.Path, root: pathlib.Path, *, lines: bool = False):
+    def __init__(self, path: pathlib.Path, root: AnyPath, *, lines: bool = False):
         """
         Args:
           path: the file; it may be compressed, in UTF-16, or a pipe.

@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, reason
+from vl2jax.common.paths import AnyPath
 from vl2jax.data.file_source import FileSource
 from vl2jax.processing.image_source import is_lfs_pointer
 
@@ -19,7 +20,7 @@ CACHED_BYTES = 1 << 30
 class ParquetFile(FileSource):
     """Rows of a Parquet file."""
 
-    def __init__(self, path: pathlib.Path, root: pathlib.Path):
+    def __init__(self, path: pathlib.Path, root: AnyPath):
         """
         Args:
           path: the file.

@@ -1,7 +1,6 @@
 """Image sources in rows of data files: paths, URLs, bytes, or records with one of these."""
 
 import os
-import pathlib
 import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import PIL.Image
 
 from vl2jax.common.errors import UserError, clip, named, shown
-from vl2jax.common.paths import has_scheme, user_path
+from vl2jax.common.paths import AnyPath, has_scheme, is_remote, user_path
 from vl2jax.processing.image_source import (
     URL_SCHEMES,
     ImageSource,
@@ -23,7 +22,7 @@ _BYTES = ("bytes", "base64", "data")  # keys of records whose text is base64
 _KEYS = (*_BYTES, "path", "url", "image_url", "image", "source")
 
 
-def picture(value: Any, folders: Sequence[pathlib.Path]) -> ImageSource:
+def picture(value: Any, folders: Sequence[AnyPath]) -> ImageSource:
     """Converts an image of a row to a source for `image.load_image`; checks that the file exists.
 
     Args:
@@ -86,12 +85,14 @@ def _bytes(value: Any) -> bytes:
     return value
 
 
-def _existing(value: str | os.PathLike, folders: Sequence[pathlib.Path]) -> str:
+def _existing(value: str | os.PathLike, folders: Sequence[AnyPath]) -> str:
     failed: Exception | None = None
     for folder in folders:
         path = folder / value
+        if is_remote(path):
+            return str(path)
         try:
-            found = path.stat()
+            found = os.stat(path)
         except (OSError, ValueError) as error:  # ValueError: a null character in the path
             failed = failed or error
             continue

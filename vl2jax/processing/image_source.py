@@ -12,7 +12,8 @@ from typing import IO
 import PIL.Image
 
 from vl2jax.common.errors import UserError, clip, reason, shown
-from vl2jax.common.paths import user_path
+from vl2jax.common.paths import is_remote, user_path
+from vl2jax.common.storage import read_file
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 URL_SCHEMES = ("data:", "file:", "http:", "https:")  # prefixes of sources that are not paths
@@ -50,6 +51,8 @@ def open_source(source: str | os.PathLike | bytes) -> tuple[str, IO[bytes]]:
     check_local(text)
     path = user_path(text, "the picture")
     try:
+        if is_remote(path):
+            return clip(str(path)), io.BytesIO(read_file(path))
         return clip(str(path)), path.open("rb")
     except OSError as error:
         raise UserError(

@@ -111,8 +111,8 @@ def run_here(args: argparse.Namespace, shard: Shard) -> None:
     named = list(dataset.families) if args.families is None else args.families
     families = dataset.check_families(named)
     directory = read_model_dir(args.ckpt)
-    if args.out is None and is_remote(directory.path):
-        raise UserError(f"{directory.path} is on an object store; give --out, a local folder")
+    if args.out is None and is_remote(args.ckpt):
+        raise UserError(f"{args.ckpt} is on an object store; give --out, a local folder")
     out = args.out or directory.path / "eval"
     if is_process_0():
         out.mkdir(parents=True, exist_ok=True)

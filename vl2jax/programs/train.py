@@ -23,7 +23,7 @@ from vl2jax import ops
 from vl2jax.cli.command import run_cli
 from vl2jax.cli.train_flags import FLAGS, define_flags, read_distributed_options, read_flags
 from vl2jax.common.compilation_cache import set_compilation_cache
-from vl2jax.common.paths import local_path
+from vl2jax.common.paths import AnyPath, user_path
 from vl2jax.config import VL2Config
 from vl2jax.data.preview import preview
 from vl2jax.data.source_list import read_sources
@@ -45,6 +45,8 @@ from vl2jax.training.feed import choose_pools
 from vl2jax.training.lineage import init_params
 from vl2jax.training.loop import train
 from vl2jax.training.metrics_log import MetricsLog, NoLog
+from vl2jax.training.mirror import mirrored
+from vl2jax.training.remote_workdir import open_workdir
 from vl2jax.training.report import describe_run
 from vl2jax.training.run_config import RunConfig, read_run_config
 from vl2jax.training.setup import (
@@ -71,9 +73,9 @@ def run(argv: Sequence[str]) -> int:
       The exit code.
     """
     config = read_run_config(read_flags(argv))
-    path = Path("runs", config.name)
+    path: AnyPath = Path("runs", config.name)
     if FLAGS.workdir is not None:
-        path = local_path(FLAGS.workdir, "--workdir")
+        path = user_path(FLAGS.workdir, "--workdir")
     with distributed(read_distributed_options()):
         assert_equal_across_processes(dataclasses.asdict(config) | {"workdir": str(path)})
         mesh = make_mesh(dataclasses.asdict(config.mesh))
@@ -81,12 +83,12 @@ def run(argv: Sequence[str]) -> int:
             return run_on_mesh(config, path, mesh)
 
 
-def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
+def run_on_mesh(config: RunConfig, path: AnyPath, mesh: jax.sharding.Mesh) -> int:
     """Trains on the current mesh.
 
     Args:
       config: configuration of the run.
-      path: the workdir.
+      path: the workdir, local or on an object store.
       mesh: the current mesh.
 
     Returns:
@@ -101,8 +103,10 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         return 0
     read_sources(config.data.train, "data.train")  # reports an error before files are written
     set_compilation_cache(FLAGS.compilation_cache)
-    skipped = Skipped(path / SKIPPED_FILE)
     with contextlib.ExitStack() as stack:
+        mirror = stack.enter_context(mirrored(path))
+        path = mirror.path
+        skipped = Skipped(path / SKIPPED_FILE)
         files = stack.enter_context(model_files(path, config, architecture))
         processor = Processor.from_dir(files, architecture)
         if config.data.preview:
@@ -112,7 +116,7 @@ def run_on_mesh(config: RunConfig, path: Path, mesh: jax.sharding.Mesh) -> int:
         stack.enter_context(removed_if_empty(path))
         keep = config.checkpoint
         workdir = stack.enter_context(
-            Workdir(path, keep=keep.keep, keep_every=keep.keep_every or None)
+            open_workdir(mirror, keep=keep.keep, keep_every=keep.keep_every or None)
         )
         if is_process_0():
             print_changes(config_changes(path, config))
@@ -189,7 +193,7 @@ def first_state(
             like_opt_state={"step": shapes.step, "optimizer": shapes.opt_state},
         )
         if is_process_0():
-            print(f"resumed  from step {step} of {workdir.path}", flush=True)
+            print(f"resumed  from step {step} of {workdir.home}", flush=True)
         params, router = variables["params"], variables["router"]
         return TrainState(rest["step"], params, router, rest["optimizer"]), data_state
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vl2jax.checkpoints.completeness import CHECKPOINTS
-from vl2jax.checkpoints.model_dir import MODEL_FILE, flatten, read_model_dir
+from vl2jax.checkpoints.model_dir import MODEL_FILE, flatten, processor_files, read_model_dir
 from vl2jax.common.errors import UserError
 from vl2jax.config import VL2Config
 from vl2jax.data.files import open_source
@@ -157,10 +157,14 @@ def model_files(path: Path, config: RunConfig, architecture: VL2Config) -> Itera
       UserError: `path` cannot be the workdir of this run, see `lineage.check_workdir`.
     """
     with tempfile.TemporaryDirectory() as made:
-        files = Path(config.tokenizer or config.init_from or made)
         if (path / MODEL_FILE).is_file():
             files = path
-        elif files == Path(made):
+        elif config.tokenizer:
+            files = processor_files(config.tokenizer)
+        elif config.init_from:
+            files = read_model_dir(config.init_from).path
+        else:
+            files = Path(made)
             write_processor_files(files, architecture)
         check_workdir(path, architecture, files, dtype=config.compute.param_dtype)
         yield files

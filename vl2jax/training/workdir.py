@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ import jax
 from vl2jax.checkpoints.completeness import (
     CHECKPOINTS,
     DATA,
+    NO_MARKER,
     OPT_STATE,
     PARAMS,
     all_steps,
     complete_steps,
     defect,
     describe_defects,
+    entries,
     newest_complete,
     read_data_state,
 )
@@ -44,7 +46,7 @@ from vl2jax.checkpoints.orbax_io import (
 from vl2jax.checkpoints.param_store import CheckpointError, DamageError, ParamStore
 from vl2jax.common.errors import UserError, listed
 from vl2jax.common.file_lock import lock_directory
-from vl2jax.common.paths import local_path
+from vl2jax.common.paths import AnyPath, is_remote, local_path
 from vl2jax.parallel.processes import broadcast_from_process_0, gather_to_process_0
 
 PARTS = PARAMS, OPT_STATE, DATA  # of a checkpoint
@@ -59,6 +61,7 @@ class Workdir:
 
     Attributes:
       path: the directory.
+      home: where complete checkpoints are.
       on_error: called with a one-line message when a save fails; may be replaced.
       on_saved: called with the step when a checkpoint is on disk; None: nothing is called.
     """
@@ -70,6 +73,7 @@ class Workdir:
         keep: int,
         keep_every: int | None,
         on_error: Callable[[str], None] | None = None,
+        home: AnyPath | None = None,
     ):
         """Opens a workdir, creates it if necessary, and removes incomplete checkpoints.
 
@@ -79,6 +83,7 @@ class Workdir:
           keep_every: checkpoints at multiples of this step are never deleted; None: no others.
           on_error: called with a one-line message when a save fails; None: prints to standard
             error.
+          home: where complete checkpoints are; None: in `path`.
 
         Raises:
           UserError: `keep` or `keep_every` is out of range, another run uses the workdir, or it has
@@ -91,6 +96,7 @@ class Workdir:
                 " (keep_every may be None: no old steps are kept)"
             )
         self.path = local_path(path, "workdir").resolve()
+        self.home: AnyPath = home or self.path
         self.on_error = on_error or _warn
         self.on_saved: Callable[[int], None] | None = None
         self._pending: int | None = None  # the step that is being saved
@@ -113,7 +119,7 @@ class Workdir:
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint; None if there is none."""
-        return newest_complete(self.path, PARTS)[0]
+        return newest_complete(self.home, PARTS)[0]
 
     def save(
         self,
@@ -140,7 +146,7 @@ class Workdir:
         import orbax.checkpoint as ocp
 
         self.wait()
-        if (self._checkpoints / str(step)).exists():
+        if self._exists(step):
             return
         self._remove_incomplete()
         items = {
@@ -172,8 +178,15 @@ class Workdir:
         except (OSError, ValueError) as error:
             self._failed(step, error)
             return
+        self._written(step)
+
+    def _written(self, step: int) -> None:
+        """Called when a checkpoint is on disk."""
         if self.on_saved is not None:
             self.on_saved(step)
+
+    def _exists(self, step: int) -> bool:
+        return (self._checkpoints / str(step)).exists()
 
     def close(self) -> None:
         """Waits for the last save and releases the lock of the directory."""
@@ -213,7 +226,7 @@ class Workdir:
             if not _any_process(f"damaged/{self.path}/{found}", problem is not None):
                 params, opt_state, data_state = restored
                 return found, params, opt_state, data_state
-            older = [one for one in complete_steps(self.path, PARTS) if one < found]
+            older = [one for one in complete_steps(self.home, PARTS) if one < found]
             if step is not None or not older:
                 raise problem or DamageError(f"another process cannot read checkpoint {found}")
             close_manager(self._manager)
@@ -227,7 +240,7 @@ class Workdir:
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Reads one checkpoint; see `restore`."""
         parts = {PARAMS: like_params, OPT_STATE: like_opt_state}
-        stores = {name: ParamStore(self._checkpoints / str(step) / name) for name in parts}
+        stores = {name: ParamStore(self.home / CHECKPOINTS / str(step) / name) for name in parts}
         problems = [
             f"{name}: {problem}"
             for name, like in parts.items()
@@ -237,25 +250,25 @@ class Workdir:
         ]
         if problems:
             raise CheckpointError(
-                f"checkpoint {self._checkpoints / str(step)} does not match the configuration of"
-                " this run; restore the old configuration, or start in a new workdir with"
+                f"checkpoint {self.home / CHECKPOINTS / str(step)} does not match the configuration"
+                " of this run; restore the old configuration, or start in a new workdir with"
                 " init_from:\n" + listed(problems)
             )
         params, opt_state = (read_tree(stores[name], like) for name, like in parts.items())
-        data_state = read_data_state(self._checkpoints / str(step))
+        data_state = read_data_state(self.home / CHECKPOINTS / str(step))
         if data_state is None:
             raise DamageError(f"{DATA} is damaged")
         return params, opt_state, data_state
 
     def _existing(self, step: int | None) -> int:
-        steps = complete_steps(self.path, PARTS)
-        if step in all_steps(self.path) and step not in steps:
-            what = defect(self._checkpoints / str(step), PARTS)
-            raise CheckpointError(f"{self._checkpoints / str(step)} is not complete: {what}")
+        steps = complete_steps(self.home, PARTS)
+        if step in all_steps(self.home) and step not in steps:
+            what = defect(self.home / CHECKPOINTS / str(step), PARTS)
+            raise CheckpointError(f"{self.home / CHECKPOINTS / str(step)} is not complete: {what}")
         if not steps:
-            raise CheckpointError(f"{self.path} has no complete checkpoint yet")
+            raise CheckpointError(f"{self.home} has no complete checkpoint yet")
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.path} has no step {step}; it has {_some(steps)}")
+            raise CheckpointError(f"{self.home} has no step {step}; it has {_some(steps)}")
         return steps[-1] if step is None else step
 
     def _failed(self, step: int, error: Exception) -> None:
@@ -263,23 +276,32 @@ class Workdir:
         close_manager(self._manager)  # threads of the save may still be running
         self._remove_incomplete()
         self._manager = self._open()
-        steps = complete_steps(self.path, PARTS)
+        self._report_failure(step, error)
+
+    def _report_failure(self, step: int, error: Exception) -> None:
+        """Reports a failed save to `on_error`."""
+        steps = complete_steps(self.home, PARTS)
         if step in steps:
             message = f"checkpoint {step} is saved, but older ones could not be removed"
             self.on_error(f"{message}: {reason(error)}")
             return
         newest = f"the newest checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
         self.on_error(
-            f"checkpoint {step} could not be saved in {self._checkpoints}: {reason(error)};"
+            f"checkpoint {step} could not be saved in {self.home / CHECKPOINTS}: {reason(error)};"
             f" {newest}, and the next save is attempted as usual"
         )
 
     def _put_torn_ones_aside(self) -> None:
         """Renames checkpoints that are newer than the newest complete one."""
-        step, defects = newest_complete(self.path, PARTS)
+        step, defects = newest_complete(self.home, PARTS)
+        if is_remote(self.home):  # uploads that did not end were never checkpoints
+            unfinished = [one for one in defects if one[1] == NO_MARKER]
+            for one, what in unfinished:
+                self._put_aside(one, what)
+            defects = [one for one in defects if one not in unfinished]
         if step is None and defects:
             raise CheckpointError(
-                f"{describe_defects(self.path, defects)}, and none is; restore one from a copy, or"
+                f"{describe_defects(self.home, defects)}, and none is; restore one from a copy, or"
                 " choose another workdir"
             )
         if jax.process_index() == 0:
@@ -288,12 +310,14 @@ class Workdir:
 
     def _put_aside(self, step: int, what: str) -> None:
         """Renames a checkpoint that cannot be used, so that its step can be saved again."""
-        for number in itertools.count(1):
-            target = self._checkpoints / f"{step}{_ASIDE}{'' if number == 1 else f'-{number}'}"
-            if not target.exists():
-                break
+        target = self._checkpoints / self._free_name(step, entries(self._checkpoints))
         (self._checkpoints / str(step)).rename(target)
         self.on_error(f"checkpoint {step} is not complete ({what}); it is now {target}, not used")
+
+    def _free_name(self, step: int, taken: Collection[str]) -> str:
+        """A name for a checkpoint that is put aside."""
+        names = (f"{step}{_ASIDE}{'' if n == 1 else f'-{n}'}" for n in itertools.count(1))
+        return next(name for name in names if name not in taken)
 
     def _remove_incomplete(self) -> None:
         """Removes incomplete checkpoints; must not be called during a save.
