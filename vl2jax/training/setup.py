@@ -1,6 +1,7 @@
 """Builds everything that the training loop needs from a run configuration."""
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,6 +63,11 @@ def choose_architecture(config: RunConfig) -> VL2Config:
     return with_balance(architecture, config.balance)
 
 
+# The parts of the model that only tiles use.  A run on text alone does not train them: they would
+# have no gradients, and weight decay alone would shrink them.
+IMAGE_PARTS = ("vision", "adaptor", "image_newline", "view_seperator")
+
+
 def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.Mesh) -> Recipe:
     """Makes the recipe of a train step: model, optimizer and schedule.
 
@@ -71,7 +77,9 @@ def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.M
     """
     batch = config.batch
     check_batch(mesh, rows=batch.rows, tiles=batch.tiles, microbatches=batch.microbatches)
-    compute = config.compute
+    compute, optim = config.compute, config.optim
+    if not batch.tiles:
+        optim = dataclasses.replace(optim, frozen=(*optim.frozen, *IMAGE_PARTS))
     model = VL2(
         architecture,
         dtype=DTYPES[compute.dtype],
@@ -85,7 +93,7 @@ def make_recipe(config: RunConfig, architecture: VL2Config, mesh: jax.sharding.M
         model=model,
         optimizer=make_optimizer(config.optim, config.steps),
         schedule=learning_rate(config.optim, config.steps),
-        trained=trained_paths(config.optim, flatten(abstract_params(architecture)["params"])),
+        trained=trained_paths(optim, flatten(abstract_params(architecture)["params"])),
         bias_update_step=config.balance.bias_update_step,
         loss_chunk=compute.loss_chunk,
         seed=config.seed,
