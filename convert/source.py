@@ -170,7 +170,9 @@ def _scan_shards(directory: Path, index: dict[str, str], problems: list[str]) ->
     for file, indexed in sorted(names_in.items()):
         held = None
         if not (directory / file).is_file():
-            problems.append(f"{INDEX_FILE} names {file} for {len(indexed)} tensors; no such file")
+            problems.append(
+                f"{INDEX_FILE} names {clip(file, 120)} for {len(indexed)} tensors; no such file"
+            )
         elif (instead := _not_downloaded(directory / file)) is not None:
             placeholders.setdefault(instead, []).append(file)
         else:
@@ -181,14 +183,14 @@ def _scan_shards(directory: Path, index: dict[str, str], problems: list[str]) ->
         absent = sorted(indexed - held.keys())
         unlisted = sorted(held.keys() - indexed)
         if absent:
-            problems.append(f"{file} does not hold, as the index says: {some(absent)}")
+            problems.append(f"{clip(file, 120)} does not hold, as the index says: {some(absent)}")
             unreadable |= set(absent)
         if unlisted:
-            problems.append(f"{file} holds, against the index: {some(unlisted)}")
+            problems.append(f"{clip(file, 120)} holds, against the index: {some(unlisted)}")
         tensors |= {name: held[name] for name in indexed & held.keys()}
     for instead, files in placeholders.items():
         more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-        problems.append(f"{files[0]}{more}: {instead}")
+        problems.append(f"{clip(files[0], 120)}{more}: {instead}")
     return Source(tensors, unreadable if index else None)
 
 
@@ -257,13 +259,13 @@ def _single_file(directory: Path, problems: list[str]) -> str | None:
 
 def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | None:
     """Reads the header of a safetensors file; None if the whole file is unusable."""
-    size = path.stat().st_size
+    size, file_name = path.stat().st_size, clip(path.name, 120)
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             problems.append(
-                f"{path.name}: not a whole safetensors file (a header of {length} bytes in a file"
+                f"{file_name}: not a whole safetensors file (a header of {length} bytes in a file"
                 f" of {size}); download it again"
             )
             return None
@@ -273,18 +275,18 @@ def _read_header(path: Path, problems: list[str]) -> dict[str, TensorInfo] | Non
         header.pop("__metadata__", None)
         spans = {name: _span(name, entry) for name, entry in header.items()}
     except ValueError as error:
-        problems.append(f"{path.name}: bad safetensors header ({error})")
+        problems.append(f"{file_name}: bad safetensors header ({error})")
         return None
     data, end = 8 + length, 0
     for _, _, begin, stop in sorted(spans.values(), key=lambda span: span[2:]):
         if begin != end:
-            problems.append(f"{path.name}: its tensors overlap or leave gaps; download it again")
+            problems.append(f"{file_name}: its tensors overlap or leave gaps; download it again")
             return None
         end = stop
     if data + end != size:
         what = "truncated" if data + end > size else "longer than it should be"
         problems.append(
-            f"{path.name}: {what}: its header tells of {data + end} bytes, the file has {size};"
+            f"{file_name}: {what}: its header tells of {data + end} bytes, the file has {size};"
             " download it again"
         )
         return None
