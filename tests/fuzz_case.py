@@ -1,7 +1,7 @@
 """Fuzzing: a target is called with many inputs, and may raise nothing but a short `UserError`.
 
-`VL2JAX_FUZZ_SECONDS` is the time of each target (half a second by default), `VL2JAX_FUZZ_SEED` the first
-seed (0).
+`VL2JAX_FUZZ_SECONDS` is the time of each target (half a second by default), `VL2JAX_FUZZ_SEED` the
+first seed (0).
 """
 
 import itertools
