@@ -463,6 +463,27 @@ def test_wrong_messages(refused, picture, tmp_path):
     assert "give them only once" in refused("--messages", own, "--image", picture)
 
 
+def test_messages_in_the_formats_of_training_data(ask, picture, tmp_path):
+    """A conversation is read as a row is, and an answer at its end is continued."""
+    row = {
+        "conversations": [{"from": "human", "value": QUESTION}],
+        "image": str(picture),
+        "mood": "calm",
+    }
+    (tmp_path / "talk.json").write_text(json.dumps([row], indent=1), encoding="utf-16")
+    flags = ["--messages", tmp_path / "talk.json", "--max_new_tokens", 24, "--json"]
+    code, out, err = ask(*flags)
+    assert code == 0 and json.loads(out)["tokens"] == GOLDEN
+    assert err.count("['mood'] of rows are not read") == 1
+    row["conversations"].append({"from": "gpt", "value": "It is"})
+    (tmp_path / "talk.json").write_text(json.dumps(row))
+    _, longer, _ = ask(*flags)
+    assert json.loads(longer)["prompt_tokens"] > json.loads(out)["prompt_tokens"]
+    (tmp_path / "talk.json").write_text(json.dumps([row, row]))
+    code, out, err = ask(*flags)
+    assert (code, out) == (1, "") and "talk.json has 2 rows; expected one conversation" in err
+
+
 def test_a_prompt_that_is_too_long(refused, ckpt):
     message = refused("--prompt", "word " * 5000)
     assert "more than max_position_embeddings 4096" in message

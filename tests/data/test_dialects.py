@@ -370,6 +370,7 @@ def test_keys_that_are_not_read_are_known(read):
     row = read(talk(("a", {"name": "x", "id": 3}), "b", id=7, category="c", tools=[1], note=None))
     assert row.unread == ("category", "messages[].name", "tools")
     assert read(talk("a", ("b", {"weight": 1}), id=7, question_id=3, objects=None)).unread == ()
+    assert read(talk("a", "b", objects={"ref": [], "width": [3]})).unread == ("objects.width",)
 
 
 def grounded(box, **objects):

@@ -144,12 +144,14 @@ def _find(path: str) -> list[pathlib.Path]:
             if not file.name.startswith(".") and _opener(file) and file.is_file()
         ]
         if not found:
-            raise UserError(f"{path}: no data file in this folder; {_KINDS} are read")
+            raise UserError(f"{clip(path)}: no data file in this folder; {_KINDS} are read")
         return sorted(found)
     files = [file for file in matches(path) if os.path.isfile(file) or file == path]
     if not files:
-        raise UserError(f"{path}: no such file; expected a data file, a folder or a pattern")
+        raise UserError(f"{clip(path)}: no such file; expected a data file, a folder or a pattern")
     for file in files:
         if not _opener(pathlib.Path(file)):
-            raise UserError(f"{file}: unknown kind of data file; {_KINDS} are read, rename it")
+            raise UserError(
+                f"{clip(file)}: unknown kind of data file; {_KINDS} are read, rename it"
+            )
     return [pathlib.Path(file) for file in files]

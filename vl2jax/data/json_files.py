@@ -107,7 +107,7 @@ class JsonFile(FileSource):
         start = 0
         with self._plain.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip() and not (number == 1 and line.strip() == _MARK):
+                if not line.isspace() and (number > 1 or line.strip() != _MARK):
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(line)

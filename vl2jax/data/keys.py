@@ -35,6 +35,7 @@ _REFUSED_IN_TURNS = _REFUSED_IN_ROWS | dict.fromkeys(("tool_calls", "function_ca
 # Keys that cannot mean anything for a sample, so that nothing is said about them.
 _NAMES = {"id", "uid", "uuid", "idx", "index", "question_id", "source", "dataset", "split"}
 _READ_IN_ROWS = {*ROW_KEYS, *SYSTEM_KEYS, *IMAGE_KEYS, "objects", *_NAMES}
+_READ_IN_OBJECTS = {"ref", "bbox", "bbox_type", "image_id"}
 _READ_IN_TURNS = {*ROLE_KEYS, *CONTENT_KEYS, *LOSS_KEYS, "images", "id"}
 
 
@@ -55,7 +56,9 @@ def check_turn(where: str, turn: Mapping[str, Any]) -> None:
 
 
 def unread(row: Mapping[str, Any], turns: Any) -> tuple[str, ...]:
-    """Returns the keys that are not read and not refused, those of turns as `messages[].name`.
+    """Returns the keys that are not read and not refused.
+
+    Those of turns are given as `messages[].name`, those of objects as `objects.name`.
 
     Args:
       row: the row, without nulls.
@@ -67,6 +70,9 @@ def unread(row: Mapping[str, Any], turns: Any) -> tuple[str, ...]:
         if isinstance(turn, Mapping) and not turn.keys() <= _READ_IN_TURNS:
             more = turn.keys() - _READ_IN_TURNS - _REFUSED_IN_TURNS.keys()
             found |= {f"messages[].{key}" for key in more if turn[key]}
+    objects = row.get("objects")
+    if isinstance(objects, Mapping):
+        found |= {f"objects.{key}" for key in objects.keys() - _READ_IN_OBJECTS if objects[key]}
     return tuple(sorted(map(str, found))) if found else ()
 
 

@@ -10,7 +10,6 @@ import PIL.Image
 from vl2jax.common.errors import UserError, clip, named, shown
 from vl2jax.common.paths import AnyPath, has_scheme, is_remote, user_path
 from vl2jax.processing.image_source import (
-    URL_SCHEMES,
     ImageSource,
     cannot_open,
     check_local,
@@ -54,7 +53,9 @@ def picture(value: Any, folders: Sequence[AnyPath]) -> ImageSource:
     if isinstance(value, str):
         value = value.strip() or value
         check_local(value)
-        if value[:5].lower().startswith(URL_SCHEMES):
+        if value[:5].lower() == "data:":
+            return _bytes(value)
+        if value[:5].lower() == "file:":
             return value
         if has_scheme(value):
             return str(user_path(value, "the picture"))

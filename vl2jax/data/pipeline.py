@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
 from vl2jax.data.malformed import REPAIR, Malformed
 from vl2jax.data.packing import BatchShape, Packer, assemble, supervised
 from vl2jax.data.reading import BadRow, Reader, ReadRow, mixed_order
@@ -361,8 +361,8 @@ def _check_identity(saved: dict[str, Any], current: dict[str, Any]) -> None:
     for name, value in current.items():
         if saved.get(name) != value:
             raise UserError(
-                f"the data differs from the checkpoint's: {name} was {saved.get(name)}, now"
-                f" {value}; restore it, or start in a new workdir with config.init_from"
+                f"the data differs from the checkpoint's: {name} was {shown(saved.get(name))},"
+                f" now {shown(value)}; restore it, or start in a new workdir with config.init_from"
             )
 
 

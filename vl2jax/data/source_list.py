@@ -3,7 +3,7 @@
 import math
 import os
 
-from vl2jax.common.errors import UserError
+from vl2jax.common.errors import UserError, shown
 from vl2jax.common.paths import is_remote, user_path
 from vl2jax.data.patterns import matches
 
@@ -55,7 +55,7 @@ def _read_source(part: str, name: str) -> tuple[str, float]:
     if weight is not None and not _exists(path, name) and _exists(part, name):
         path, weight = part, None
     if weight is not None and not 0 < weight < math.inf:
-        raise UserError(f"{name}: {part!r} must be PATH=WEIGHT with a weight above 0")
+        raise UserError(f"{name}: {shown(part, 200)} must be PATH=WEIGHT with a weight above 0")
     if path != SYNTHETIC:
         path = str(user_path(path, name))
     return path, 1.0 if weight is None else weight

@@ -16,7 +16,6 @@ from vl2jax.common.paths import is_remote, user_path
 from vl2jax.common.storage import read_file
 
 ImageSource = str | os.PathLike | bytes | PIL.Image.Image
-URL_SCHEMES = ("data:", "file:", "http:", "https:")  # prefixes of sources that are not paths
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")

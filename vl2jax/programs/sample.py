@@ -37,6 +37,7 @@ from vl2jax.cli.shards import Shard, check_same_flags, choose_shard, read_distri
 from vl2jax.cli.verbose import print_compilations_and_choices
 from vl2jax.common.compilation_cache import set_compilation_cache
 from vl2jax.common.errors import UserError
+from vl2jax.data.unread import UnreadKeys
 from vl2jax.inference.request import Request, from_prompt, read_request
 from vl2jax.inference.session import Session
 from vl2jax.parallel.processes import (
@@ -127,7 +128,10 @@ def read_one(args: argparse.Namespace) -> Request:
     """Reads the request of --prompt or --messages."""
     if not args.messages:
         return from_prompt(args.prompt, args.image, system=args.system)
-    return read_request(args.messages, args.image)
+    request = read_request(args.messages, args.image)
+    said = UnreadKeys(lambda message: print(message, file=sys.stderr))
+    said.add(str(args.messages), request.unread)
+    return request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
