@@ -455,7 +455,7 @@ def test_wrong_messages(refused, picture, tmp_path):
 
     assert "not valid JSON" in read("[")
     assert "not valid JSON" in read("[" * 100_000)
-    assert "expected 'messages' or 'conversations'" in read("3")
+    assert "expected a list of rows" in read("3")
     assert "message 1: unknown role 'robot'" in read('[{"role": "robot", "content": "hi"}]')
     assert "image 1: expected a path" in read('{"prompt": "a", "images": [1]}')
     own = tmp_path / "own.json"
