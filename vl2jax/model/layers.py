@@ -66,11 +66,14 @@ class Linear(nn.Module):
     Attributes:
       features: sizes of the output axes; the kernel is [*inputs, *features], the bias [*features].
       num_in: number of trailing axes of x that are contracted.
+      major: index in `features` of the axis that a mesh shards.  The product joins the output axes
+        with this one first, because a joined axis cannot be sharded along a later one.
       kernel_init: initializer of the kernel; None: normal with variance 1 / number of inputs.
     """
 
     features: tuple[int, ...]
     num_in: int = 1
+    major: int = 0
     use_bias: bool = False
     kernel_init: nn.initializers.Initializer | None = None
     dtype: jnp.dtype = jnp.float32
@@ -82,17 +85,25 @@ class Linear(nn.Module):
         init = self.kernel_init or fan_in_normal(math.prod(inputs))
         kernel = parameter(self, "kernel", init, (*inputs, *self.features), self.param_dtype)
         rows, size = x.shape[: x.ndim - self.num_in], math.prod(inputs)
-        x, kernel = x.astype(self.dtype).reshape(-1, size), _matrix(kernel, self.num_in)
-        y = matmul(x, kernel).reshape(*rows, *self.features)
+        x = x.astype(self.dtype).reshape(-1, size)
+        y = matmul(x, _matrix(kernel, self.num_in, self.major))
+        first = self.features[self.major]
+        rest = self.features[: self.major] + self.features[self.major + 1 :]
+        y = jnp.moveaxis(y.reshape(*rows, first, *rest), len(rows), len(rows) + self.major)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, self.features, self.param_dtype)
             y += expand_leading(bias.astype(jnp.float32), y)
         return y.astype(self.dtype)
 
 
-def _matrix(kernel: Weight, num_in: int) -> Weight:
-    """Reshapes a kernel [*inputs, *outputs] with `num_in` input axes to [inputs, outputs]."""
-    return jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:num_in]), -1), kernel)
+def _matrix(kernel: Weight, num_in: int, major: int) -> Weight:
+    """Reshapes a kernel [*inputs, *outputs] to [inputs, outputs], output axis `major` first."""
+
+    def join(a: jax.Array) -> jax.Array:
+        inputs = math.prod(a.shape[:num_in])
+        return jnp.moveaxis(a, num_in + major, num_in).reshape(inputs, -1)
+
+    return jax.tree.map(join, kernel)
 
 
 class RMSNorm(nn.Module):

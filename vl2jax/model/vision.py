@@ -15,6 +15,7 @@ from vl2jax.model.layers import LayerNorm, Linear, remat_layer
 from vl2jax.model.parameter import parameter
 from vl2jax.ops.attention import attention
 from vl2jax.ops.matmul import einsum
+from vl2jax.parallel.mesh import BATCH_AXES, constrain, sharded
 
 
 def normalize(tiles: jax.Array) -> jax.Array:
@@ -58,7 +59,9 @@ class Attention(nn.Module):
         options: dict[str, Any] = dict(
             use_bias=True, dtype=self.dtype, param_dtype=self.param_dtype
         )
-        qkv = Linear((3, heads, width), **options, name="qkv")(x)  # [I, P, 3, H, K]
+        # Only a mesh that shards heads needs them first; it costs a copy of the weight.
+        major = 1 if sharded(heads, "tensor") else 0
+        qkv = Linear((3, heads, width), major=major, **options, name="qkv")(x)  # [I, P, 3, H, K]
         q, k, v = (qkv[:, :, i] for i in range(3))
         y = v if self.is_initializing() else attention(q, k, v, width**-0.5)
         return Linear((self.cfg.width,), num_in=2, **options, name="proj")(y)
@@ -90,8 +93,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
         options: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x += Attention(self.cfg, **options, name="attn")(LayerNorm(**options, name="norm1")(x))
-        x += MLP(self.cfg, **options, name="mlp")(LayerNorm(**options, name="norm2")(x))
+        # Without the constraints, XLA would split features in place of tiles where it saves a
+        # little, and gather weights and activations in every block.
+        y = Attention(self.cfg, **options, name="attn")(LayerNorm(**options, name="norm1")(x))
+        x = constrain(x + y, BATCH_AXES)
+        y = MLP(self.cfg, **options, name="mlp")(LayerNorm(**options, name="norm2")(x))
+        x = constrain(x + y, BATCH_AXES)
         self.sow("intermediates", "block_out", x)
         return x, None
 
@@ -117,7 +124,7 @@ class VisionTower(nn.Module):
         # shows and not where it is.
         init = nn.initializers.normal(4.0)
         position = parameter(self, "pos_embed", init, shape, self.param_dtype)
-        x += position.astype(self.dtype)[None]
+        x = constrain(x + position.astype(self.dtype)[None], BATCH_AXES)
         blocks = nn.scan(
             remat_layer(Block, self.remat),
             variable_axes={"params": 0, "intermediates": 0},

@@ -107,6 +107,13 @@ def on_each_device(run: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def sharded(size: int, axis: str) -> bool:
+    """Whether the current mesh splits an array axis of this size along `axis`."""
+    mesh = current_mesh()
+    parts = 1 if mesh is None else axis_size(mesh, axis)
+    return parts > 1 and size % parts == 0
+
+
 def dividing_axes(size: int, *axes: str) -> tuple[str, ...] | None:
     """Returns which of the given mesh axes can shard an array axis.
 

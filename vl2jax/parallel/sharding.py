@@ -23,9 +23,9 @@ _RUN = r"decoder/(dense|moe)_\d+/"
 # sharded.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"image_newline|view_seperator", (None,)),  # D
-    (r"vision/patch_embed/kernel", (None, None, None, "tensor")),  # p q 3 W
-    (r"vision/patch_embed/bias", ("tensor",)),  # W
-    (r"vision/pos_embed", (None, "tensor")),  # P W
+    (r"vision/patch_embed/kernel", (None, None, None, None)),  # p q 3 W
+    (r"vision/patch_embed/bias", (None,)),  # W
+    (r"vision/pos_embed", (None, None)),  # P W
     (r"vision/blocks/attn/qkv/kernel", (None, "fsdp", None, "tensor", None)),  # L W 3 H K
     (r"vision/blocks/attn/qkv/bias", (None, None, "tensor", None)),  # L 3 H K
     (r"vision/blocks/attn/proj/kernel", (None, "tensor", None, "fsdp")),  # L H K W

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from vl2jax.ops.experts import AUTO, ExpertWeights, routed_experts
 from vl2jax.ops.experts.exchange import EXCHANGES, choose_exchange
 from vl2jax.ops.matmul.int8 import Int8, Weight, split_like
-from vl2jax.parallel.mesh import axis_size, batch_axes, batch_shards
+from vl2jax.parallel.mesh import axis_size, batch_axes, batch_shards, constrain
 from vl2jax.parallel.sharding import param_spec
 
 
@@ -56,7 +56,10 @@ def sharded_experts(
     shards, shape = batch_shards(mesh), x.shape
     rows: tuple[str, ...] | None = batch_axes(mesh)
     if shape[0] % shards:
-        x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in (x, weights, experts))
+        # Tokens of a replicated array are split without communication.  From another sharding, XLA
+        # would go over the replicated array as well, at a place of its own choice.
+        tokens = (constrain(a) for a in (x, weights, experts))
+        x, weights, experts = (a.reshape(-1, a.shape[-1]) for a in tokens)
         if len(x) % shards or len(x) < shards * shards:
             rows, exchange = None, "none" if exchange == "none" else "sum"
     layers = () if layer is None else (layer,)
@@ -71,7 +74,7 @@ def sharded_experts(
         out_specs=PartitionSpec(rows),
         check_vma=False,
     )(x, weights, experts, w, *layers)
-    return y.reshape(shape)
+    return (constrain(y) if shape[0] % shards else y).reshape(shape)
 
 
 def _specs(mesh: AbstractMesh, stacked: bool) -> list[PartitionSpec]:
