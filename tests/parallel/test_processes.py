@@ -21,6 +21,7 @@ from processes import finish, free_port, long_test
 from vl2jax.checkpoints.completeness import complete_steps
 from vl2jax.checkpoints.param_store import ParamStore, read_array
 from vl2jax.common.errors import UserError
+from vl2jax.data.reading import mixed_order
 from vl2jax.parallel.processes import DistributedOptions
 from vl2jax.training.metrics_file import read_metrics
 
@@ -227,3 +228,22 @@ def test_killed_and_started_again(both, tmp_path):
     assert got.keys() == want.keys()
     for path, value in want.items():
         np.testing.assert_array_equal(got[path], value, err_msg=path)
+
+
+@long_test
+def test_a_process_that_cannot_read_on_stops_all_with_a_checkpoint(tmp_path):
+    """A malformed row of one data shard; both processes save the step before the error."""
+    rows: list[dict] = [{"text": f"Document {number}. " * 6} for number in range(400)]
+    split = dict(process_index=1, process_count=2)
+    order = mixed_order([range(400)], [1.0], seed=0, shuffle=True, repeat=True, **split)
+    rows[order[120][1]] = {"messages": [{"role": "robot", "content": "a"}]}
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = (f"--config.data.train={tmp_path / 'data.jsonl'}", "--config.steps=40")
+    run = tmp_path / "run"
+    ended = finish(*start_two(run, *options, "--config.checkpoint.every=100"))
+    assert [code for code, *_ in ended] == [1, 1], ended
+    (step,) = complete_steps(run)
+    assert 0 < step < 40 and f"saved step {step}" in ended[0][2]
+    assert f"another process: stopped after step {step}" in ended[0][2]
+    assert f"error: {tmp_path}/data.jsonl:{order[120][1] + 1}: message 1: unknown" in ended[1][2]
+    assert curve(run)[:, 0].tolist() == list(range(1, step + 1))

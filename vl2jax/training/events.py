@@ -181,7 +181,7 @@ class Profile:
         self._first, self._end = max(first, after + 1), min(end, last + 1)
         if self._first >= self._end:
             self._first = 0
-            if steps:
+            if steps and after < last:
                 run = f"this run has the steps {after + 1} to {last}"
                 note(f"no trace: profile is {first}:{end}, and {run}")
 
