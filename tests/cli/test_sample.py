@@ -374,6 +374,7 @@ def test_an_interrupt_ends_a_single_answer(ask, scripted):
         (["--prompt", "a", "--temperature", "nan"], "temperature must be 0 (greedy) or more"),
         (["--prompt", "a", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["--prompt", "a", "--top_p", "0"], "top_p must be above 0"),
+        (["--batch", __file__, "--out", os.devnull], "/null: is a device or a pipe; expected"),
         (
             ["--prompt", "a", "--top_k", "-1"],
             "--top_k: expected a whole number from 0 to 2",

@@ -129,7 +129,13 @@ def check_drawing(path: Path) -> None:
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Raises UserError unless a file can be created at `path`."""
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a directory" if path.is_dir() else f"there is no directory {path.parent}"
-        raise UserError(f"{flag} {path}: {what}; expected the path of a file to write")
+    """Raises UserError unless a file can be created, or is already, at `path`."""
+    if path.is_dir():
+        what = "is a directory"
+    elif path.exists() and not path.is_file():
+        what = "is a device or a pipe"  # of which what was written before cannot be read
+    elif not path.parent.is_dir():
+        what = f"there is no directory {path.parent}"
+    else:
+        return
+    raise UserError(f"{flag} {path}: {what}; expected the path of a file to write")

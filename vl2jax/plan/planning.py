@@ -45,6 +45,7 @@ from vl2jax.training.report import model_flops
 from vl2jax.training.run_config import RunConfig, read_run_config
 from vl2jax.training.setup import choose_architecture
 
+_MOST = 2**24  # rows or tokens
 WHAT = ("train", "prefill", "decode")
 # Effort of the compiler; -1 takes half the time and gives nearly the same program.
 EFFORT = "jax_exec_time_optimization_effort"
@@ -265,15 +266,15 @@ def define_plan_flags() -> None:
     define_flags(__doc__)
     flags.DEFINE_string("topology", None, "TPU slice, such as v5p:4x4x4 or v5e:2x4")
     flags.DEFINE_list("what", ["train"], f"programs: {', '.join(WHAT)}")
-    flags.DEFINE_integer("rows", 8, "batch size of prefill and decode", lower_bound=1)
-    flags.DEFINE_integer("prompt", 2048, "tokens of a prompt", lower_bound=1)
-    flags.DEFINE_integer("slots", 4096, "tokens of prompt and answer", lower_bound=2)
+    flags.DEFINE_integer("rows", 8, "batch size of prefill and decode", 1, _MOST)
+    flags.DEFINE_integer("prompt", 2048, "tokens of a prompt", 1, _MOST)
+    flags.DEFINE_integer("slots", 4096, "tokens of prompt and answer", 2, _MOST)
     flags.DEFINE_enum("quantize", None, KINDS, "quantise weights for prefill and decode (off)")
     flags.DEFINE_float("temperature", 0.0, "temperature of decode (0: greedy)", lower_bound=0.0)
     flags.DEFINE_integer("top_k", 0, "top-k of decode (0: all tokens)", lower_bound=-1)
     flags.DEFINE_float("top_p", 1.0, "top-p of decode (1: all tokens)")
     flags.DEFINE_boolean("json", False, "print one line of JSON per program")
-    flags.DEFINE_float("effort", 0.0, "effort of the compiler, -1 to 1")
+    flags.DEFINE_float("effort", 0.0, "effort of the compiler, -1 to 1", -1.0, 1.0)
 
 
 def run(argv: Sequence[str]) -> int:
