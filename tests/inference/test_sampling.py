@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vl2jax.common.errors import UserError
 from vl2jax.inference.sampling import (
@@ -15,6 +16,9 @@ from vl2jax.inference.sampling import (
     process_logits,
     truncate,
 )
+from vl2jax.parallel.mesh import AXES, BATCH_AXES
+from vl2jax.parallel.sharding import make_mesh
+from vl2jax.plan.hlo_text import parse
 
 VOCAB = 1000  # more than the candidates, so that the search is tested
 
@@ -106,6 +110,25 @@ def test_rows_do_not_depend_on_others():
     for i in range(len(rows)):
         active = jnp.arange(len(rows)) == i
         np.testing.assert_array_equal(cut(rows, 0, 0.9017, active)[i], together[i])
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"expert": 2, "tensor": 4}])
+def test_same_on_a_mesh(axes):
+    """Rows and vocabulary may be split; the branch of the search sends nothing."""
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | axes, jax.devices())
+    rows = jnp.asarray(np.resize(_rows(), (8, VOCAB)))
+    params, seen = SamplingParams.create(1.3, 0, 0.97), jnp.zeros(rows.shape, bool)
+    keys = jax.random.split(jax.random.key(0), 8)
+    want = jax.jit(next_token)(params, rows, seen, keys)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(BATCH_AXES, "tensor")))
+        program = jax.jit(next_token).lower(params, split, seen, keys).compile()
+        got = program(params, split, seen, keys)
+    np.testing.assert_array_equal(got, want)
+    computations, entry = parse(program.as_text())
+    assert len(computations) > 10
+    for name, computation in computations.items():
+        assert name == entry or not any(one.kind for one in computation.values())
 
 
 def _lowered(params: SamplingParams) -> str:

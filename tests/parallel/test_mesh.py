@@ -150,6 +150,7 @@ def answers(attention: str, mesh_name: str | None, rows: int):
     ends = 1 if rows > 1 else ()  # a single row has no end token
     for temperature in (1.0, 0.0) if ALL else (1.0,):
         options = dict(max_new_tokens=12, eos_token_id=ends, temperature=temperature, seed=3)
+        options |= dict(top_k=50, top_p=0.95)
         found += generate(config, params, batch, **options)
     return [row.tokens for row in found]
 

@@ -107,8 +107,7 @@ class Engine:
         self._max_rows, self._keep_turns = read_whole("rows", rows, 1), keep_turns
         self._chunk = read_whole("chunk_size", chunk_size, 0)
         self._n_compared = 0 if check_prompts_equal and spans_processes(params) else None
-        dtype = compute_dtype(params) if dtype is None else read_dtype("dtype", dtype)
-        dtype = jnp.dtype(dtype)
+        dtype = jnp.dtype(compute_dtype(params)) if dtype is None else read_dtype("dtype", dtype)
         cache_dtype = None if cache_dtype is None else read_dtype("cache_dtype", cache_dtype)
         self.steps = compiled_steps(config, dtype, platform_of(params), cache_dtype)
         self.dtype = dtype
@@ -197,7 +196,7 @@ class Engine:
         positions, active = np.ones(count, np.int32), np.zeros(count, bool)
         seeds = np.zeros((count, 2), np.uint32)
         seen = np.zeros((count, self._config.decoder.vocab_size), bool)
-        # Padding rows come first: `_insert` writes them at the index of the first sequence, which
+        # Padding rows come first: `insert` writes them at the index of the first sequence, which
         # then overwrites them.
         offset = count - len(group.rows)
         for i, row in enumerate(group.rows, offset):
@@ -242,7 +241,8 @@ class Engine:
     def _resize(self, state: DecodeState, rows: np.ndarray | None, slots: int) -> None:
         """Makes the state anew with only these rows (None: all) and with `slots` cache slots.
 
-        The arrays of the caches are replaced one by one, so old and new never exist together.
+        The arrays of the caches are replaced one by one, so old and new caches never both exist as
+        a whole.
         """
         self._state = None  # if this is interrupted, no reference to deleted arrays remains
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vl2jax.inference.options import Checks
+from vl2jax.parallel.mesh import BATCH_AXES, constrain
 
 CANDIDATES = 128  # number of highest logits in which top-k and top-p are looked for first
 GREEDY_BELOW = 1e-5  # temperatures below it mean greedy decoding, as in vLLM
@@ -111,6 +112,7 @@ def truncate(
     Returns:
       float32[B, vocab].
     """
+    logits = constrain(logits, BATCH_AXES)  # so that no step of the search is a collective
     logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 and 0.0 are ties
     (lowest, last), found = _cut_of_candidates(logits, top_k, top_p)
     missing = ~found if active is None else ~found & active
