@@ -215,10 +215,13 @@ def test_killed_and_started_again(both, tmp_path):
         started[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         ended = finish(*started)
-        assert time.monotonic() - killed < 60
+        assert time.monotonic() - killed < 60  # heartbeats: 30
         assert ended[victim][0] == -signal.SIGKILL
         if victim:
-            assert ended[0][0] == 1 and "error: process 1 of 2 has ended" in ended[0][2]
+            # A collective fails, or hangs until heartbeats are missing.
+            reports = ("error: process 1 of 2 has ended", "(stopped sending heartbeats):\n1\n")
+            assert ended[0][0] in (1, -signal.SIGABRT)
+            assert any(report in ended[0][2] for report in reports)
         else:  # the service has ended with process 0, so JAX ends process 1
             assert ended[1][0] == -signal.SIGABRT and "Either the leader task" in ended[1][2]
     ended = finish(*start_two(tmp_path, *options))
