@@ -7,8 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.mapping import Entry, Leaf
+from vl2jax.parallel.sharding import param_spec
 
 PIECE_BYTES = 64 * 2**20  # larger tensors are split along their first axis
+LEAST_CHUNK = 128 * 2**10  # bytes; smaller chunks would cost more requests than they save bytes
+MOST_PARTS = {"fsdp": 64, "tensor": 8}  # into which an axis is divided
 
 
 class Piece(NamedTuple):
@@ -51,12 +54,26 @@ def rows_per_piece(leaf: Leaf, itemsize: int) -> int | None:
 
 
 def chunk_shape(leaf: Leaf, itemsize: int) -> tuple[int, ...]:
-    """Returns the shape of the part of a parameter that a piece fills, used as chunks on disk."""
+    """Returns the shape of the chunks on disk, which divide the pieces of a parameter.
+
+    They are divided along the axes that a mesh shards (`PARAM_RULES`), `fsdp` first, so that a
+    process that needs one shard reads little else.
+    """
     axes, rows = leaf.entries[0].axes, rows_per_piece(leaf, itemsize)
     piece = list(axes.shape)
     if rows is not None and axes.split_axis is not None:
         piece[axes.split_axis] = rows
-    return (1,) * (len(leaf.shape) - len(axes.shape)) + tuple(piece)
+    chunk = [1] * (len(leaf.shape) - len(axes.shape)) + piece
+    spec = param_spec(leaf.path)
+    for name in ("fsdp", "tensor"):
+        for axis in (axis for axis, one in enumerate(spec) if one == name):
+            while (
+                chunk[axis] % 2 == 0
+                and leaf.shape[axis] // chunk[axis] < MOST_PARTS[name]
+                and math.prod(chunk) * itemsize >= 2 * LEAST_CHUNK
+            ):
+                chunk[axis] //= 2
+    return tuple(chunk)
 
 
 def pieces(leaf: Leaf, itemsize: int) -> Iterator[Piece]:

@@ -28,7 +28,13 @@ from vl2jax.checkpoints.completeness import (
     newest_complete,
     warn_once,
 )
-from vl2jax.checkpoints.param_store import CheckpointError, ParamStore, Shape, read_array
+from vl2jax.checkpoints.param_store import (
+    CheckpointError,
+    ParamStore,
+    Shape,
+    read_array,
+    read_parts,
+)
 from vl2jax.common.atomic_file import write_json
 from vl2jax.common.paths import AnyPath, is_remote, user_path
 from vl2jax.common.storage import local_files
@@ -333,21 +339,23 @@ def read_leaf(stored, dtype: Any = None, sharding: Any = None):
     Args:
       stored: the parameter, from `ParamStore.open`.
       dtype: dtype to cast to; None: the stored dtype.
-      sharding: target sharding; each distinct shard is read once.  None: the default device.
+      sharding: target sharding; each chunk that this process needs is read once.  None: the
+        default device.
     """
     import jax
 
     if sharding is None:
         return jax.device_put(read_array(stored, dtype=dtype), may_alias=True)
-    parts: dict[tuple, np.ndarray] = {}
+    shape = tuple(stored.shape)
 
-    def part(index: Any) -> np.ndarray:  # index: one slice per axis
-        key = tuple(piece.indices(size) for piece, size in zip(index, stored.shape, strict=True))
-        if key not in parts:  # replicas share one read
-            parts[key] = read_array(stored, index, dtype)
-        return parts[key]
+    def key(index: Any) -> tuple:  # index: one slice per axis
+        return tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
 
-    return jax.make_array_from_callback(tuple(stored.shape), sharding, part)
+    wanted = {
+        key(index): index for index in sharding.addressable_devices_indices_map(shape).values()
+    }
+    parts = dict(zip(wanted, read_parts(stored, list(wanted.values()), dtype), strict=True))
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[key(index)])
 
 
 def read_int8(stored, axes: tuple[int, ...], sharding: Any = None):

@@ -23,6 +23,13 @@ _IN_FLIGHT = 128 * 2**20  # bytes that are read concurrently
 # How TensorStore's messages begin if the storage does not answer; the data may be whole.
 _NO_ANSWER = ("UNKNOWN", "UNAVAILABLE", "DEADLINE", "ABORTED", "CANCELLED", "PERMISSION")
 
+# Chunks that lie side by side in an object are one request.
+_COALESCED = {
+    "experimental_read_coalescing_threshold_bytes": 2**20,
+    "experimental_read_coalescing_merged_bytes": 2**26,
+    "experimental_read_coalescing_interval": "1ms",
+}
+
 Shape = tuple[int, ...]
 
 
@@ -45,8 +52,10 @@ class ParamStore:
         import tensorstore as ts  # slow to import
 
         self._directory = directory
-        self._base = kvstore_spec(directory)
-        kvstore = {"driver": "ocdbt", "base": self._base}
+        self._kvstore: dict[str, Any] = {"driver": "ocdbt", "base": kvstore_spec(directory)}
+        if is_remote(directory):
+            self._kvstore |= _COALESCED
+        kvstore = self._kvstore
         try:
             keys = ts.KvStore.open(kvstore).result().list().result()
         except ValueError as error:
@@ -78,7 +87,7 @@ class ParamStore:
         import tensorstore as ts
 
         name = path.replace("/", ".") + "/"
-        kvstore = {"driver": "ocdbt", "base": self._base, "path": name}
+        kvstore = self._kvstore | {"path": name}
         spec = {"driver": self._drivers[path], "kvstore": kvstore}
         spec["fill_missing_data_reads"] = False  # a missing chunk is an error, not zeros
         try:
@@ -137,7 +146,8 @@ def kvstore_spec(directory: AnyPath) -> dict[str, Any]:
         return {"driver": "file", "path": f"{plain_name(Path(directory))}/"}
     scheme, _, rest = str(directory).partition("://")
     bucket, _, path = rest.partition("/")
-    spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": f"{path}/"}
+    driver = {"gs": "gcs", "s3": "s3"}[scheme]
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if scheme == "s3" and endpoint:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -159,37 +169,80 @@ def read_array(store, index: tuple[slice, ...] | None = None, dtype=None) -> np.
     Raises:
       CheckpointError: the stored data is damaged.
     """
-    index = index or (slice(None),) * len(store.shape)
-    bounds = [part.indices(size)[:2] for part, size in zip(index, store.shape, strict=True)]
-    shape = tuple(stop - start for start, stop in bounds)
-    out = aligned_empty(shape, np.dtype(dtype or store.dtype.numpy_dtype))
+    return read_parts(store, [index or (slice(None),) * len(store.shape)], dtype)[0]
+
+
+def read_parts(store, parts: Sequence[tuple[slice, ...]], dtype=None) -> list[np.ndarray]:
+    """Reads slices of a parameter; a chunk that several of them share is read once.
+
+    Args:
+      store: the parameter, from `ParamStore.open`.
+      parts: the slices, each one slice per axis.
+      dtype: dtype to cast to; None: the stored dtype.
+
+    Returns:
+      An array for each slice, as `read_array` returns it.
+
+    Raises:
+      CheckpointError: the stored data is damaged.
+    """
+    boxes = [
+        [part.indices(size)[:2] for part, size in zip(index, store.shape, strict=True)]
+        for index in parts
+    ]
+    dtype = np.dtype(dtype or store.dtype.numpy_dtype)
+    outs = [aligned_empty(tuple(high - low for low, high in box), dtype) for box in boxes]
     waiting: collections.deque = collections.deque()
     in_flight = 0
-    for cell in _cells(bounds, store.chunk_layout.read_chunk.shape or ()):  # shape: None for scalar
+    for cells in _by_chunk(boxes, store.chunk_layout.read_chunk.shape or ()):  # None for a scalar
         if in_flight > _IN_FLIGHT:
-            in_flight -= _take(waiting.popleft(), out)
-        target = tuple(
-            slice(a - low, b - low) for (a, b), (low, _) in zip(cell, bounds, strict=True)
-        )
-        waiting.append((store[tuple(slice(a, b) for a, b in cell)].read(), target))
-        in_flight += math.prod(b - a for a, b in cell) * store.dtype.numpy_dtype.itemsize
+            in_flight -= _take(*waiting.popleft())
+        axes = zip(*(cell for _, cell in cells), strict=True)
+        span = [(min(low for low, _ in axis), max(high for _, high in axis)) for axis in axes]
+        targets = [
+            (outs[number][_within(cell, boxes[number])], _within(cell, span))
+            for number, cell in cells
+        ]
+        waiting.append((store[tuple(slice(*bounds) for bounds in span)].read(), targets))
+        in_flight += math.prod(high - low for low, high in span) * store.dtype.numpy_dtype.itemsize
     while waiting:
-        _take(waiting.popleft(), out)
-    return out
+        _take(*waiting.popleft())
+    return outs
 
 
-def _take(waiting, out: np.ndarray) -> int:
-    """Waits for a read, copies its result into `out` and returns its bytes."""
-    future, target = waiting
+Box = Sequence[tuple[int, int]]  # first index and last index + 1 along each axis
+
+
+def _by_chunk(boxes: Sequence[Box], chunk: Shape) -> list[list[tuple[int, Box]]]:
+    """Groups what boxes need by chunk: the number of a box, and its part in the chunk."""
+    groups: dict[tuple, list[tuple[int, Box]]] = {}
+    for number, box in enumerate(boxes):
+        for cell in _cells(box, chunk):
+            place = tuple(low // size for (low, _), size in zip(cell, chunk, strict=True))
+            groups.setdefault(place, []).append((number, cell))
+    return list(groups.values())
+
+
+def _within(inner: Box, outer: Box) -> tuple:
+    """Slices that take the inner box out of an array of the outer one; a view, also of scalars."""
+    return (
+        *(slice(a - low, b - low) for (a, b), (low, _) in zip(inner, outer, strict=True)),
+        ...,
+    )
+
+
+def _take(waiting, targets: Sequence[tuple[np.ndarray, tuple]]) -> int:
+    """Waits for a read, copies its parts to their targets and returns its bytes."""
     try:
-        value = future.result()
+        value = waiting.result()
     except ValueError as error:
         raise _unreadable("stored data is damaged", error) from error
-    out[target] = value
+    for target, place in targets:
+        target[...] = value[place]
     return value.nbytes
 
 
-def _cells(bounds: Sequence[tuple[int, int]], chunk: Sequence[int]) -> Iterator[tuple]:
+def _cells(bounds: Box, chunk: Sequence[int]) -> Iterator[tuple]:
     """Splits a box at the chunk boundaries, so that each chunk is read once."""
     axes = []
     for (low, high), size in zip(bounds, chunk, strict=True):
