@@ -1,5 +1,6 @@
 """int8 weights: rounding errors are bounded; results equal those of the dequantised weights."""
 
+import functools
 import gc
 import json
 import pathlib
@@ -25,9 +26,10 @@ from vl2jax.model.decoder import init_caches
 from vl2jax.model.moe import expert_stacks
 from vl2jax.model.quantization import contracted_axes, quantize_tree
 from vl2jax.model.vl2 import VL2, abstract_params
+from vl2jax.ops import experts as expert_ops
 from vl2jax.ops.experts import ExpertWeights
 from vl2jax.ops.experts.reference import dense
-from vl2jax.ops.experts.tpu import gmm
+from vl2jax.ops.experts.tpu_int8 import int8_experts
 from vl2jax.ops.experts.xla import blocked
 from vl2jax.ops.matmul import Int8, cast, dequantize, quantize
 from vl2jax.ops.matmul.int8 import int8_sharding, scale_spec
@@ -183,7 +185,7 @@ def test_no_weight_is_widened_as_a_whole(model):
     assert memory.temp_size_in_bytes < 4 * sum(leaf.size for leaf in experts.values())
 
 
-@pytest.mark.parametrize("implementation", [blocked, gmm])
+@pytest.mark.parametrize("implementation", [blocked, int8_experts])
 def test_experts(implementation):
     """Each implementation uses one layer's values and scales from a stack of layers."""
     rng = np.random.default_rng(1)
@@ -198,11 +200,46 @@ def test_experts(implementation):
     layer = jax.tree.map(lambda a: a[experts:], stacks)
     want = dense(x, weights, chosen, ExpertWeights(*(dequantize(w, jnp.float32) for w in layer)))
     np.testing.assert_allclose(dense(x, weights, chosen, layer), want, rtol=1e-6)
-    options = {"interpret": True} if implementation is gmm else {}
+    options = {"interpret": True} if implementation is int8_experts else {}
     got = implementation(
         jnp.asarray(x), weights, chosen, stacks, first=experts, n_experts=experts, **options
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("routing", ["random", "one", "none"])
+def test_the_tpu_kernel_reads_the_rows_of_each_expert(tokens, routing):
+    """Experts with many tiles of rows, with none, and pairs whose expert is on another device."""
+    rng = np.random.default_rng(tokens)
+    top, experts, width, hidden = 2, 5, 32, 16
+    chosen = np.stack([rng.permutation(experts + 1)[:top] for _ in range(tokens)])
+    chosen = {"random": chosen, "one": chosen * 0 + 2, "none": chosen * 0 + experts}[routing]
+    shapes = [(width, hidden), (width, hidden), (hidden, width)]
+    w = ExpertWeights(
+        *(quantize(jnp.asarray(rng.normal(0, 1, (experts, *s)), jnp.float32), (1,)) for s in shapes)
+    )
+    x = jnp.asarray(rng.normal(0, 1, (tokens, width)), jnp.bfloat16)
+    weights = jnp.asarray(rng.random((tokens, top)) * (chosen < experts), jnp.float32)
+    arguments = x, weights, jnp.asarray(chosen, jnp.int32)
+    got = jax.jit(functools.partial(int8_experts, interpret=True))(*arguments, w)
+    plain = ExpertWeights(*(dequantize(one, jnp.float32) for one in w))
+    want = dense(x.astype(jnp.float32), *arguments[1:], plain)
+    assert got.dtype == jnp.bfloat16
+    size = max(np.abs(np.asarray(want)).max(), 1e-6)
+    assert np.abs(np.asarray(got, np.float32) - np.asarray(want)).max() <= 0.03 * size
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 4096])
+def test_the_tpu_kernel_serves_every_number_of_rows(rows):
+    """The kernel, not a conversion of the layer; float32 goes to the loop over experts."""
+    shape = jax.ShapeDtypeStruct
+    values, scale = shape((64, 32, 16), jnp.int8), shape((64, 1, 16), jnp.float32)
+    w = ExpertWeights(*(Int8(values, scale),) * 3)
+    routing = shape((rows, 6), jnp.float32), shape((rows, 6), jnp.int32)
+    with compiling_for("tpu"):
+        for dtype, name in ((jnp.bfloat16, "int8"), (jnp.float32, "blocked")):
+            assert expert_ops._EXPERTS.choose(shape((rows, 32), dtype), *routing, w).name == name
 
 
 def test_loading_on_a_mesh(model):

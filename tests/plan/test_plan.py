@@ -77,6 +77,21 @@ def test_cost_of_grouped_products_is_that_of_rows_there_are():
     assert traffic == pytest.approx(1024 * 256 * 2 + 8 * 256 * 512 * 2 + 1024 * 512 * 2)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 1024])
+def test_int8_experts_read_half_of_bfloat16(rows):
+    """Small's experts, all on a device or an eighth of them."""
+    for groups, pairs in ((64, 6.0 * rows), (8, 6.0 * rows / 8)):
+        x, out = Array("bf16", (16 * 64, 2048), True), Array("bf16", (16 * 64, 1408), True)
+        wide, narrow = (Array(dtype, (groups, 2048, 1408), True) for dtype in ("bf16", "s8"))
+        scale = Array("f32", (groups, 1, 1408), True)
+        cost = kernel_cost(pairs, groups)
+        _, plain = cost("gmm.1", [x, wide], (out,))
+        flops, int8 = cost("int8_experts.1", [x, narrow, scale], (out,))
+        weights = min(groups, max(pairs, 1)) * 2048 * 1408
+        assert weights < int8 < 0.75 * plain
+        assert flops >= 2 * min(pairs, 1024) * 2048 * 1408
+
+
 def test_cost_of_splash_is_half_where_causal():
     q, v = Array("bf16", (2, 4, 4096, 192), True), Array("bf16", (2, 4, 4096, 128), True)
     numbers = Array("s32", (4096, 128), True)

@@ -7,7 +7,8 @@ blocks of a mask, including those that the kernels skip.
 import math
 
 from vl2jax.ops.attention.tpu import MAX_BLOCK
-from vl2jax.ops.experts.tpu_gmm import tile_columns, tile_rows
+from vl2jax.ops.experts.tpu_gmm import MIN_ROWS, tile_columns, tile_rows
+from vl2jax.ops.experts.tpu_int8 import NAME
 from vl2jax.plan.hlo import KernelCost
 from vl2jax.plan.hlo_text import Array
 
@@ -26,6 +27,8 @@ def kernel_cost(rows_per_device: float, groups_per_layer: int) -> KernelCost:
     """
 
     def cost(name: str, operands: list[Array], results: tuple[Array, ...]):
+        if name.startswith(NAME):
+            return _int8(operands, results, rows_per_device, groups_per_layer)
         if name.startswith(("gmm", "tgmm")):
             return _grouped(name, operands, results, rows_per_device, groups_per_layer)
         if name.startswith("splash"):
@@ -43,7 +46,7 @@ def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, 
     groups = (out if name.startswith("tgmm") else right).shape[0]
     tile, rows = tile_rows(buffer, min(groups, layer)), min(buffer, limit)
     active = min(groups, layer, max(rows, 1))
-    visits = rows / tile + active - 1
+    visits = max(rows / tile, 1) + active - 1
     if name.startswith("tgmm"):
         inner, outer = left.shape[1], right.shape[1]
         again = -(-outer // tile_columns(outer)), -(-inner // tile_columns(inner))
@@ -54,6 +57,18 @@ def _grouped(name, operands, results, limit: float, layer: int) -> tuple[float, 
     weights = (visits if parts > 1 else active) * inner * outer * size
     read = rows * inner * columns * size
     return 2 * visits * tile * inner * outer, read + weights + rows * outer * size
+
+
+def _int8(operands, results, limit: float, layer: int) -> tuple[float, float]:
+    """Grouped product with int8 weights: an expert's weight is read once, if it has rows."""
+    x, values, scale = [a for a in operands if len(a.shape) >= 2][-3:]
+    inner, outer = values.shape[-2:]
+    active = min(layer, max(limit, 1))
+    rows = min(x.shape[0], limit)
+    read = rows * inner * -(-outer // tile_columns(outer)) * x.nbytes / x.size
+    written = rows * outer * results[0].nbytes / results[0].size
+    weights = active * outer * (inner + scale.nbytes / scale.size)
+    return 2.0 * max(rows, active * MIN_ROWS) * inner * outer, read + weights + written
 
 
 def _splash(name, operands, results) -> tuple[float, float]:

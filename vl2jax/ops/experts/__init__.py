@@ -1,16 +1,16 @@
 """Routed experts: the weighted sum of each token's chosen experts (DeepSeek-V2, Eq. 20).
 
 `reference.py` computes every expert on every token.  `xla.py` sorts tokens by expert and loops over
-the experts that have tokens.  `tpu.py` uses grouped matrix products (megablox).  On a mesh,
-`sharded.py` implements expert parallelism and `exchange.py` the communication.  No implementation
-drops tokens.
+the experts that have tokens.  `tpu.py` uses grouped matrix products (megablox), and `tpu_int8.py`
+one of its own for int8 weights.  On a mesh, `sharded.py` implements expert parallelism and
+`exchange.py` the communication.  No implementation drops tokens.
 
 Suffixes: T tokens, K experts per token, D width.
 """
 
 import jax
 
-from vl2jax.ops.experts import reference, tpu, xla
+from vl2jax.ops.experts import reference, tpu, tpu_int8, xla
 from vl2jax.ops.experts.weights import ExpertWeights
 from vl2jax.ops.registry import Implementation, Operation
 
@@ -18,6 +18,7 @@ __all__ = ["AUTO", "IMPLEMENTATIONS", "ExpertWeights", "routed_experts"]
 
 _EXPERTS = Operation(
     "experts",
+    Implementation("int8", tpu_int8.int8_experts, ("tpu",), tpu_int8.unsupported),
     Implementation("gmm", tpu.gmm, ("tpu",), tpu.unsupported),
     Implementation("blocked", xla.blocked),
     Implementation("dense", reference.dense),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vl2jax.ops.experts.sorting import sorted_by_expert
 from vl2jax.ops.experts.tpu_chunked import CHUNKS, chunked_sum
 from vl2jax.ops.experts.tpu_gmm import MAX_ROWS, grouped_ffn
-from vl2jax.ops.experts.weights import ExpertWeights, one_layer
+from vl2jax.ops.experts.weights import ExpertWeights
 from vl2jax.ops.matmul import Int8
 from vl2jax.parallel.mesh import axis_size, current_mesh
 
@@ -18,16 +18,11 @@ MIN_CHUNKED_PAIRS = 4096  # minimum number of pairs per device to compute in chu
 
 
 def unsupported(x_TD, weights_TK, experts_TK, w, first=0, n_experts=None) -> str:
-    """Rejects float32, and few tokens with int8 weights.
-
-    The kernels round float32 operands to bfloat16.  With int8 weights, all experts of the layer
-    would be converted.
-    """
-    if x_TD.dtype == jnp.float32:
-        return "float32"
-    if isinstance(w.gate, Int8) and experts_TK.size < (n_experts or w.gate.shape[0]):
-        return "few tokens, int8 weights"
-    return ""
+    """Rejects float32, which the kernels round to bfloat16, and int8, which they do not take."""
+    del weights_TK, experts_TK, first, n_experts
+    if isinstance(w.gate, Int8):
+        return "int8 weights"
+    return "float32" if x_TD.dtype == jnp.float32 else ""
 
 
 def gmm(
@@ -43,8 +38,7 @@ def gmm(
     """Sorts tokens by expert, then computes the grouped matrix products of `tpu_gmm.py`.
 
     If experts are on several devices and there are many pairs, `tpu_chunked.py` computes only the
-    pairs of local experts, in chunks.  The kernels do not support int8, so int8 weights of all
-    experts of the layer are converted to the dtype of x.
+    pairs of local experts, in chunks.
 
     Same arguments and result as `ops.experts.routed_experts`, besides:
 
@@ -52,8 +46,6 @@ def gmm(
       chunk: pairs per chunk; None: chosen by the number of pairs.
       interpret: whether to interpret the kernels, which works without a TPU but is slow.
     """
-    if isinstance(w.gate, Int8):
-        w, first = one_layer(w, first, n_experts or w.gate.shape[0], x_TD.dtype), 0
     n_weights = w.gate.shape[0]
     n_experts = n_experts or n_weights
     mesh = current_mesh()
