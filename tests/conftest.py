@@ -40,8 +40,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # The slowest files run first, so that no worker gets a slow file last.
 LONGEST = ("test_train.py", "test_mesh.py", "test_train_step.py", "test_eval.py")
 
-# Background jobs of a shell ignore SIGINT, and so would the processes that tests start.
+# Background jobs of a shell ignore SIGINT, those of nohup SIGHUP, and so would the processes that
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # A test that needs more data than tests/fixtures contains must have the mark `reference`.  The
