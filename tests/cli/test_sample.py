@@ -377,7 +377,7 @@ def test_an_interrupt_ends_a_single_answer(ask, scripted):
         (["--batch", __file__, "--out", os.devnull], "/null: is a device or a pipe; expected"),
         (
             ["--prompt", "a", "--top_k", "-1"],
-            "--top_k: expected a whole number from 0 to 2",
+            "--top_k: expected a whole number from 0, got '-1'",
         ),
         (["--prompt", "a", "--repetition_penalty", "0"], "repetition_penalty must be above 0"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: expected a whole number"),

@@ -38,7 +38,8 @@ def whole(low: int, high: int = _INT32) -> Callable[[str], int]:
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            what = f"a whole number from {low} to {high}, got {shown(text)}"
+            end = f" to {high}" if high < 2**64 else ""
+            what = f"a whole number from {low}{end}, got {shown(text)}"
             raise argparse.ArgumentTypeError(f"expected {what}")
         return value
 
