@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,6 +123,8 @@ def _initialize(options: DistributedOptions) -> None:
 
     if options.process_id in (0, -1):  # -1: found by JAX
         allow_connections(options.num_processes)
+    if options.process_id == 0 and options.coordinator:
+        _check_port(int(options.coordinator.rpartition(":")[2]))
     alarm = threading.Timer(options.timeout, exit_on_timeout)
     alarm.daemon = True
     alarm.start()
@@ -145,10 +148,7 @@ def _initialize(options: DistributedOptions) -> None:
             f" --coordinator, --num_processes and --process_id ({error})"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"{name} cannot join the run: {clip(str(error), 300)}; the port of --coordinator must"
-            " be free on the host of process 0"
-        ) from error
+        raise UserError(f"{name} cannot join the run: {clip(str(error), 300)}") from error
     finally:
         alarm.cancel()
 
@@ -296,6 +296,21 @@ def exit_process(code: int) -> int:
                 stream.flush()
         os._exit(code)
     return code
+
+
+def _check_port(port: int) -> None:
+    """Raises UserError if the port is taken; JAX's service may crash then."""
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"process 0 cannot use the port {port} of --coordinator on its host: {error}; choose a"
+            " free one"
+        ) from error
 
 
 def _end(message: str) -> None:
