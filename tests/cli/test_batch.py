@@ -207,6 +207,18 @@ def test_failed_rows_are_retried(session, whole, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "in.jsonl", "out.jsonl"]
 
 
+def test_each_process_retries_its_own_rows(session, tmp_path):
+    rows = [{"prompt": "<image>a", "images": [f"{n}.png"], "id": n} for n in range(4)]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert sum(answer_batch(session, source, target, 2, (index, 2)) for index in (0, 1)) == 4
+    for n in (0, 1, 2):
+        PIL.Image.new("RGB", (40, 30)).save(tmp_path / f"{n}.png")
+    assert answer_batch(session, source, target, 2, (1, 2), retry_errors=True) == 1
+    assert ["error" in row for row in read(shard_path(target, (1, 2)))] == [False, True]
+    assert ["error" in row for row in read(shard_path(target, (0, 2)))] == [True, True]
+
+
 def test_an_interrupted_retry_is_continued(session, tmp_path):
     rows = [{"prompt": "<image>a", "images": [f"{n}.png"], "id": n} for n in range(3)]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
