@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 
 from convert import to_jax
+from vl2jax.cli import batch_processes
 from vl2jax.cli.batch import answer_batch, shard_path
+from vl2jax.cli.shards import Shard
 from vl2jax.common.errors import UserError
 from vl2jax.data.files import open_rows
 from vl2jax.inference.request import from_prompt, read_question_at
@@ -217,6 +219,31 @@ def test_each_process_retries_its_own_rows(session, tmp_path):
     assert answer_batch(session, source, target, 2, (1, 2), retry_errors=True) == 1
     assert ["error" in row for row in read(shard_path(target, (1, 2)))] == [False, True]
     assert ["error" in row for row in read(shard_path(target, (0, 2)))] == [True, True]
+
+
+def test_processes_share_each_fact_once_in_a_retry(session, tmp_path, monkeypatch):
+    """A fact is shared under a name, and a name can be used only once."""
+    names = []
+
+    def share(name, text):
+        assert name not in names
+        names.append(name)
+        return text
+
+    rows = [{"prompt": "<image>a", "images": [f"{n}.png"], "id": n} for n in range(2)]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert answer_batch(session, source, target, 2) == 2
+    PIL.Image.new("RGB", (40, 30)).save(tmp_path / "0.png")
+    monkeypatch.setattr(batch_processes, "broadcast_from_process_0", share)
+    monkeypatch.setattr(
+        batch_processes, "assert_equal_across_processes", lambda what, name: share(name, what)
+    )
+    together = Shard(None, 0, 0)
+    assert together.together
+    answer = batch_processes.answer_batch_by_processes
+    assert answer(session, source, target, 2, together, retry_errors=True) == 1
+    assert ["error" in row for row in read(target)] == [False, True] and len(names) > 4
 
 
 def test_an_interrupted_retry_is_continued(session, tmp_path):

@@ -232,7 +232,8 @@ class BatchRun:
             except (UserError, OSError) as error:
                 row = BatchRow(names, error=clip(str(error), MOST))
             if self._check_equal is not None:
-                self._check_equal(row.read, f"row {names['row']}")
+                again = " again" if requests.again else ""
+                self._check_equal(row.read, f"row {names['row']}{again}")
             self._rows.append(row)
             yield from row.sequences
 

@@ -84,9 +84,9 @@ def _answer_by_processes(
         if out is not None:
             begun = resume(requests, out, target)
             _refuse_other_parts(target, shard.count)
-        shared = broadcast_from_process_0(
-            "rows done before", json.dumps(dataclasses.astuple(begun))
-        )
+        name = target.name  # facts are shared once under each name
+        facts = json.dumps(dataclasses.astuple(begun))
+        shared = broadcast_from_process_0(f"rows done before in {name}", facts)
         total, done, bad, failed = json.loads(shared)
         begun = Begun(total, done, bad, tuple(failed))
         begun.print(target)
@@ -101,10 +101,11 @@ def _answer_by_processes(
                 shard_path(target, (shard.index, shard.count)),
                 batch_size,
             )
-            found = gather_to_process_0("bad rows", str(own.bad))
+            found = gather_to_process_0(f"bad rows in {name}", str(own.bad))
             if out is not None:
                 _append_parts(target, out, shard.count)
-            bad += int(broadcast_from_process_0("bad rows in all", str(sum(map(int, found)))))
+            everywhere = str(sum(map(int, found)))
+            bad += int(broadcast_from_process_0(f"bad rows in all of {name}", everywhere))
         if is_process_0():
             for part in _parts(target, shard.count):
                 part.unlink(missing_ok=True)
