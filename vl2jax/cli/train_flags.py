@@ -119,12 +119,13 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def _config_file(argv: Sequence[str]) -> str:
-    """The value of --config on a command line, with its argument if it has one."""
+    """The last value of --config on a command line, with its argument if it has one."""
+    found = ""
     for arg, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = arg.partition("=")
         if flag.lstrip("-") == "config":
-            return value if equals else following
-    return ""
+            found = value if equals else following
+    return found
 
 
 def _failure_of_flag(argv: Sequence[str], error: flags.Error) -> str:
