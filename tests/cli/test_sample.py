@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from convert import random_hf, to_jax
+from vl2jax.checkpoints.completeness import seal
 from vl2jax.cli import output as answer_output
 from vl2jax.inference.generate import Generation
 from vl2jax.inference.request import Request
@@ -411,6 +412,7 @@ def test_wrong_checkpoints(refused, ckpt, source, tmp_path):
     model = json.loads((small / "model.json").read_text())
     model["config"]["language_config"]["vocab_size"] = 525
     (small / "model.json").write_text(json.dumps(model))
+    seal(small)
     message = refused(*flags, ckpt=small)
     assert "the tokenizer has 531 tokens (largest id 530), but the model's vocab_size is 525" in (
         message
