@@ -137,9 +137,10 @@ def _cut_of_candidates(
       The cut: the lowest logit that is kept, float32[B], and the last id with this logit that is
       kept, int32[B]; and whether the cut is among the candidates, bool[B].
     """
-    # Without the barrier XLA merges the slices below into the selection, and then sorts all logits.
-    values, ids = jax.lax.optimization_barrier(
-        jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
+    # Without barriers XLA merges the slices below into the selection, and then sorts all logits.
+    # One barrier for both results stops its partitioner.
+    values, ids = map(
+        jax.lax.optimization_barrier, jax.lax.top_k(logits, min(CANDIDATES, logits.shape[-1]))
     )
     count = values.shape[-1]
     highest = values[:, :1]
