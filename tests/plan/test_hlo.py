@@ -247,6 +247,25 @@ def test_kernels_tell_their_cost_or_are_named():
     assert (known.flops, known.traffic, known.unknown_kernels) == (1, 2, ())
 
 
+def test_a_slice_of_a_cast_stack_reads_only_the_slice():
+    """XLA may put the cast, or a change of the layout, in front of the slice of a layer."""
+    text = (
+        "%cast (p: s8[7,4,8]) -> s8[7,4,8] {\n"
+        "  %p = s8[7,4,8]{2,1,0} parameter(0)\n  ROOT %c = s8[7,4,8]{2,1,0} copy(%p)\n}\n"
+        "%fused (s: s8[7,4,8], i: s32[]) -> f32[1,4,8] {\n"
+        "  %s = s8[7,4,8]{2,1,0} parameter(0)\n  %i = s32[] parameter(1)\n"
+        "  %f = s8[7,4,8]{2,1,0} fusion(%s), kind=kLoop, calls=%cast\n"
+        "  %w = f32[7,4,8]{2,1,0} convert(%f)\n"
+        "  ROOT %d = f32[1,4,8]{2,1,0} dynamic-slice(%w, %i, %i, %i), dynamic_slice_sizes={1,4,8}\n"
+        "}\n"
+        "ENTRY %main (a: s8[7,4,8], b: s32[]) -> f32[1,4,8] {\n"
+        "  %a = s8[7,4,8]{2,1,0} parameter(0)\n  %b = s32[] parameter(1)\n"
+        "  ROOT %r = f32[1,4,8]{2,1,0} fusion(%a, %b), kind=kLoop, calls=%fused\n}\n"
+    )
+    found = hlo.analyse(text).traffic
+    assert found == 32 + 32 * 4  # the layer as int8, and the result
+
+
 def test_products_written_as_convolutions():
     """On TPU, a batched product is a convolution whose batch is a window over an operand."""
 

@@ -299,6 +299,8 @@ class _Counter:
                 total += parameter.nbytes if user.operands[0] != parameter.name else 0.0
             elif user.opcode in ("bitcast", "get-tuple-element"):
                 total += self._read(inner, user)
+            elif self._is_cast(user) and not user.is_root:  # only what is read of it is cast
+                total += self._read(inner, user) * parameter.nbytes / user.nbytes
             elif user.opcode == "fusion":
                 nested = self.computations[user.called[0]]
                 parameters = parameters_of(nested)
@@ -307,6 +309,14 @@ class _Counter:
             elif user.opcode != "tuple":
                 total += parameter.nbytes
         return min(total, parameter.nbytes)
+
+    def _is_cast(self, instruction: Instruction) -> bool:
+        """Whether it changes only dtype or layout, alone or as a fusion inside a fusion."""
+        if instruction.opcode == "fusion":
+            nested = self.computations[instruction.called[0]]
+            kinds = {one.opcode for one in nested.values()} - {"bitcast"}
+            return len(parameters_of(nested)) == 1 and kinds <= {"parameter", "copy", "convert"}
+        return instruction.opcode in ("copy", "convert")
 
     def _written(self, inner: Computation, result: Instruction) -> float:
         """Bytes that a fusion writes for one result."""
