@@ -14,6 +14,9 @@ from golden import DATA, Mini, carried
 
 import vl2jax
 from convert import to_jax
+from vl2jax.common.json_file import read_object
+from vl2jax.config import VL2Config
+from vl2jax.processing.processor import Processor
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -94,6 +97,13 @@ def quick_compilation():
 def data_dir() -> pathlib.Path:
     """tests/fixtures, the part of the reference data that is in the repository."""
     return DATA
+
+
+@pytest.fixture(scope="session")
+def processor(data_dir) -> Processor:
+    """The processor of mini-small; a file whose tests need another one defines its own."""
+    folder = data_dir / "mini-small"
+    return Processor.from_dir(folder, VL2Config.from_hf(read_object(folder / "config.json")))
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,13 @@
 """A small training state to save in a workdir."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from vl2jax.training.workdir import Workdir
 
 
 def state(seed: int, rows: int = 8):
@@ -26,3 +30,11 @@ def state(seed: int, rows: int = 8):
     )
     moments = jax.tree.map(lambda x: x + 1, params["params"])
     return params, ({"mu": moments}, (), [jnp.int32(seed)])
+
+
+def save_two_steps(path: Path) -> None:
+    """Saves the states of the seeds 1 and 2 as steps 1 and 2 of a workdir."""
+    with Workdir(path, keep=9, keep_every=None) as workdir:
+        for step in (1, 2):
+            params, opt_state = state(step)
+            workdir.save(step, params=params, opt_state=opt_state, data_state={"next": step})

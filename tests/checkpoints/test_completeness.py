@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_case import write_source
-from workdir_case import state
+from workdir_case import save_two_steps, state
 
 from convert import to_jax
 from vl2jax.checkpoints.completeness import MARKER, complete_steps
@@ -29,10 +29,7 @@ def likes(rows: int = 8):
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    with Workdir(path, keep=9, keep_every=None) as workdir:
-        for step in (1, 2):
-            params, opt_state = state(step)
-            workdir.save(step, params=params, opt_state=opt_state, data_state={"next": step})
+    save_two_steps(path)
     return path
 
 

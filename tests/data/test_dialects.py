@@ -1,24 +1,14 @@
 """Rows as other tools write them mean what they say, or are refused by name."""
 
 import base64
-import json
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from vl2jax.common.errors import UserError
-from vl2jax.config import VL2Config
 from vl2jax.data.formats import read_question, read_row
 from vl2jax.data.samples import read_sample
-from vl2jax.processing.processor import Processor
-
-
-@pytest.fixture(scope="module")
-def processor(data_dir):
-    folder = data_dir / "mini-small"
-    config = VL2Config.from_hf(json.loads((folder / "config.json").read_text()))
-    return Processor.from_dir(folder, config)
 
 
 @pytest.fixture(scope="module")

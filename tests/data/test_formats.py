@@ -2,18 +2,15 @@
 
 import base64
 import io
-import json
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from vl2jax.common.errors import UserError, shown
-from vl2jax.config import VL2Config
 from vl2jax.data.formats import read_row
 from vl2jax.data.row import Row
 from vl2jax.data.samples import read_sample
-from vl2jax.processing.processor import Processor
 
 WHERE = "rows.jsonl:17"
 TURNS = [
@@ -24,13 +21,6 @@ PAIR = [
     {"role": "user", "content": "<image>\n<image>\nwhich"},
     {"role": "assistant", "content": "you"},
 ]
-
-
-@pytest.fixture(scope="module")
-def processor(data_dir):
-    folder = data_dir / "mini-small"
-    config = VL2Config.from_hf(json.loads((folder / "config.json").read_text()))
-    return Processor.from_dir(folder, config)
 
 
 @pytest.fixture(scope="module")

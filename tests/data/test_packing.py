@@ -8,20 +8,11 @@ import PIL.Image
 import pytest
 
 from vl2jax.common.errors import UserError
-from vl2jax.common.json_file import read_object
-from vl2jax.config import VL2Config
 from vl2jax.data.packing import BatchShape, Packer, Place, Plan, assemble, supervised
 from vl2jax.processing.batch import FIRST_TILE_ROW
 from vl2jax.processing.collate import Sample
-from vl2jax.processing.processor import Processor
 
 SIDE, PER_TILE, PAD = 2, 4, 99
-
-
-@pytest.fixture(scope="module")
-def processor(data_dir):
-    path = data_dir / "mini-small"
-    return Processor.from_dir(path, VL2Config.from_hf(read_object(path / "config.json")))
 
 
 def make(tokens, tiles=0, start=0):

@@ -8,22 +8,13 @@ import PIL.Image
 import pytest
 
 from vl2jax.common.errors import UserError
-from vl2jax.common.json_file import read_object
-from vl2jax.config import VL2Config
 from vl2jax.data.packing import BatchShape
 from vl2jax.data.pipeline import make_pipeline
 from vl2jax.data.row import Row
 from vl2jax.data.unread import UnreadKeys
-from vl2jax.processing.processor import Processor
 
 SHAPE = BatchShape(pools=2, rows=2, length=160, tiles=12, segments=8)
 LARGE = BatchShape(pools=2, rows=4, length=320, tiles=60, segments=99)
-
-
-@pytest.fixture(scope="module")
-def processor(data_dir):
-    path = data_dir / "mini-small"
-    return Processor.from_dir(path, VL2Config.from_hf(read_object(path / "config.json")))
 
 
 @dataclasses.dataclass

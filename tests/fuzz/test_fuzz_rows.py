@@ -12,14 +12,12 @@ import pytest
 from fuzz_case import fuzz, mutated
 
 from vl2jax.common.errors import UserError
-from vl2jax.config import VL2Config
 from vl2jax.data import keys
 from vl2jax.data.files import open_rows, open_source
 from vl2jax.data.formats import read_question, read_row
 from vl2jax.data.samples import read_sample
 from vl2jax.inference.request import read_question_at
 from vl2jax.processing.limits import Limits, TooLong
-from vl2jax.processing.processor import Processor
 from vl2jax.processing.prompt import LOSS_KEYS
 
 TEXTS = [
@@ -124,13 +122,6 @@ OBJECTS = st.builds(
 )
 GROUNDED = st.builds(lambda row, objects: row | {"objects": objects}, TALKS, OBJECTS)
 ROWS = TALKS | GROUNDED | st.builds(lambda turns: {"messages": turns}, TURNS) | TURNS | ANYTHING
-
-
-@pytest.fixture(scope="module")
-def processor(data_dir):
-    folder = data_dir / "mini-small"
-    config = VL2Config.from_hf(json.loads((folder / "config.json").read_text()))
-    return Processor.from_dir(folder, config)
 
 
 @pytest.fixture(scope="module")

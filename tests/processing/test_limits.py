@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import io
-import json
 import weakref
 
 import numpy as np
@@ -12,17 +11,8 @@ import PIL.ImageFile
 import pytest
 
 from vl2jax.common.errors import UserError
-from vl2jax.config import VL2Config
 from vl2jax.processing import image as images_lib
 from vl2jax.processing.limits import Limits, TooLong
-from vl2jax.processing.processor import Processor
-
-
-@pytest.fixture(scope="module")
-def processor(data_dir):
-    folder = data_dir / "mini-small"
-    config = VL2Config.from_hf(json.loads((folder / "config.json").read_text()))
-    return Processor.from_dir(folder, config)
 
 
 def photo(width=300, height=200, kind="JPEG"):

@@ -96,11 +96,6 @@ def mini_config(data_dir):
     return VL2Config.from_hf(json.loads((data_dir / "mini-small" / "config.json").read_text()))
 
 
-@pytest.fixture(scope="module")
-def processor(data_dir, mini_config):
-    return Processor.from_dir(data_dir / "mini-small", mini_config)
-
-
 @pytest.fixture
 def picture():
     return PIL.Image.new("RGB", (110, 55), (200, 100, 50))
