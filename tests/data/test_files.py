@@ -261,7 +261,7 @@ def test_records_that_cannot_be_read(folder):
         (b'[\n {"text": "a"},\n {"text": "b"}', r":3: not valid JSON"),
         (b'[{"text":\n"\xff"}]', r":2: not UTF-8 \(byte 0xff"),
         (b'{"id": "a"}', r": expected a list of rows, .* got the keys \['id'\]"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", r": the pointer of a file in Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", r": a Git LFS pointer"),
         (b'"a"', r": expected a list of rows, .* got str"),
         (b"[]", r": no rows"),
         (b"[" * 100_000, r": not valid JSON"),

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, named, reason
+from vl2jax.common.json_file import not_downloaded
 from vl2jax.common.paths import AnyPath
 from vl2jax.data.file_source import FileSource
 from vl2jax.data.keys import ROLE_KEYS, ROW_KEYS
 from vl2jax.data.plain_copy import plain_copy
-from vl2jax.processing.image_source import is_lfs_pointer
 
 # A file named as one of lines whose first line is malformed is parsed as a whole only up to this
 # size, in bytes.
@@ -82,8 +82,8 @@ class JsonFile(FileSource):
     def _open(self, lines: bool) -> None:
         """Decides whether the file has one row per line, and finds its rows."""
         first, more = _first_line(self._plain)
-        if is_lfs_pointer(first):
-            raise UserError(": the pointer of a file in Git LFS; get the file with `git lfs pull`")
+        if found := not_downloaded(first):
+            raise UserError(f": {found}")
         value = _parsed(first)
         if value is not _NOTHING and not more:
             rows = _rows_of(value)

@@ -8,9 +8,9 @@ import threading
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, reason
+from vl2jax.common.json_file import HEAD, not_downloaded
 from vl2jax.common.paths import AnyPath
 from vl2jax.data.file_source import FileSource
-from vl2jax.processing.image_source import is_lfs_pointer
 
 # Limits of the cache of a file; rows of the same group are read from disk together.
 CACHED_GROUPS = 4
@@ -35,15 +35,13 @@ class ParquetFile(FileSource):
         parquet, name = _pyarrow(path), clip(str(path))
         try:
             with path.open("rb") as file:
-                start = file.read(40)
+                start = file.read(HEAD)
             with parquet.ParquetFile(path) as file:
                 groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
                 counts = [group.num_rows for group in groups]
         except Exception as error:  # pyarrow raises exceptions of many types for damaged files
-            if is_lfs_pointer(start):
-                raise UserError(
-                    f"{name}: the pointer of a file in Git LFS; get the file with `git lfs pull`"
-                ) from error
+            if found := not_downloaded(start):
+                raise UserError(f"{name}: {found}") from error
             raise UserError(
                 f"{name}: not a parquet file ({reason(error)}); write it again"
             ) from error

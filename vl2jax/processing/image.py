@@ -14,11 +14,11 @@ import numpy as np
 import PIL.Image
 
 from vl2jax.common.errors import UserError, reason
+from vl2jax.common.json_file import HEAD, not_downloaded
 from vl2jax.processing.batch import FIRST_TILE_ROW, IMAGE_NEWLINE, VIEW_SEPERATOR
 from vl2jax.processing.image_source import (
     ImageSource,
     has_metadata,
-    is_lfs_pointer,
     open_source,
     without_texts,
 )
@@ -272,8 +272,8 @@ def _reading_failed(error: Exception) -> str | None:
 def _what_is_wrong(error: Exception, file: IO[bytes]) -> str:
     """What to say about a file that cannot be decoded."""
     file.seek(0)
-    if is_lfs_pointer(file.read(40)):
-        return "the pointer of a file in Git LFS, not the picture; get it with `git lfs pull`"
+    if found := not_downloaded(file.read(HEAD)):
+        return found
     if isinstance(error, PIL.UnidentifiedImageError):
         return (
             "not a picture in a supported format (JPEG, PNG, WebP, GIF, ...); check the content of"

@@ -19,7 +19,6 @@ ImageSource = str | os.PathLike | bytes | PIL.Image.Image
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_LFS_POINTER = b"version https://git-lfs"
 # Backslashes of texts that were escaped twice, with the letter of a line end or tab after them.
 _ESCAPES = re.compile(r"\\[nrt]?")
 _URLSAFE = str.maketrans("-_", "+/")
@@ -107,11 +106,6 @@ def decode_base64(text: str) -> bytes:
         raise UserError(
             f"not valid base64 ({reason(error)}), {shown(text, 60)}; encode it again"
         ) from error
-
-
-def is_lfs_pointer(start: bytes) -> bool:
-    """Returns whether a file is the pointer of a file in Git LFS, given its first bytes."""
-    return start.startswith(_LFS_POINTER)
 
 
 def without_texts(file: IO[bytes]) -> IO[bytes] | None:
