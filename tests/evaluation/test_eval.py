@@ -251,11 +251,11 @@ def test_a_training_workdir(evaluate, ckpt, tmp_path):
         (("--data", "synthetic", "--families", ","), "no family is named"),
         (
             ("--data", "synthetic", "--questions", "0"),
-            "argument --questions: expected a whole number from 1, got '0'",
+            "argument --questions: expected a whole number from 1 to 2147483647, got '0'",
         ),
         (
             ("--data", "synthetic", "--batch_size", "x"),
-            "argument --batch_size: expected a whole number from 1, got 'x'",
+            "argument --batch_size: expected a whole number from 1 to 2147483647, got 'x'",
         ),
         (("--data", "synthetic", "--nonsense"), "unrecognized arguments: --nonsense"),
         ((), "the following arguments are required: --data"),
