@@ -1,6 +1,7 @@
 """Starts programs of the repository as several processes of one run, as a user would."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -47,3 +48,14 @@ def finish(*processes: subprocess.Popen) -> list[tuple[int, str, str]]:
             output, errors = process.communicate()
         found.append((process.returncode, output, errors))
     return found
+
+
+def assert_names_lost(ended: tuple[int, str, str], lost: int) -> None:
+    """Asserts that a process of two ended because the other one was killed, and named it.
+
+    A collective fails, which calls the roll; or heartbeats are missing, and JAX ends the process.
+    """
+    code, _, errors = ended
+    reports = (f"error: process {lost} of 2 has ended", f"(stopped sending heartbeats):\n{lost}\n")
+    assert code in (1, -signal.SIGABRT)
+    assert any(report in errors for report in reports), errors

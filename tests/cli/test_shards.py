@@ -10,7 +10,7 @@ import time
 import jax
 import pytest
 from conftest import ROOT
-from processes import finish, long_test, start_two
+from processes import assert_names_lost, finish, long_test, start_two
 
 from convert import random_hf, to_jax
 from vl2jax.cli.batch import shard_path
@@ -127,8 +127,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(ckpt, tmp_path):
         time.sleep(0.02)
     started[1].send_signal(signal.SIGKILL)
     first, second = finish(*started)
-    assert (first[0], second[0]) == (1, -signal.SIGKILL)
-    assert "error: process 1 of 2 has ended" in first[2]
+    assert second[0] == -signal.SIGKILL
+    assert_names_lost(first, 1)
     before = part.read_text()
     assert 0 < before.count("\n") < 150
     ended = finish(*start_two("sample.py", 1, *flags))

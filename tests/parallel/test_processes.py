@@ -16,7 +16,7 @@ import numpy as np
 import processes
 import pytest
 from conftest import ROOT
-from processes import finish, free_port, long_test
+from processes import assert_names_lost, finish, free_port, long_test
 
 from vl2jax.checkpoints.completeness import complete_steps
 from vl2jax.checkpoints.param_store import ParamStore, read_array
@@ -51,7 +51,7 @@ def start_two(workdir, *arguments: str, second: tuple[str, ...] = ()) -> list[su
 def curve(workdir) -> np.ndarray:
     rows = read_metrics(workdir / "metrics.jsonl")
     names = ("step", "train/loss", "train/grad_norm", "data/token_fill", "data/tile_imbalance")
-    return np.array([[row[name] for name in names] for row in rows])
+    return np.array([[row[name] for name in names] for row in rows if names[1] in row])
 
 
 def heldout(workdir) -> list[tuple[float, float]]:
@@ -217,10 +217,7 @@ def test_killed_and_started_again(both, tmp_path):
         assert time.monotonic() - killed < 60  # heartbeats: 30
         assert ended[victim][0] == -signal.SIGKILL
         if victim:
-            # A collective fails, or hangs until heartbeats are missing.
-            reports = ("error: process 1 of 2 has ended", "(stopped sending heartbeats):\n1\n")
-            assert ended[0][0] in (1, -signal.SIGABRT)
-            assert any(report in ended[0][2] for report in reports)
+            assert_names_lost(ended[0], victim)
         else:  # the service has ended with process 0, so JAX ends process 1
             assert ended[1][0] == -signal.SIGABRT and "Either the leader task" in ended[1][2]
     ended = finish(*start_two(tmp_path, *options))
