@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import threading
 import types
+import unittest.mock
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from vl2jax.processing.processor import Processor
 from vl2jax.synthetic import Synthetic
 from vl2jax.synthetic.tokens import write_processor_files
 from vl2jax.training import setup
-from vl2jax.training.feed import Feed, choose_pools, fill_metrics
+from vl2jax.training.feed import Feed, FeedIterator, choose_pools, fill_metrics
 from vl2jax.training.run_config import BatchConfig, RunConfig, read_run_config
 
 
@@ -269,3 +271,14 @@ def test_processes_that_cannot_begin(processor, monkeypatch):
     with pytest.raises(UserError, match="process 1 cannot read its data"):
         next(batches)
     batches.close()
+
+
+def test_closing_after_the_start_of_a_thread_was_interrupted():
+    def closed_with(close) -> None:
+        batches = object.__new__(FeedIterator)
+        batches._iterators = {0: types.SimpleNamespace(close=close)}
+        batches.close()
+
+    closed_with(threading.Thread().join)  # as grain does it
+    with pytest.raises(RuntimeError, match="another"):
+        closed_with(unittest.mock.Mock(side_effect=RuntimeError("another")))

@@ -230,7 +230,16 @@ class FeedIterator(Iterator[DeviceBatch]):
         """Stops the threads and processes that prefetch data."""
         with contextlib.ExitStack() as stack:
             for iterator in self._iterators.values():
-                stack.callback(iterator.close)
+                stack.callback(_close, iterator)
+
+
+def _close(iterator: Any) -> None:
+    """Closes an iterator of a pipeline, also if a signal interrupted the start of its thread."""
+    try:
+        iterator.close()
+    except RuntimeError as error:
+        if "before it is started" not in str(error):
+            raise
 
 
 def fill_metrics(device_batch: DeviceBatch) -> dict[str, float]:
