@@ -24,7 +24,7 @@ from vl2jax.training import lineage
 from vl2jax.training.mirror import OWNER, mirrored
 from vl2jax.training.remote_workdir import open_workdir
 
-KINDS = ("gs", "s3", "file")
+STORES = ("gs", "s3")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,12 @@ class Place:
             self.store.objects[f"{self.folder.name} #1/{name}"] = content
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=(*STORES, "file"))
 def place(request, servers, tmp_path, cache) -> Place:
     return Place(request.param, servers.get(request.param), tmp_path / request.node.name[:12])
+
+
+on_stores = pytest.mark.parametrize("place", STORES, indirect=True)
 
 
 def likes():
@@ -135,9 +138,8 @@ def test_an_upload_that_did_not_end_is_no_checkpoint(place, capsys):
     assert any(name.startswith("checkpoints/2.incomplete") for name in place.files())
 
 
+@on_stores  # test_workdir.py has full disks
 def test_a_store_that_refuses_is_reported_and_harms_nothing(place):
-    if place.store is None:
-        pytest.skip("test_workdir.py has full disks")
     told: list[str] = []
     with mirrored(place.path) as mirror, open_workdir(mirror, keep=2, keep_every=None) as workdir:
         workdir.on_error = told.append
@@ -152,9 +154,8 @@ def test_a_store_that_refuses_is_reported_and_harms_nothing(place):
     assert "the newest checkpoint is 1" in told[0] and "\n" not in told[0]
 
 
+@on_stores  # local workdirs have a lock
 def test_the_run_that_starts_last_owns_the_workdir(place):
-    if place.store is None:
-        pytest.skip("local workdirs have a lock")
     with mirrored(place.path) as first, open_workdir(first, keep=2, keep_every=None) as workdir:
         save(workdir, 1, wait=True)
         with mirrored(place.path) as second:

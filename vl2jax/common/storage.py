@@ -45,11 +45,11 @@ def storage_errors(path: AnyPath) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, UserError) as error:
-        if isinstance(error, UserError) or error.errno is not None:
-            raise
-        raise _io_error(error, path) from error
+    except UserError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise _io_error(error, path) from error
 
 

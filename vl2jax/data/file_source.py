@@ -1,16 +1,16 @@
 """`FileSource`: the rows of one data file, for training and for `--batch`."""
 
-import operator
+import abc
 import pathlib
 from typing import Any
 
 from vl2jax.common.errors import UserError, clip, reason
 from vl2jax.common.paths import AnyPath
 from vl2jax.data.formats import read_row
-from vl2jax.data.row import Row
+from vl2jax.data.row import Row, row_place
 
 
-class FileSource:
+class FileSource(abc.ABC):
     """Rows of a data file; each kind of file is a subclass, which says how a row is parsed.
 
     Several threads read a source at once, and it is pickled for worker processes.  So a source
@@ -24,12 +24,12 @@ class FileSource:
     def __init__(self, path: pathlib.Path, root: AnyPath):
         self.path, self.root = path, root
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def _value(self, index: int) -> Any:
         """Parses row `index`, from 0; raises UserError without the name of the row."""
-        raise NotImplementedError
 
     def number(self, index: int) -> int:
         """Returns the number of row `index` in its file, from 1."""
@@ -58,10 +58,7 @@ class FileSource:
             return b""
 
     def __getitem__(self, index: int) -> Row:
-        place, count = operator.index(index), len(self)
-        if not -count <= place < count:
-            raise IndexError(f"row {place} of a source with {count} rows")
-        place %= count
+        place = row_place(index, len(self))
         where = self.where(place)
         try:
             value = self.value(place)

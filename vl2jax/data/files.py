@@ -3,7 +3,6 @@
 import bisect
 import functools
 import itertools
-import operator
 import os
 import pathlib
 import re
@@ -19,7 +18,7 @@ from vl2jax.data.file_source import FileSource
 from vl2jax.data.json_files import JsonFile
 from vl2jax.data.parquet_file import ParquetFile
 from vl2jax.data.patterns import matches
-from vl2jax.data.row import Row, Source
+from vl2jax.data.row import Row, Source, row_place
 
 
 def open_source(path: str | os.PathLike, *, images_root: str | os.PathLike | None = None) -> Source:
@@ -79,10 +78,7 @@ class _Joined:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
-        place, count = operator.index(index), len(self)
-        if not -count <= place < count:
-            raise IndexError(f"row {place} of a source with {count} rows")
-        place %= count
+        place = row_place(index, len(self))
         part = bisect.bisect_right(self._ends, place)
         source = self._sources[part]
         return source[place - self._ends[part] + len(source)]

@@ -1,6 +1,7 @@
 """`Row`: the record that every data format is converted to; `Source`: a sequence of rows."""
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -39,3 +40,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
+
+
+def row_place(index: int, count: int) -> int:
+    """Returns a row's number from 0; negative indices count from the end, as for a list.
+
+    Args:
+      index: the index, an integer of any kind.
+      count: number of rows of the source.
+
+    Raises:
+      IndexError: there is no such row.
+    """
+    place = operator.index(index)
+    if not -count <= place < count:
+        raise IndexError(f"row {place} of a source with {count} rows")
+    return place % count

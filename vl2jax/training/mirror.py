@@ -46,17 +46,17 @@ class Mirror:
         }
 
     def own(self) -> None:
-        """Makes this run the owner of the remote workdir; process 0 does it alone.
+        """Makes this run the owner of the remote workdir.
 
         Object stores have no locks, and a run that was killed cannot give one back.  So the run
         that starts last owns the workdir, and an earlier one stops at its next save.
         """
-        if self.remote is not None and jax.process_index() == 0:
+        if self.remote is not None:
             write_file(self.remote / OWNER, json.dumps(self._owner).encode())
 
     def check_owner(self) -> None:
         """Raises UserError if another run has become the owner."""
-        if self.remote is None or jax.process_index() != 0:
+        if self.remote is None:
             return
         try:
             found = parse_object(read_file(self.remote / OWNER))

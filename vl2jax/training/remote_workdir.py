@@ -1,8 +1,7 @@
 """Checkpoints of a workdir on an object store.
 
 A checkpoint is written to a local directory first, and uploaded in a thread; its marker comes last,
-so it is complete or ignored.  With several processes, each uploads the arrays that it wrote, and
-process 0 then joins them, as Orbax does in one directory.
+so it is complete or ignored.  A run of several processes is refused.
 """
 
 import concurrent.futures
