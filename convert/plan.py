@@ -20,7 +20,7 @@ from vl2jax.common.json_file import HEAD, not_downloaded, read_object
 from vl2jax.common.progress import human_bytes
 from vl2jax.config import VL2Config
 from vl2jax.config.processor import CONFIG_FILE, ProcessorConfig
-from vl2jax.processing.processor import file_problems
+from vl2jax.processing.model_files import file_problems
 
 _MOST_SHAPES = 8  # tensors of a wrong shape that are listed
 # Files that `file_problems` has read.

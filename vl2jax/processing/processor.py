@@ -6,26 +6,29 @@ Axis legend: T tokens.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from vl2jax.common.errors import UserError
-from vl2jax.common.json_file import read_object
 from vl2jax.config import VL2Config
-from vl2jax.config.processor import CONFIG_FILE, ProcessorConfig
+from vl2jax.config.processor import ProcessorConfig
 from vl2jax.processing import image as images_lib
 from vl2jax.processing import prompt as prompt_lib
 from vl2jax.processing.batch import TEXT, Batch
 from vl2jax.processing.collate import Sample, collate
 from vl2jax.processing.image_source import ImageSource
 from vl2jax.processing.limits import Limits, TooLong, end_of_room
+from vl2jax.processing.model_files import (
+    check_sizes,
+    check_vocabulary,
+    read_settings,
+    read_tokenizer,
+)
 from vl2jax.processing.prompt import Message, Piece
 from vl2jax.processing.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 # If a conversation has more images than this, none of them is tiled (DeepSeek-VL2, section 2).
 MAX_TILED_IMAGES = 2
@@ -49,8 +52,8 @@ class Processor:
     config: VL2Config
 
     def __post_init__(self):
-        _check_sizes(self.settings, self.config)
-        _check_vocabulary(self.tokenizer, self.config)
+        check_sizes(self.settings, self.config)
+        check_vocabulary(self.tokenizer, self.config)
 
     @classmethod
     def from_dir(cls, path: str | os.PathLike, config: VL2Config) -> "Processor":
@@ -66,7 +69,7 @@ class Processor:
         """
         path = pathlib.Path(path)
         settings = read_settings(path)
-        return cls(tokenizer=_read_tokenizer(path, settings), settings=settings, config=config)
+        return cls(tokenizer=read_tokenizer(path, settings), settings=settings, config=config)
 
     def __call__(
         self,
@@ -353,42 +356,6 @@ class Processor:
         )
 
 
-def read_settings(path: pathlib.Path) -> ProcessorConfig:
-    """Reads `processor_config.json` of a model directory; raises UserError if it is not valid."""
-    return ProcessorConfig.from_dict(read_object(path / CONFIG_FILE))
-
-
-def file_problems(path: pathlib.Path, config: VL2Config | None) -> list[str]:
-    """Returns all reasons for which `Processor.from_dir` would refuse a directory.
-
-    Args:
-      path: the directory.
-      config: the architecture; None: the files are checked alone.
-    """
-    problems: list[str] = []
-
-    def attempt(read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except UserError as error:
-            problems.append(str(error))
-            return None
-
-    settings = attempt(lambda: read_settings(path))
-    tokenizer = attempt(lambda: _read_tokenizer(path, settings))
-    if config is not None and settings is not None:
-        attempt(lambda: _check_sizes(settings, config))
-    if config is not None and tokenizer is not None:
-        attempt(lambda: _check_vocabulary(tokenizer, config))
-    return problems
-
-
-def _read_tokenizer(path: pathlib.Path, settings: ProcessorConfig | None) -> Tokenizer:
-    names = ("image_token", "pad_token")
-    named = {} if settings is None else {name: getattr(settings, name) for name in names}
-    return Tokenizer.from_dir(path, **named)
-
-
 def _decode(
     sources: Sequence[ImageSource],
     sizes: Sequence[tuple[int, int]],
@@ -446,30 +413,3 @@ def _answer_start(pieces: Sequence[Piece]) -> int:
 def _without_eos(pieces: list[Piece], inference: bool) -> list[Piece]:
     """Drops the eos at the end for inference."""
     return pieces[:-1] if inference and pieces[-1].kind == "eos" else pieces
-
-
-def _check_sizes(settings: ProcessorConfig, config: VL2Config) -> None:
-    """Raises UserError if the processor's tile sizes differ from the model's."""
-    side = config.vision.image_size
-    for name, found, expected in (
-        ("patch_size", settings.patch_size, config.vision.patch_size),
-        ("downsample_ratio", settings.downsample_ratio, config.adaptor.downsample_ratio),
-        ("candidate_resolutions[0]", [*settings.candidate_resolutions, None][0], (side, side)),
-    ):
-        if found != expected:
-            raise UserError(f"{CONFIG_FILE}: {name} is {found}, but the model has {expected}")
-    for size in settings.candidate_resolutions:
-        if any(pixels <= 0 or pixels % side for pixels in size):
-            raise UserError(
-                f"{CONFIG_FILE}: candidate resolution {size} is not a multiple of image_size {side}"
-            )
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: VL2Config) -> None:
-    """Raises UserError if a token id is outside the embedding table."""
-    largest, rows = max(tokenizer.max_id, len(tokenizer) - 1), config.decoder.vocab_size
-    if largest >= rows:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens (largest id {largest}), but the model's"
-            f" vocab_size is {rows}; use the tokenizer of this checkpoint"
-        )
